@@ -1,0 +1,129 @@
+"""The table of backends, in order of preference: the first one with no reason against it runs.
+
+``why_not(op, x, act)`` is a sentence or None. Everything it reads is constant after import, because torch.compile traces it.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmx_kernels import registry
+from cmx_kernels.activations import ACTIVATIONS
+
+FUSED = os.environ.get("CMX_FUSED", "1") != "0"
+STRICT = os.environ.get("CMX_STRICT", "0") not in ("", "0")
+_CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CPU_ACTIVATIONS = frozenset(registry.C.activations()) if registry.C is not None else frozenset()
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    why_not: Callable[[str, Tensor, str], str | None]
+
+
+def _why_not_cuda(op: str, x: Tensor, act: str) -> str | None:
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}, the cuda backend wants a CUDA tensor"
+    return f"this release has no CUDA kernel for {op}"
+
+
+def _why_not_triton(op: str, x: Tensor, act: str) -> str | None:
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}, the triton backend wants a CUDA tensor"
+    return f"this release has no Triton kernel for {op}"
+
+
+def _why_not_cpu(op: str, x: Tensor, act: str) -> str | None:
+    if registry.C is None:
+        return registry.WHY_NO_C
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}, the cpu backend wants a CPU tensor"
+    if x.dtype not in _CPU_DTYPES:
+        return f"x is {x.dtype}, the cpu kernels take float32, float16 and bfloat16"
+    if act not in _CPU_ACTIVATIONS:
+        return f"no cpu kernel for the activation {act!r}"
+    return None
+
+
+def _why_not_reference(op: str, x: Tensor, act: str) -> str | None:
+    return None
+
+
+BACKENDS = (
+    Backend("cuda", _why_not_cuda),
+    Backend("triton", _why_not_triton),
+    Backend("cpu", _why_not_cpu),
+    Backend("reference", _why_not_reference),
+)
+NAMES = tuple(backend.name for backend in BACKENDS)
+
+
+def _known(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: got {name!r}, wanted one of {', '.join(NAMES)}")
+    return name
+
+
+_forced: str | None = _known(os.environ["CMX_BACKEND"], "CMX_BACKEND") if os.environ.get("CMX_BACKEND") else None
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force one backend inside the block, in the whole process; a refusal raises RuntimeError with every reason."""
+    global _forced
+    before, _forced = _forced, _known(name, "use()")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def refusals(op: str, x: Tensor, act: str) -> dict[str, str]:
+    """Every backend that does not take this call, with its reason."""
+    found = {backend.name: backend.why_not(op, x, act) for backend in BACKENDS}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def select(op: str, x: Tensor, act: str, quiet: bool = False) -> str:
+    """The name of the backend that runs ``op`` on ``x``; ``quiet`` says nothing of a fall-back."""
+    if _forced is not None:
+        for backend in BACKENDS:
+            if backend.name == _forced:
+                reason = backend.why_not(op, x, act)
+                if reason is not None:
+                    raise RuntimeError(f"{op}: the forced backend {_forced!r} refuses: {reason}; {_listed(op, x, act)}")
+                return _forced
+    if not FUSED:
+        return "reference"
+    for backend in BACKENDS:
+        if backend.why_not(op, x, act) is None:
+            if backend.name == "reference" and x.dtype != torch.float64 and not quiet:
+                say_once(f"{op} runs in plain PyTorch: {_listed(op, x, act)}")
+            return backend.name
+    raise AssertionError("the reference takes everything")
+
+
+def _listed(op: str, x: Tensor, act: str) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in refusals(op, x, act).items())
+
+
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    """Warn about a fall-back, once a message; with CMX_STRICT=1 raise instead."""
+    if STRICT:
+        raise RuntimeError(f"cmx_kernels (CMX_STRICT=1): {message}")
+    if torch.compiler.is_compiling() or message in _said:
+        return
+    _said.add(message)
+    warnings.warn(f"cmx_kernels: {message}", stacklevel=3)
+
+
+assert set(_CPU_ACTIVATIONS) <= set(ACTIVATIONS)

@@ -1,0 +1,8 @@
+"""The operators: one file each, with formula, reference, schema, gradient and public function."""
+
+from cmx_kernels.ops.depthwise_block import depthwise_block
+from cmx_kernels.ops.patch_embed import patch_embed
+from cmx_kernels.ops.pointwise_block import pointwise_block
+from cmx_kernels.ops.pool_head import pool_head
+
+__all__ = ["depthwise_block", "patch_embed", "pointwise_block", "pool_head"]

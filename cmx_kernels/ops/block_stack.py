@@ -1,0 +1,134 @@
+"""block_stack: a stem and a stack of equal blocks in one call, on weights packed once. Inference only.
+
+    x = patch_embed(image)                          if the stack has a stem
+    x = pointwise_block(depthwise_block(x))         for every block
+    y = mean_hw(x)                                  if pool
+
+Between the first and the last kernel the activations stay in the kernels' own layout. The packed layout belongs to the
+backend and to its instruction set: it is made on the machine that uses it and never stored.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmx_kernels import backends, registry
+from cmx_kernels.ops.checks import check_activations, memory_format
+from cmx_kernels.registry import define
+
+
+class ConvParams(NamedTuple):
+    """One convolution with what follows its activation; weight as in nn.Conv2d, the rest [C] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+
+
+class PackedStack(NamedTuple):
+    """``tensors`` holds (weight, constants [3, C]) for the stem, if any, then for each half of each block."""
+
+    tensors: list[Tensor]
+    channels: int
+    patch: tuple[int, ...]  # () without a stem
+    kernel: tuple[int, ...]  # () without a block
+    act: str
+
+
+def _fake(
+    x: Tensor, packed: Sequence[Tensor], channels: int, patch: Sequence[int], kernel: Sequence[int], act: str, pool: bool
+) -> Tensor:
+    if pool:
+        return x.new_empty((x.shape[0], channels))
+    p, q = patch or (1, 1)
+    shape = (x.shape[0], channels, x.shape[2] // p, x.shape[3] // q)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+_compiled = define(
+    "block_stack",
+    "(Tensor x, Tensor[] packed, int channels, int[] patch, int[] kernel, str act, bool pool) -> Tensor",
+    _fake,
+    None,
+)
+_pack_depthwise = define("pack_depthwise", "(Tensor weight) -> Tensor", lambda weight: weight.new_empty(0), None)
+_pack_pointwise = define("pack_pointwise", "(Tensor weight) -> Tensor", lambda weight: weight.new_empty(0), None)
+
+
+def why_not(x: Tensor, act: str) -> str | None:
+    """A sentence if no backend runs a whole stack on ``x``; its operators may still be fused one by one."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "a gradient of x is wanted, the stack is for inference"
+    if backends.select("block_stack", x, act, quiet=True) != "cpu":
+        return f"no backend runs a whole stack on {x.device.type} in {x.dtype}"
+    return None
+
+
+def _constants(conv: ConvParams) -> Tensor:
+    """bias, scale and shift as float32 [3, C]"""
+    channels = conv.weight.shape[0]
+    given = (conv.bias, conv.scale, conv.shift)
+    zero, one = torch.zeros(channels), torch.ones(channels)
+    return torch.stack([d if v is None else v.detach().float() for v, d in zip(given, (zero, one, zero), strict=True)])
+
+
+def pack(
+    stem: ConvParams | None, blocks: Sequence[tuple[ConvParams, ConvParams]], act: str, dtype: torch.dtype
+) -> PackedStack:
+    """Pack a stem and blocks of one width, kernel size and activation for activations in ``dtype``."""
+    tensors: list[Tensor] = []
+    if stem is not None:
+        tensors += [_pack_pointwise(stem.weight.detach().to(dtype).flatten(1)), _constants(stem)]
+    for depthwise, pointwise in blocks:
+        tensors += [_pack_depthwise(depthwise.weight.detach().to(dtype)), _constants(depthwise)]
+        tensors += [_pack_pointwise(pointwise.weight.detach().to(dtype).flatten(1)), _constants(pointwise)]
+    first = stem.weight if stem is not None else blocks[0][0].weight
+    patch = tuple(stem.weight.shape[2:]) if stem is not None else ()
+    kernel = tuple(blocks[0][0].weight.shape[2:]) if blocks else ()
+    return PackedStack(tensors, first.shape[0], patch, kernel, act)
+
+
+def block_stack(x: Tensor, packed: PackedStack, pool: bool = False) -> Tensor:
+    """Run a packed stack.
+
+    Args:
+        x: images [N, Cin, H, W] for a stack with a stem, else activations [N, C, H, W]; the dtype it was packed for.
+        packed: from :func:`pack`, on this machine.
+        pool: return the mean over the pixels.
+
+    Returns:
+        [N, C, H // p, W // q], or [N, C] with ``pool``, in x's dtype; channels_last if x is.
+    """
+    check_activations(x)
+    return _compiled(x, packed.tensors, packed.channels, packed.patch, packed.kernel, packed.act, pool)
+
+
+class PackedCache:
+    """The packed form of some parameters, made again when one of them, or the key, has changed.
+
+    Identity is (address, version): every in-place operation that PyTorch counts is seen, writes through ``.data`` into
+    the same memory are not. Holding the tensors keeps an address from being given to another one meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._state: tuple[Any, list[Tensor], Any] | None = None
+
+    def get(self, tensors: Sequence[Tensor], key: Hashable, build: Callable[[], Any]) -> Any:
+        now = (key, registry.isa_level(), [(t.data_ptr(), t._version) for t in tensors])
+        state = self._state
+        if state is None or state[0] != now:
+            state = (now, [t.detach() for t in tensors], build())
+            self._state = state
+        return state[2]
+
+    def clear(self) -> None:
+        self._state = None
+
+    def __deepcopy__(self, memo: Any) -> "PackedCache":
+        return PackedCache()
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return PackedCache, ()

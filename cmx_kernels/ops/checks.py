@@ -1,0 +1,87 @@
+"""Checks that every operator shares: each error names the argument, what it got, what it wants and the way out."""
+
+import torch
+from torch import Tensor
+
+MAX_KERNEL = 31
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_activations(x: Tensor, name: str = "x") -> None:
+    """[N, C, H, W], dense, floating point."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, wanted a torch.Tensor")
+    if x.layout != torch.strided or x.is_quantized:
+        kind = "a quantized tensor" if x.is_quantized else f"layout {x.layout}"
+        way_out = "dequantize()" if x.is_quantized else "to_dense()"
+        raise TypeError(f"{name}: got {kind}, wanted a dense tensor; call .{way_out} first")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name}: got dtype {x.dtype}, wanted float32, float16, bfloat16 or float64; convert with .to()")
+    if x.dim() != 4:
+        hint = "; add the batch dimension with x[None]" if x.dim() == 3 else ""
+        raise ValueError(f"{name}: got shape {list(x.shape)}, wanted 4 dimensions [N, C, H, W]{hint}")
+
+
+def check_weight(x: Tensor, weight: Tensor, shape: str, want: tuple[int, ...], dims: int = 4) -> None:
+    """``want`` holds the sizes of a weight, with -1 where any size will do."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: got {type(weight).__name__}, wanted a torch.Tensor {shape}")
+    fits = weight.dim() == dims and all(w in (-1, s) for s, w in zip(weight.shape, want, strict=True))
+    if not fits:
+        channels = f" (x has {x.shape[1]} channels)"
+        raise ValueError(f"weight: got shape {list(weight.shape)}, wanted {shape}{channels}")
+    same_device(x, weight, "weight")
+    if weight.dtype != x.dtype:
+        raise TypeError(
+            f"weight: got dtype {weight.dtype} with x in {x.dtype}, wanted the same; "
+            f"convert one with .to(), or run under torch.autocast"
+        )
+
+
+def check_vector(x: Tensor, vector: Tensor | None, name: str, channels: int) -> None:
+    """A per-channel vector [C] in x's dtype or float32."""
+    if vector is None:
+        return
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name}: got {type(vector).__name__}, wanted a torch.Tensor [{channels}] or None")
+    if vector.dim() != 1 or vector.shape[0] != channels:
+        raise ValueError(f"{name}: got shape {list(vector.shape)}, wanted [{channels}], one value per output channel")
+    same_device(x, vector, name)
+    if vector.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{name}: got dtype {vector.dtype} with x in {x.dtype}, wanted {x.dtype} or torch.float32")
+
+
+def check_kernel(weight: Tensor) -> None:
+    kh, kw = weight.shape[-2:]
+    if not (1 <= kh <= MAX_KERNEL and 1 <= kw <= MAX_KERNEL):
+        raise ValueError(f"weight: got a {kh}x{kw} kernel, wanted 1 to {MAX_KERNEL} on each side; use nn.Conv2d for larger ones")
+
+
+def same_device(x: Tensor, other: Tensor, name: str) -> None:
+    if other.device != x.device:
+        raise ValueError(f"{name}: got device {other.device} with x on {x.device}, wanted the same; move one with .to()")
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout of an operator's output: channels_last for channels_last input, contiguous for everything else."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float32 accumulation for everything up to 32 bits."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def column(vector: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, 1]"""
+    return vector.reshape(1, -1, 1, 1)
+
+
+def autocast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Our autocast rule: x and the convolution weights take the autocast dtype, BatchNorm's vectors stay as they are."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return (x, *weights)
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.is_floating_point() else t for t in (x, *weights))

@@ -1,0 +1,121 @@
+"""What patch_embed, depthwise_block and pointwise_block share: y = scale * act(conv(x, weight) + bias) + shift (+ x).
+
+``bias``, ``scale`` and ``shift`` are per output channel, [C] or None (0, 1, 0). Sums, activation and affine are
+computed in float32 (float64 for float64) and rounded once, to x's dtype.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmx_kernels import backends
+from cmx_kernels.activations import activation, activation_backward
+from cmx_kernels.ops.checks import autocast, check_activations, check_vector, column, compute_dtype
+
+
+class Geometry(NamedTuple):
+    """How one operator calls the convolution."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, right, top, bottom
+    groups: int = 1
+
+    def pad(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.padding) if any(self.padding) else x
+
+    def unpad(self, x: Tensor) -> Tensor:
+        left, right, top, bottom = self.padding
+        return x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
+
+
+class ConvOp(NamedTuple):
+    name: str
+    check: Callable[..., None]
+    reference: Callable[..., Tensor]
+    compiled: Any
+
+
+def check_block(
+    x: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str, channels: int = 0
+) -> None:
+    check_activations(x)
+    activation(act)
+    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
+        check_vector(x, vector, name, channels)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str,
+    geometry: Geometry,
+    residual: bool = False,
+) -> Tensor:
+    """The reference of all three: plain torch, differentiable."""
+    dtype = compute_dtype(x)
+    bias, scale, shift = (None if v is None else v.to(dtype) for v in (bias, scale, shift))
+    a = F.conv2d(geometry.pad(x.to(dtype)), weight.to(dtype), bias, geometry.stride, groups=geometry.groups)
+    y = activation(act)(a)
+    if scale is not None:
+        y = y * column(scale)
+    if shift is not None:
+        y = y + column(shift)
+    if residual:
+        y = y + x
+    return y.to(x.dtype)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, scale, shift, act, *extra = inputs
+    ctx.save_for_backward(x, weight, bias, scale)
+    ctx.shift_dtype = None if shift is None else shift.dtype
+    ctx.act, ctx.extra = act, extra
+
+
+def backward(ctx: Any, grad: Tensor, geometry: Geometry, residual: bool) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias, scale, shift; recomputes the pre-activation a = conv(x) + bias.
+
+    dshift = sum(grad)    dscale = sum(grad * act(a))    da = grad * scale * act'(a)    dbias = sum(da)
+    dx = conv^T(da, weight) (+ grad)    dweight = x * da (correlation)
+    """
+    x, weight, bias, scale = ctx.saved_tensors
+    dtype = compute_dtype(x)
+    need_x, need_weight, need_bias, need_scale, need_shift = ctx.needs_input_grad[:5]
+    grad = grad.to(dtype)
+    padded = geometry.pad(x.to(dtype))
+    wide = weight.to(dtype)
+    a = F.conv2d(padded, wide, None if bias is None else bias.to(dtype), geometry.stride, groups=geometry.groups)
+    dscale = (grad * activation(ctx.act)(a)).sum((0, 2, 3)) if need_scale else None
+    dshift = grad.sum((0, 2, 3)) if need_shift else None
+    scaled = grad if scale is None else grad * column(scale.to(dtype))
+    da = activation_backward(ctx.act, scaled, a)
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        da, padded, wide, None, geometry.stride, (0, 0), (1, 1), False, (0, 0), geometry.groups, (need_x, need_weight, False)
+    )
+    if need_x:
+        dx = geometry.unpad(dx)
+        dx = (dx + grad if residual else dx).to(x.dtype)
+    if need_weight:
+        dweight = dweight.to(weight.dtype)
+    dbias = da.sum((0, 2, 3)).to(bias.dtype) if need_bias else None
+    dscale = dscale.to(scale.dtype) if need_scale else None
+    dshift = dshift.to(ctx.shift_dtype) if need_shift else None
+    return (dx if need_x else None, dweight if need_weight else None, dbias, dscale, dshift)
+
+
+def run(op: ConvOp, x: Tensor, weight: Tensor, bias: Any, scale: Any, shift: Any, act: str, *extra: Any) -> Tensor:
+    """Autocast, check, select, call: the body of the public functions."""
+    kind = x.device.type if isinstance(x, Tensor) else "cpu"
+    if torch.is_autocast_enabled(kind):
+        x, weight = autocast(x, weight)
+        with torch.autocast(kind, enabled=False):
+            return run(op, x, weight, bias, scale, shift, act, *extra)
+    op.check(x, weight, bias, scale, shift, act)
+    call = op.reference if backends.select(op.name, x, act) == "reference" else op.compiled
+    return call(x, weight, bias, scale, shift, act, *extra)

@@ -1,0 +1,56 @@
+"""Loads the native library and defines every operator once: schema, fake, Python fall-back, gradient.
+
+Schemas live in Python, so the operators exist without any compiled code; ``_C`` only adds kernels to them.
+"""
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any] | None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Define ``torch.ops.cmx.<name>``. ``reference``, if any, serves every device that has no kernel."""
+    qualified = f"cmx::{name}"
+    torch.library.define(qualified, schema, tags=_TAGS)
+    torch.library.register_fake(qualified, fake)
+    if reference is not None:
+        torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    return getattr(torch.ops.cmx, name)
+
+
+def _load() -> tuple[Any, str | None]:
+    """The native library, or None and the reason in a sentence."""
+    try:
+        native = importlib.import_module("cmx_kernels._C")
+    except ModuleNotFoundError as error:
+        if error.name != "cmx_kernels._C":
+            return None, f"the native library needs a module that is missing: {error}"
+        return None, "the native library was not built (python -m cmx_kernels info says why)"
+    except (ImportError, OSError) as error:
+        reason = f"the native library does not load in torch {torch.__version__}: {error}"
+        warnings.warn(f"cmx_kernels: {reason}. Running on the reference; rebuild with `pip install .`", stacklevel=2)
+        return None, reason
+    return native, None
+
+
+# Loaded before any define(): a kernel that disagrees with its schema is then an ordinary error at import.
+C, WHY_NO_C = _load()
+
+
+def isa_level() -> str | None:
+    """The instruction set whose CPU kernels run now: baseline, avx2, avx512 or avx512bf16; None without kernels."""
+    return C.isa_level() if C is not None else None
