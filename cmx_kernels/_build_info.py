@@ -29,6 +29,8 @@ NAMED_ARCHS = {  # PyTorch's names; a combined name stands before its parts
     "Blackwell+Tegra": "11.0",
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
 }
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
+ISA_FLAGS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512bf16": AVX512 + " -mavx512bf16"}
 
 
 class LeftOut(Exception):
@@ -94,6 +96,27 @@ def find_compiler():
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         raise LeftOut("Python.h is missing: install the development files of this Python (Debian: python3-dev)")
     return cxx
+
+
+def find_build_tools():
+    """ninja, and the include folder of pybind11."""
+    pip = f"run `{sys.executable} -m pip install ninja pybind11`, or install without --no-build-isolation."
+    ninja = shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    if not ninja:
+        raise SystemExit(f"cmx_kernels needs ninja to compile its kernels: {pip}")
+    try:
+        import pybind11
+    except ImportError:
+        raise SystemExit(f"cmx_kernels needs pybind11 to compile its kernels: {pip}") from None
+    return ninja, pybind11.get_include()
+
+
+def isa_levels(cxx, missing):
+    """The levels csrc/cpu is compiled for, once each, with their flags; one is chosen at run time."""
+    levels = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+    unknown = [level for level in levels if not accepts(cxx, levels[level])]
+    missing.update({f"CPU {level}": f"{cxx} does not know {levels[level]}" for level in unknown})
+    return {level: flags for level, flags in levels.items() if level not in unknown}
 
 
 def find_cuda(cxx):
@@ -171,3 +194,19 @@ def jobs():
     if limit.is_file() and limit.read_text().strip().isdigit():
         memory.append(int(limit.read_text()))
     return str(max(1, min(len(os.sched_getaffinity(0)), int(min(memory) / 1.5e9))))
+
+
+def box(report):
+    """The lines that tell a person what was built, what was not, and why."""
+    rows = [("torch", report["torch"])]
+    if report["isa_levels"]:
+        rows.append(("CPU kernels", " ".join(report["isa_levels"]) + f"  ({report['compiler']})"))
+    if report["cuda_archs"]:
+        rows.append(("CUDA kernels", " ".join(report["cuda_archs"]) + f"  (nvcc {report['nvcc']})"))
+    rows += [(f"no {what}", why) for what, why in report["missing"].items()]
+    if "compiled kernels" in report["missing"]:
+        rows.append(("so", "pure Python install: every op runs through its PyTorch reference, or Triton on a GPU"))
+    width = max(len(what) for what, _ in rows)
+    lines = [f"| {what:<{width}}  {why}" for what, why in rows]
+    rule = "+" + "-" * (max(map(len, lines)) - 1)
+    return [rule, "| cmx_kernels was built with", *lines, rule]

@@ -1,0 +1,68 @@
+# make test, make bench: from a fresh clone, on a machine with Python 3.10 or newer, g++ and make. An nvcc is used if found.
+#
+#   PYTHON=python3.12         the Python that the environment is made with
+#   VENV=.venv                where it is made; empty: use PYTHON and the packages it has, and download nothing
+#   TORCH=torch==2.13.0       another torch
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu    the small CPU build of torch (PyPI's is the CUDA build: gigabytes)
+#   ARGS="-k depthwise"       more arguments for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+ARGS ?=
+
+SOURCES := setup.py pyproject.toml cmx_kernels/_build_info.py $(shell find csrc -type f)
+BUILD := -m pip install --no-build-isolation --no-deps --verbose -e .
+
+.PHONY: test bench wheel lint clean
+.DELETE_ON_ERROR:
+
+ifeq ($(strip $(VENV)),)
+RUN := $(PYTHON)
+READY := built
+BENCH_READY := built
+.PHONY: built
+built:
+	$(RUN) $(BUILD)
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.built
+BENCH_READY := $(VENV)/.bench $(READY)
+endif
+
+test: $(READY)
+	$(RUN) -m pytest tests $(ARGS)
+
+bench: $(BENCH_READY)
+	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+
+wheel: $(READY)
+	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m clang_format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(RUN) -m mypy
+
+clean:
+	rm -rf build dist *.egg-info .venv cmx_kernels/_C*.so cmx_kernels/_build.json
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch requirements/test.txt
+	$(RUN) -m pip install -r requirements/test.txt
+	$(RUN) -m pip install --no-deps timm==1.0.31 torchvision==0.28.0  # whose wheels would replace the torch above
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test requirements/bench.txt
+	$(RUN) -m pip install -r requirements/bench.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.test $(SOURCES)
+	$(RUN) $(BUILD)
+	touch $@
