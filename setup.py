@@ -25,6 +25,7 @@ import _build_info as info  # noqa: E402  (importing it as cmx_kernels._build_in
 sys.path.pop(0)
 
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
+NVCC_FLAGS = "-std=c++20 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -DCMX_WITH_CUDA"
 RULES = """\
 rule cxx
   command = {cxx} $flags -MMD -MF $out.d -c $in -o $out
@@ -49,9 +50,7 @@ def headers(name, folder):
 
 def plan_cuda(cxx, report):
     """nvcc, its flags, and the include and link flags of the others; everything empty where CUDA is left out."""
-    mode = os.environ.get("CMX_CUDA", "auto")
-    if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"CMX_CUDA={mode} is not understood: auto (where there is an nvcc), 0 (no) or 1 (or fail).")
+    mode = info.cuda_mode()
     try:
         if mode == "0":
             raise info.LeftOut("CMX_CUDA=0")
@@ -63,17 +62,18 @@ def plan_cuda(cxx, report):
         report["missing"]["CUDA kernels"] = str(why)
         return "", [], [], []
     report.update(nvcc=info.run(nvcc, "--version").stdout.split("release ")[-1].split(",")[0], cuda_archs=archs)
-    flags = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", shlex.split(cxx)[-1]]
-    flags += ["-DCMX_CUDA_ARCHS=" + ";".join(archs), *info.gencode(archs)]
+    flags = [*NVCC_FLAGS.split(), "-ccbin", shlex.split(cxx)[-1], *info.gencode(archs)]
+    flags += ["-DCMX_CUDA_ARCHS=" + ";".join(archs)]
     link = [f"-L{lib}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
-    return nvcc, flags, ["-DCMX_WITH_CUDA", "-DUSE_CUDA", f"-I{include}"], link
+    return nvcc, flags, ["-DCMX_WITH_CUDA", "-DUSE_CUDA", *headers("cuda", include)], link
 
 
 def write_ninja(folder, cxx, torch, pybind11, report):
-    """build.ninja: csrc/*.cpp once, csrc/cpu/*.cpp once per ISA level, csrc/cuda/*.cu once, all linked into one file."""
+    """build.ninja: csrc/*.cpp once, csrc/cpu/*.cpp once per ISA level, csrc/cuda/*.cu once, linked into one file."""
     levels = info.isa_levels(cxx, report["missing"])
     nvcc, nvcc_flags, with_cuda, cuda_link = plan_cuda(cxx, report)
-    report.update(compiler=info.run(*shlex.split(cxx), "--version").stdout.split("\n")[0], flags=FLAGS, isa_levels=list(levels))
+    compiler = info.run(*shlex.split(cxx), "--version").stdout.split("\n")[0]
+    report.update(compiler=compiler, flags=FLAGS, isa_levels=list(levels))
 
     header = "#define CMX_FOR_EACH_ISA(X) " + " ".join(f"X({level})" for level in levels) + "\n"
     if not (folder / "cmx_isa_levels.h").exists() or (folder / "cmx_isa_levels.h").read_text() != header:
@@ -82,7 +82,7 @@ def write_ninja(folder, cxx, torch, pybind11, report):
     common = [*FLAGS.split(), *shlex.split(os.environ.get("CXXFLAGS", "")), "-Icsrc", f"-I{here}"]
     extra = {
         "bind.cpp": ["-DTORCH_TARGET_VERSION=0x020b000000000000", *headers("torch", f"{torch}/include")],
-        "module.cpp": [*headers("pybind11", pybind11), "-isystem", sysconfig.get_path("include")],
+        "module.cpp": [*headers("pybind11", pybind11), *headers("python", sysconfig.get_path("include"))],
     }
     lines, objects = [f"builddir = {here}", RULES.format(cxx=cxx, nvcc=nvcc)], []
 
@@ -93,11 +93,12 @@ def write_ninja(folder, cxx, torch, pybind11, report):
 
     for source in sorted(ROOT.glob("csrc/*.cpp")):
         add("cxx", source, [*common, *with_cuda, *extra.get(source.name, [])])
-    for level, isa_flags in levels.items():  # rising: of an inline function in several levels the linker keeps the first
+    # Levels rise: of an inline function that several define the linker keeps the first, which every CPU can run.
+    for level, isa_flags in levels.items():
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             add("cxx", source, [*common, f"-DCMX_ISA={level}", *isa_flags.split()], level)
     for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else []:
-        add("nvcc", source, ["-Icsrc", f"-I{here}", "-DCMX_WITH_CUDA", *nvcc_flags])
+        add("nvcc", source, ["-Icsrc", f"-I{here}", *nvcc_flags])
     # torch loads its libraries RTLD_LOCAL, so _C must name libtorch_cpu itself; libtorch, for the weak CUDA symbols
     libs = [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed", *cuda_link]
     libs += shlex.split(os.environ.get("LDFLAGS", ""))
@@ -108,13 +109,14 @@ def write_ninja(folder, cxx, torch, pybind11, report):
 class BuildNative(build_ext):
     def run(self):
         torch, version = info.find_torch()
-        report = {"torch": version, "python": platform.python_version(), "isa_levels": [], "cuda_archs": [], "missing": {}}
+        report = {"torch": version, "python": platform.python_version()}
+        report |= {"isa_levels": [], "cuda_archs": [], "missing": {}}
         target = Path(self.get_ext_fullpath("cmx_kernels._C"))
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             cxx = info.find_compiler()
         except info.LeftOut as why:
-            if os.environ.get("CMX_CUDA") == "1":
+            if info.cuda_mode() == "1":
                 raise SystemExit(f"CMX_CUDA=1, and nothing can be compiled: {why}.") from None
             report["missing"]["compiled kernels"] = str(why)
             target.unlink(missing_ok=True)

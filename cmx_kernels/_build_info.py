@@ -75,7 +75,7 @@ def find_torch():
             )
     raise SystemExit(
         "cmx_kernels is built against the torch of the environment it is installed into, and this one has none: "
-        f"run `{pip} 'torch>=2.11'` (the CPU or CUDA build you want), then this command again with --no-build-isolation."
+        f"run `{pip} 'torch>=2.11'` (a CPU or CUDA build), then this command again with --no-build-isolation."
     )
 
 
@@ -119,6 +119,14 @@ def isa_levels(cxx, missing):
     return {level: flags for level, flags in levels.items() if level not in unknown}
 
 
+def cuda_mode():
+    """CMX_CUDA: auto (CUDA kernels where there is an nvcc), 0 (none), 1 (fail where they cannot be built)."""
+    mode = os.environ.get("CMX_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"CMX_CUDA={mode} is unknown: write auto (where there is an nvcc), 0 (never) or 1 (or fail).")
+    return mode
+
+
 def find_cuda(cxx):
     """nvcc, and the include and library folders of its toolkit. Any torch will do: the kernels do not know torch."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -128,7 +136,7 @@ def find_cuda(cxx):
         raise LeftOut(f"no nvcc in {home}/bin (CUDA_HOME)" if home else "no nvcc on PATH or in /usr/local/cuda/bin")
     probe = run(nvcc, "-std=c++20", "-ccbin", shlex.split(cxx)[-1], "-x", "cu", "-E", os.devnull)
     if probe.returncode:
-        raise LeftOut(f"{nvcc} and {cxx} do not work together: {(probe.stderr.strip() or 'no message').splitlines()[0]}")
+        raise LeftOut(f"{nvcc} does not work with {cxx}: {(probe.stderr.strip() or 'no message').splitlines()[0]}")
     # nvcc on PATH may be a wrapper script: only nvcc knows where its toolkit is
     dryrun = run(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", "x.o").stderr
     toolkit = Path(re.search(r"TOP=(.*)", dryrun)[1].strip()).resolve()
@@ -155,7 +163,7 @@ def cuda_archs(wanted, known, missing):
     for arch in filter(None, re.split(r"[;,\s]+", text)):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if not match:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {arch!r} is no CUDA architecture; write it like '{DEFAULT_ARCHS}'.")
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {arch!r} is no CUDA architecture; write '{DEFAULT_ARCHS}'.")
         major, minor, suffix, ptx = match.groups(default="")
         number = int(major + minor)
         if number < 80:
@@ -175,7 +183,7 @@ def cuda_archs(wanted, known, missing):
 
 
 def gencode(archs):
-    """nvcc's flags for such a list. PTX is for devices still to come, so it is that of the architecture without suffix."""
+    """nvcc's flags for such a list. PTX is for later devices, so it is that of the architecture without suffix."""
     flags = []
     for arch in archs:
         number = arch.replace(".", "").replace("+PTX", "")
