@@ -75,7 +75,7 @@ def find_torch():
             )
     raise SystemExit(
         "cmx_kernels is built against the torch of the environment it is installed into, and this one has none: "
-        f"run `{pip} 'torch>=2.11'` (a CPU or CUDA build), then this command again with --no-build-isolation."
+        f"run `{pip} 'torch>=2.11'` (a CPU or CUDA build), then this command again (uv: with --no-build-isolation)."
     )
 
 

@@ -19,13 +19,10 @@ from cmx_kernels import _build_info as info
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}  # nvcc 13.0
 
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a source tree")
-
 
 @pytest.fixture
 def clean_env(monkeypatch):
-    names = "CMX_CUDA TORCH_CUDA_ARCH_LIST CUDA_HOME CUDA_PATH CXX CXXFLAGS LDFLAGS MAX_JOBS"
-    for name in names.split():
+    for name in ("CMX_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "CXX", "CXXFLAGS", "LDFLAGS"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -47,16 +44,13 @@ def source_tree(tmp_path):
 
 
 def setup_py(tree, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "setup.py", *arguments],
-        cwd=tree,
-        env={**os.environ, "CMX_CUDA": "0", **environment},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "CMX_CUDA": "0", **environment}
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
 
-def needs_compiler():
+@pytest.fixture
+def compiler():
     try:
         info.find_compiler()
         info.find_build_tools()
@@ -74,14 +68,12 @@ def refusal(function, *arguments):
 
 
 def test_torch_is_found_from_inside_build_isolation_and_not_imported():
-    script = (
-        "import sys; sys.path = [p for p in sys.path if not p.endswith('-packages')]\n"  # as pip's isolation does
+    script = (  # pip's isolation takes the environment's packages off the path, too
+        "import sys; sys.path = [p for p in sys.path if not p.endswith('-packages')]\n"
         f"sys.path.insert(0, {str(ROOT / 'cmx_kernels')!r}); import _build_info\n"
         "folder, version = _build_info.find_torch(); assert 'torch' not in sys.modules; print(folder, version)"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    if "has none" in found.stderr:
-        pytest.skip("torch comes from outside this environment's folders (PYTHONPATH)")
     assert found.stdout.split() == [str(Path(torch.__file__).parent), torch.__version__]
 
 
@@ -98,19 +90,17 @@ def test_old_torch_is_refused_with_the_command_to_run(monkeypatch, tmp_path, ver
     assert version in sentence and f"{sys.executable} -m pip install --upgrade 'torch>=2.11'" in sentence
 
 
-@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.13.0+cpu", "2.14.0.dev20260901", "3.0.0"])
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.14.0.dev20260901", "3.0.0"])
 def test_newer_torch_is_taken(monkeypatch, tmp_path, version):
-    (tmp_path / "version.py").write_text(f"__version__ = '{version}'\ncuda: str = None\n")
+    (tmp_path / "version.py").write_text(f"__version__ = '{version}'\n")
     monkeypatch.setattr(info, "torch_folders", lambda: iter([tmp_path / "not there", tmp_path]))
     assert info.find_torch() == (tmp_path, version)
 
 
 def test_pip_is_refused_before_it_downloads_a_torch(source_tree):
     """Without torch the metadata step fails already: after it, pip would download torch as a dependency."""
-    (source_tree / "cmx_kernels/_build_info.py").write_text(
-        (source_tree / "cmx_kernels/_build_info.py").read_text().replace("def find_torch", "def find_torch_unused")
-        + "\n\ndef find_torch():\n    raise SystemExit('no torch here.')\n"
-    )
+    with (source_tree / "cmx_kernels/_build_info.py").open("a") as file:
+        file.write("\n\ndef find_torch():\n    raise SystemExit('no torch here.')\n")
     assert "no torch here." in setup_py(source_tree, "dist_info").stderr
     assert setup_py(source_tree, "sdist").returncode == 0
 
@@ -121,8 +111,7 @@ def test_unknown_mode_is_refused(clean_env):
 
 
 @pytest.mark.parametrize("mode", ["auto", "0", "1"])
-def test_no_nvcc(clean_env, source_tree, mode):
-    needs_compiler()
+def test_no_nvcc(clean_env, compiler, source_tree, mode):
     done = setup_py(source_tree, "build_ext", "--inplace", CMX_CUDA=mode, CUDA_HOME=str(source_tree / "nowhere"))
     if mode == "1":
         assert done.returncode != 0
@@ -168,20 +157,15 @@ def test_native_is_the_list_of_the_devices_or_the_default(monkeypatch):
     assert info.cuda_archs("native", KNOWN, {})[-1] == "12.0+PTX"
 
 
+def test_ptx_is_that_of_the_architecture_without_suffix():
+    assert info.gencode(["9.0a+PTX"])[1::2] == ["arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"]
+
+
 def test_arch_list_refusals():
     assert "'sm_80' is no CUDA architecture" in refusal(info.cuda_archs, "sm_80", KNOWN, {})
     assert "asks for 12.0, which this nvcc does not know" in refusal(info.cuda_archs, "12.0", {80, 90}, {})
     with pytest.raises(info.LeftOut, match=r"names no architecture from 8\.0 on"):
         info.cuda_archs("7.0;7.5", KNOWN, {})
-
-
-def test_gencode():
-    assert info.gencode(["8.0", "9.0a+PTX", "12.0"])[1::2] == [
-        "arch=compute_80,code=sm_80",
-        "arch=compute_90a,code=sm_90a",
-        "arch=compute_90,code=compute_90",
-        "arch=compute_120,code=sm_120",
-    ]
 
 
 def test_without_a_compiler_it_is_a_pure_python_install(clean_env, source_tree):
@@ -221,15 +205,7 @@ def test_unknown_level_is_left_out_with_the_reason(monkeypatch):
     assert info.isa_levels("g++", {}) == {"baseline": ""}
 
 
-def test_jobs(monkeypatch):
-    monkeypatch.setenv("MAX_JOBS", "7")
-    assert info.jobs() == "7"
-    monkeypatch.delenv("MAX_JOBS")
-    assert 1 <= int(info.jobs()) <= os.cpu_count()
-
-
-def test_builds_again_only_what_changed(clean_env, source_tree):
-    needs_compiler()
+def test_builds_again_only_what_changed(clean_env, compiler, source_tree):
     first = setup_py(source_tree, "build_ext", "--inplace")
     assert first.returncode == 0, first.stdout + first.stderr
     record = json.loads((source_tree / "cmx_kernels/_build.json").read_text())
@@ -246,8 +222,7 @@ def test_builds_again_only_what_changed(clean_env, source_tree):
         assert forbidden not in ninja.read_text()
 
 
-def test_a_compile_error_fails_loudly(clean_env, source_tree):
-    needs_compiler()
+def test_a_compile_error_fails_loudly(clean_env, compiler, source_tree):
     (source_tree / "csrc/broken.cpp").write_text("this is not C++\n")
     done = setup_py(source_tree, "build_ext", "--inplace")
     assert done.returncode != 0 and "csrc/broken.cpp:1:1: error" in done.stdout
@@ -285,13 +260,6 @@ def test_compiled_file_says_why_cuda_does_not_run():
     elif torch.cuda.is_available():
         assert why is None
         assert b"only %d of them" % torch.cuda.device_count() in library.cmx_cuda_why_not(99)
-
-
-def test_record_of_the_build():
-    record = info.read()
-    assert isinstance(record["missing"], dict)
-    if "torch" in record:
-        assert all(why in "\n".join(info.box(record)) for why in record["missing"].values())
 
 
 def test_record_says_so_when_nothing_was_installed(monkeypatch):
