@@ -25,6 +25,7 @@ import _build_info as info  # noqa: E402  (importing it as cmx_kernels._build_in
 sys.path.pop(0)
 
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
+FLAGS += " -Wno-maybe-uninitialized"  # GCC's own AVX-512 headers set it off
 NVCC_FLAGS = "-std=c++20 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -DCMX_WITH_CUDA"
 RULES = """\
 rule cxx
