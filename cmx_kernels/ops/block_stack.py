@@ -68,11 +68,12 @@ def why_not(x: Tensor, act: str) -> str | None:
 
 
 def _constants(conv: ConvParams) -> Tensor:
-    """bias, scale and shift as float32 [3, C]"""
+    """bias, scale and shift as float32 [3, C rounded up to 64]: kernels read whole vectors, the rest is zero."""
     channels = conv.weight.shape[0]
-    given = (conv.bias, conv.scale, conv.shift)
-    zero, one = torch.zeros(channels), torch.ones(channels)
-    return torch.stack([d if v is None else v.detach().float() for v, d in zip(given, (zero, one, zero), strict=True)])
+    rows = torch.zeros(3, (channels + 63) // 64 * 64)
+    for row, vector, missing in zip(rows, (conv.bias, conv.scale, conv.shift), (0.0, 1.0, 0.0), strict=True):
+        row[:channels] = missing if vector is None else vector.detach()
+    return rows
 
 
 def pack(

@@ -1,0 +1,397 @@
+// The operators behind torch's stable ABI: checks, allocation, a params struct, a launch. The only file that knows torch.
+// Schemas are defined in Python (cmx_kernels/registry.py); the checks here keep a direct call from touching wrong memory.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu_levels.h"
+#include "direct.h"
+
+namespace cmx {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+// ---- arguments
+
+std::string shape_of(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); i++) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+Act act_of(const std::string& name) {
+#define X(a) \
+  if (name == #a) return Act::a;
+  CMX_FOR_EACH_ACTIVATION(X)
+#undef X
+  STD_TORCH_CHECK(false, "act: got '", name, "', wanted an activation with a kernel: none, relu, gelu, gelu_tanh");
+}
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    default: STD_TORCH_CHECK(false, name, ": wanted float32, float16 or bfloat16");
+  }
+}
+
+View view_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": wanted a CPU tensor");
+  STD_TORCH_CHECK(t.dim() == 4, name, ": got shape ", shape_of(t), ", wanted 4 dimensions");
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(t, name), t.size(0), t.size(1), t.size(2), t.size(3),
+          t.stride(0), t.stride(1), t.stride(2), t.stride(3), false};
+}
+
+// A weight as the packing functions want it: its output channels are the View's channels.
+View weight_view(const Tensor& w, int64_t rows, int64_t columns, const char* name) {
+  const int64_t c = w.size(0);
+  return {const_cast<void*>(w.const_data_ptr()), dtype_of(w, name), 1, c, rows, columns, 0, rows * columns, columns, 1, false};
+}
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+void check_weight(const Tensor& x, const Tensor& w, bool fits, const char* wanted) {
+  STD_TORCH_CHECK(w.is_cpu() && w.scalar_type() == x.scalar_type(), "weight: wanted a CPU tensor in x's dtype");
+  STD_TORCH_CHECK(fits, "weight: got shape ", shape_of(w), " with x of ", shape_of(x), ", wanted ", wanted);
+}
+
+double element(const Tensor& t, int64_t i) {
+  const char* p = (const char*)t.const_data_ptr() + i * t.stride(0) * t.element_size();
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return *(const double*)p;
+    case ScalarType::Float: return *(const float*)p;
+    case ScalarType::Half: return (float)*(const torch::headeronly::Half*)p;
+    default: return (float)*(const torch::headeronly::BFloat16*)p;
+  }
+}
+
+std::vector<double> values(const Optional& v, const char* name, int64_t count, double missing) {
+  std::vector<double> out(count, missing);
+  if (!v) return out;
+  STD_TORCH_CHECK(v->is_cpu() && v->dim() == 1 && v->size(0) == count, name, ": got shape ", shape_of(*v), ", wanted [", count, "] on the CPU");
+  const ScalarType t = v->scalar_type();
+  STD_TORCH_CHECK(t == ScalarType::Double || t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16,
+                  name, ": wanted a floating point dtype");
+  for (int64_t i = 0; i < count; i++) out[i] = element(*v, i);
+  return out;
+}
+
+// bias, scale and shift as float32, padded with zeros to whole blocks of channels
+struct ConstantsBuffer {
+  std::vector<float> data;
+  int64_t padded;
+  ConstantsBuffer(const Optional& bias, const Optional& scale, const Optional& shift, int64_t channels)
+      : padded(round_up(channels, cpu_kernels().tile_channels)) {
+    data.assign(3 * padded, 0.f);
+    fill(0, values(bias, "bias", channels, 0));
+    fill(1, values(scale, "scale", channels, 1));
+    fill(2, values(shift, "shift", channels, 0));
+  }
+  void fill(int64_t row, const std::vector<double>& v) { std::copy(v.begin(), v.end(), data.begin() + row * padded); }
+  Constants get() const { return {data.data(), data.data() + padded, data.data() + 2 * padded}; }
+};
+
+// ---- allocation
+
+bool is_channels_last(const Tensor& t) {
+  if (t.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+Tensor output_like(const Tensor& x, int64_t c, int64_t h, int64_t w) {
+  const auto format = is_channels_last(x) ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  return torch::stable::empty({x.size(0), c, h, w}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format);
+}
+
+Tensor bytes(int64_t count) { return torch::stable::empty({std::max<int64_t>(count, 1) + 64}, ScalarType::Byte); }
+char* aligned(const Tensor& t) { return (char*)round_up((int64_t)t.mutable_data_ptr(), 64); }
+
+// ---- launch
+
+// Calls f(task, scratch) for every task, each worker with scratch memory of its own
+template <class F>
+void run(int64_t tasks, int64_t scratch_bytes, const F& f) {
+  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  if (!workers) return;
+  const int64_t piece = round_up(scratch_bytes, 4096);
+  const Tensor memory = bytes(workers * piece);
+  char* const scratch = aligned(memory);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; worker++)
+      for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++)
+        f(task, scratch + worker * piece);
+  });
+}
+
+int64_t l2_bytes() {
+  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return found > 0 ? found : 1 << 20;
+}
+
+// Rows of a band: every worker has the same number of bands, or at least four, and a band stays below max_rows.
+int64_t band_rows(int64_t planes, int64_t h, int64_t max_rows) {
+  const int64_t workers = torch::stable::get_num_threads();
+  int64_t bands = 1;
+  while (bands < h && planes * bands % workers && planes * bands < 4 * workers) bands++;
+  return std::max<int64_t>(1, std::min(ceil_div(h, bands), max_rows));
+}
+
+void run_stage(Stage& s) {
+  if (!s.out.n || !s.out.h || !s.out.w) return;
+  const CpuKernels& k = cpu_kernels();
+  const bool patches = s.producer == Stage::Producer::patches;
+  const int64_t channels = patches ? s.in.c * s.ph * s.pw : s.in.c;
+  const int64_t pixel = channels * (k.bf16_products && s.in.dtype == Dtype::bfloat16 ? 2 : 4);
+  s.rows = band_rows(s.out.n, s.out.h, (4 << 20) / (pixel * s.out.w) + 1);
+  s.part = std::max<int64_t>(64, l2_bytes() * 3 / 4 / pixel / 16 * 16);
+  const int64_t bands = ceil_div(s.out.h, s.rows);
+  run(s.out.n * bands, k.stage_scratch_bytes(s),
+      [&](int64_t task, char* scratch) { k.stage_band(s, task / bands, task % bands * s.rows, scratch); });
+}
+
+Tensor pack_pointwise(const Tensor& given) {
+  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 2, "weight: got shape ", shape_of(given), ", wanted [C, Cin] on the CPU");
+  const CpuKernels& k = cpu_kernels();
+  const Tensor w = dense(given);
+  const View view = weight_view(w, 1, w.size(1), "weight");
+  const bool pairs = k.bf16_products && view.dtype == Dtype::bfloat16;
+  const int64_t size = k.packed_pointwise_bytes(view.dtype, view.c, view.w) / (pairs ? 2 : 4);
+  Tensor out = torch::stable::empty({size}, pairs ? ScalarType::BFloat16 : ScalarType::Float);
+  void* const to = out.mutable_data_ptr();
+  run(ceil_div(view.c, k.tile_channels), 0, [&](int64_t panel, char*) { k.pack_pointwise(view, panel, to); });
+  return out;
+}
+
+Tensor pack_depthwise(const Tensor& given) {
+  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 4 && given.size(1) == 1, "weight: got shape ", shape_of(given), ", wanted [C, 1, kh, kw] on the CPU");
+  STD_TORCH_CHECK(given.size(2) >= 1 && given.size(3) >= 1 && given.size(2) <= kMaxKernel && given.size(3) <= kMaxKernel,
+                  "weight: got a ", given.size(2), "x", given.size(3), " kernel, wanted 1 to ", kMaxKernel, " on each side");
+  const CpuKernels& k = cpu_kernels();
+  const Tensor w = dense(given);
+  const View view = weight_view(w, w.size(2), w.size(3), "weight");
+  Tensor out = torch::stable::empty({k.packed_depthwise_bytes(view.dtype, view.c, view.h, view.w) / 4}, ScalarType::Float);
+  void* const to = out.mutable_data_ptr();
+  run(ceil_div(view.c, k.lanes), 0, [&](int64_t block, char*) { k.pack_depthwise(view, block, to); });
+  return out;
+}
+
+// ---- operators
+
+Tensor direct(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift,
+              const std::string& act, int64_t stride_h, int64_t stride_w, bool depthwise, bool residual) {
+  const int64_t c = weight.size(0), kh = weight.size(2), kw = weight.size(3);
+  Tensor y = output_like(x, c, depthwise ? x.size(2) : x.size(2) / stride_h, depthwise ? x.size(3) : x.size(3) / stride_w);
+  const Tensor w = dense(weight);
+  DirectConv p{(const double*)x.const_data_ptr(), (const double*)w.const_data_ptr(), (double*)y.mutable_data_ptr(),
+               x.size(0), x.size(1), x.size(2), x.size(3), c, y.size(2), y.size(3), kh, kw, stride_h, stride_w,
+               depthwise ? (kh - 1) / 2 : 0, depthwise ? (kw - 1) / 2 : 0, x.strides().data(), y.strides().data(),
+               values(bias, "bias", c, 0), values(scale, "scale", c, 1), values(shift, "shift", c, 0), depthwise, residual, act_of(act)};
+  torch::stable::parallel_for(0, p.n * c, 1, [&](int64_t begin, int64_t end) { direct_conv(p, begin, end); });
+  return y;
+}
+
+// patch_embed and pointwise_block: a product behind two different producers
+Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift,
+                     const std::string& act, Stage::Producer producer) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x: got shape ", shape_of(x), ", wanted 4 dimensions [N, C, H, W] on the CPU");
+  const bool patches = producer == Stage::Producer::patches;
+  const bool fits = weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) >= 1 && weight.size(3) >= 1 && weight.size(0) >= 1;
+  check_weight(x, weight, fits && (patches || (weight.size(2) == 1 && weight.size(3) == 1)), patches ? "[C, Cin, p, q]" : "[C, Cin, 1, 1]");
+  const int64_t c = weight.size(0), p = weight.size(2), q = weight.size(3);
+  STD_TORCH_CHECK(!patches || (x.size(2) >= p && x.size(3) >= q), "x: got an image of ", x.size(2), "x", x.size(3), ", wanted at least one patch of ", p, "x", q);
+  if (x.scalar_type() == ScalarType::Double) return direct(x, weight, bias, scale, shift, act, p, q, false, false);
+  const View in = view_of(x, "x");
+  const ConstantsBuffer constants(bias, scale, shift, c);
+  const Tensor packed = pack_pointwise(torch::stable::view(dense(weight), {c, x.size(1) * p * q}));
+  Tensor y = output_like(x, c, x.size(2) / p, x.size(3) / q);
+  Stage s{};
+  s.producer = producer;
+  s.in = in, s.out = view_of(y, "y");
+  s.ph = p, s.pw = q;
+  s.pointwise = {packed.const_data_ptr(), constants.get(), nullptr};
+  s.act = act_of(act);
+  run_stage(s);
+  return y;
+}
+
+Tensor patch_embed(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift, std::string act) {
+  return product_block(x, weight, bias, scale, shift, act, Stage::Producer::patches);
+}
+
+Tensor pointwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift, std::string act) {
+  return product_block(x, weight, bias, scale, shift, act, Stage::Producer::copy);
+}
+
+Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift, std::string act, bool residual) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x: got shape ", shape_of(x), ", wanted 4 dimensions [N, C, H, W] on the CPU");
+  check_weight(x, weight, weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1, "[C, 1, kh, kw]");
+  if (x.scalar_type() == ScalarType::Double) return direct(x, weight, bias, scale, shift, act, 1, 1, true, residual);
+  const View in = view_of(x, "x");
+  const ConstantsBuffer constants(bias, scale, shift, in.c);
+  const Tensor packed = pack_depthwise(weight);
+  Tensor y = output_like(x, in.c, in.h, in.w);
+  if (!y.numel()) return y;
+  const CpuKernels& k = cpu_kernels();
+  const int64_t blocks = ceil_div(in.c, k.lanes);
+  DepthwiseStage s{in, view_of(y, "y"), {packed.const_data_ptr(), constants.get(), weight.size(2), weight.size(3), residual}, act_of(act), 0};
+  s.rows = band_rows(in.n * blocks, in.h, l2_bytes() / 4 / (in.w * k.lanes * 4) + weight.size(2));
+  const int64_t bands = ceil_div(in.h, s.rows);
+  run(in.n * blocks * bands, k.depthwise_scratch_bytes(s), [&](int64_t task, char* scratch) {
+    k.depthwise_band(s, task / bands / blocks, task / bands % blocks, task % bands * s.rows, scratch);
+  });
+  return y;
+}
+
+void pool(const PoolHead& p) {
+  const CpuKernels& k = cpu_kernels();
+  const int64_t blocks = ceil_div(p.in.c, k.lanes);
+  run(p.in.n * blocks, 0, [&](int64_t task, char*) { k.pool_block(p, task / blocks, task % blocks); });
+}
+
+Tensor pool_head(const Tensor& x, const Tensor& weight, const Optional& bias) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.size(2) * x.size(3) > 0, "x: got shape ", shape_of(x), ", wanted [N, C, H, W] with at least one pixel, on the CPU");
+  check_weight(x, weight, weight.dim() == 2 && weight.size(1) == x.size(1), "[classes, C]");
+  const Tensor w = dense(weight);
+  Tensor y = torch::stable::empty({x.size(0), w.size(0)}, x.scalar_type());
+  const std::vector<double> b = values(bias, "bias", w.size(0), 0);
+  if (x.scalar_type() == ScalarType::Double) {
+    const double *xp = (const double*)x.const_data_ptr(), *wp = (const double*)w.const_data_ptr();
+    const auto s = x.strides();
+    for (int64_t n = 0; n < x.size(0); n++)
+      for (int64_t k = 0; k < w.size(0); k++) {
+        double sum = 0;
+        for (int64_t c = 0; c < x.size(1); c++)
+          for (int64_t i = 0; i < x.size(2); i++)
+            for (int64_t j = 0; j < x.size(3); j++) sum += xp[n * s[0] + c * s[1] + i * s[2] + j * s[3]] * wp[k * x.size(1) + c];
+        ((double*)y.mutable_data_ptr())[n * w.size(0) + k] = sum / (x.size(2) * x.size(3)) + b[k];
+      }
+    return y;
+  }
+  const std::vector<float> bias32(b.begin(), b.end());
+  std::vector<float> pooled(x.size(0) * x.size(1));
+  const PoolHead p{view_of(x, "x"), pooled.data(), w.const_data_ptr(), bias32.data(), w.size(0), y.mutable_data_ptr()};
+  pool(p);
+  const int64_t step = 8;  // classes a task
+  run(ceil_div(p.classes, step), 0, [&](int64_t task, char*) {
+    cpu_kernels().classify(p, task * step, std::min((task + 1) * step, p.classes));
+  });
+  return y;
+}
+
+// ---- a stem and a stack of blocks
+
+void check_packed(const Tensor& t, int64_t bytes, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.numel() * (int64_t)t.element_size() == bytes, "packed: got ", t.numel() * (int64_t)t.element_size(),
+                  " bytes for ", name, ", wanted ", bytes, ": pack it on this machine, for x's dtype");
+}
+
+// bias, scale and shift of a packed stack, one row each
+Constants packed_constants(const Tensor& t, int64_t c) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == 3 &&
+                      t.size(1) >= round_up(c, cpu_kernels().tile_channels),
+                  "packed: got constants of ", shape_of(t), ", wanted float32 [3, ", c, " rounded up to ", cpu_kernels().tile_channels, "]");
+  const float* p = (const float*)t.const_data_ptr();
+  return {p, p + t.size(1), p + 2 * t.size(1)};
+}
+
+View blocked(void* data, Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w) { return {data, dtype, n, c, h, w, 0, 0, 0, 0, true}; }
+
+View images(View v, int64_t first, int64_t count) {
+  v.data = (char*)v.data + first * v.sn * size_of(v.dtype);
+  v.n = count;
+  return v;
+}
+
+Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels, std::vector<int64_t> patch, std::vector<int64_t> kernel,
+                   std::string act_name, bool want_pool) {
+  const CpuKernels& k = cpu_kernels();
+  const View in = view_of(x, "x");
+  const Act act = act_of(act_name);
+  const bool stem = !patch.empty();
+  const int64_t first = stem ? 2 : 0, depth = ((int64_t)packed.size() - first) / 4, ph = stem ? patch[0] : 1, pw = stem ? patch.back() : 1;
+  STD_TORCH_CHECK((stem ? patch.size() == 2 && ph > 0 && pw > 0 : depth > 0) && (int64_t)packed.size() == first + 4 * depth && depth >= 0 && channels > 0,
+                  "packed: got ", packed.size(), " tensors, wanted 2 for a stem and 4 for every block");
+  STD_TORCH_CHECK(!depth || (kernel.size() == 2 && std::min(kernel[0], kernel[1]) >= 1 && std::max(kernel[0], kernel[1]) <= kMaxKernel), "kernel: wanted two sizes from 1 to ", kMaxKernel);
+  STD_TORCH_CHECK(stem || in.c == channels, "x: got ", in.c, " channels, wanted ", channels);
+  STD_TORCH_CHECK(!stem || (in.h >= ph && in.w >= pw), "x: got an image of ", in.h, "x", in.w, ", wanted at least one patch of ", ph, "x", pw);
+  const int64_t h = in.h / ph, w = in.w / pw;
+
+  std::vector<Constants> constants;
+  for (int64_t i = 0; i < (int64_t)packed.size(); i += 2) {
+    const bool depthwise = i >= first && (i - first) % 4 == 0;
+    const int64_t c_in = i < first ? in.c * ph * pw : channels;
+    check_packed(packed[i], depthwise ? k.packed_depthwise_bytes(in.dtype, channels, kernel[0], kernel[1]) : k.packed_pointwise_bytes(in.dtype, channels, c_in),
+                 depthwise ? "a depthwise weight" : "a pointwise weight");
+    constants.push_back(packed_constants(packed[i + 1], channels));
+  }
+  std::vector<Stage> stages;
+  auto pointwise = [&](int64_t i) {  // its successor among the products: the next block's
+    const int64_t next = i + 4 < (int64_t)packed.size() ? i + 4 : stem ? 0 : 2;
+    return Pointwise{packed[i].const_data_ptr(), constants[i / 2], packed[next].const_data_ptr()};
+  };
+  if (stem) {
+    Stage s{};
+    s.producer = Stage::Producer::patches;
+    s.ph = ph, s.pw = pw;
+    s.pointwise = pointwise(0);
+    stages.push_back(s);
+  }
+  for (int64_t i = first; i < (int64_t)packed.size(); i += 4) {
+    Stage s{};
+    s.producer = Stage::Producer::depthwise;
+    s.depthwise = {packed[i].const_data_ptr(), constants[i / 2], kernel[0], kernel[1], true};
+    s.pointwise = pointwise(i + 2);
+    stages.push_back(s);
+  }
+
+  Tensor y = want_pool ? torch::stable::empty({in.n, channels}, ScalarType::Float) : output_like(x, channels, h, w);
+  const View out = want_pool ? View{} : view_of(y, "y");
+  // depth first: so many images go through all blocks that their activations stay in the cache
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t chunk = std::max<int64_t>({1, 1024 / std::max<int64_t>(1, h * w), ceil_div(4 * threads, std::max<int64_t>(1, h))});
+  const int64_t most = std::min(chunk, in.n), size = most * round_up(channels, k.lanes) * h * w * size_of(in.dtype);
+  const Tensor memory[2] = {bytes(size), bytes(stages.size() > 2 || want_pool ? size : 0)};
+  for (int64_t n = 0; n < in.n; n += chunk) {
+    const int64_t count = std::min(chunk, in.n - n);
+    View from = images(in, n, count);
+    for (size_t i = 0; i < stages.size(); i++) {
+      Stage& s = stages[i];
+      s.in = from;
+      s.out = i + 1 < stages.size() || want_pool ? blocked(aligned(memory[i % 2]), in.dtype, count, channels, h, w) : images(out, n, count);
+      s.act = act;
+      run_stage(s);
+      from = s.out;
+    }
+    if (want_pool) pool({from, (float*)y.mutable_data_ptr() + n * channels, nullptr, nullptr, 0, nullptr});
+  }
+  return want_pool && in.dtype != Dtype::float32 ? torch::stable::to(y, x.scalar_type()) : y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cmx, CPU, m) {
+  m.impl("patch_embed", TORCH_BOX(&patch_embed));
+  m.impl("depthwise_block", TORCH_BOX(&depthwise_block));
+  m.impl("pointwise_block", TORCH_BOX(&pointwise_block));
+  m.impl("pool_head", TORCH_BOX(&pool_head));
+  m.impl("block_stack", TORCH_BOX(&block_stack));
+  m.impl("pack_depthwise", TORCH_BOX(&pack_depthwise));
+  m.impl("pack_pointwise", TORCH_BOX(&pack_pointwise));
+}
+
+}  // namespace cmx

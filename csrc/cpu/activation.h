@@ -1,0 +1,96 @@
+// Activations on vectors, and the one epilogue: act(acc + bias) * scale + shift (+ residual).
+#pragma once
+
+#include "gelu_table.h"
+#include "vec.h"
+
+namespace cmx::CMX_ISA {
+
+// 2^x for x <= 128; below -126 the result is not exact but at most 2^-126, and 0 for -inf
+CMX_INLINE vf exp2(vf x) {
+  vf clamped = max(all(-127.f), x);
+  vf n = clamped + 12582912.f;  // 1.5 * 2^23: the integer part in the low bits
+  vf f = clamped - (n - 12582912.f);
+  vf p = 1.54035304e-4f * f + 1.33335581e-3f;  // Taylor series of 2^f, |f| <= 1/2
+  p = p * f + 9.61812911e-3f;
+  p = p * f + 5.55041087e-2f;
+  p = p * f + 2.40226507e-1f;
+  p = p * f + 6.93147181e-1f;
+  p = p * f + 1.f;
+  return p * (vf)((bits(n) + 127) << 23);
+}
+
+// gelu(x) = max(x, 0) - |x| Phi(-|x|), Phi the normal distribution. -inf gives NaN, as x * Phi(x) does.
+CMX_INLINE vf gelu(vf x) {
+  const vf a = (vf)(bits(x) & 0x7fffffffu);
+#if defined(__AVX512F__)
+  // Phi(-a) in segments of degree 3, exactly 0 at the end
+  const vf m = min(all(kGeluEnd), a), magic = all(12582912.f);
+  const vf t = m * kGeluScale + magic, d = m * kGeluScale - (t - magic);
+  auto coefficient = [&](int i) {
+    return (vf)_mm512_permutex2var_ps(_mm512_load_ps(kGeluTable[i]), (__m512i)t, _mm512_load_ps(kGeluTable[i] + 16));
+  };
+  const vf phi = ((coefficient(3) * d + coefficient(2)) * d + coefficient(1)) * d + coefficient(0);
+  return max(all(0), x) - max(m, vf{} - x) * phi;
+#else
+  // Phi(-a) = erfc(z) / 2, z = a / sqrt(2); Abramowitz and Stegun 7.1.26
+  const vf z = a * 0.70710678f, t = 1.f / (1.f + 0.3275911f * z), e = exp2(z * z * -1.44269504f);
+  const vf q = (((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f;
+  const vf phi = (z > all(9.f)) ? vf{} : .5f * q * t * e;
+  return max(all(0), x) - ((x > all(9.f)) ? vf{} : a * phi);
+#endif
+}
+
+// x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3)
+CMX_INLINE vf gelu_tanh(vf x) {
+  const vf minus_2u = x * (-1.59576912f - 0.0713548163f * x * x);
+  return x / (1.f + exp2(min(all(128.f), minus_2u * 1.44269504f)));
+}
+
+template <Act act>
+CMX_INLINE vf activate(vf x) {
+  if constexpr (act == Act::relu) return max(all(0), x);
+  if constexpr (act == Act::gelu) return gelu(x);
+  if constexpr (act == Act::gelu_tanh) return gelu_tanh(x);
+  return x;
+}
+
+// What is added at the end: nothing, float32 pixels [pixel][VL], or bfloat16 pixel pairs [pixel / 2][VL][2]
+struct NoResidual {
+  CMX_INLINE vf at(const void*, int64_t) { return vf{}; }
+};
+struct FloatResidual {
+  CMX_INLINE vf at(const void* p, int64_t i) { return load((const float*)p + i * VL); }
+};
+struct PairResidual {
+  CMX_INLINE vf at(const void* p, int64_t i) {
+    const vu pair = ((const vu*)p)[i / 2];
+    return i % 2 ? high(pair) : low(pair);
+  }
+};
+
+struct BlockConstants {
+  vf bias, scale, shift;
+  BlockConstants(const Constants& c, int64_t channel)
+      : bias(load(c.bias + channel)), scale(load(c.scale + channel)), shift(load(c.shift + channel)) {}
+};
+
+// acc [count][VL] -> out, `step` elements from pixel to pixel
+template <class Residual, class Out>
+static __attribute__((noinline)) void epilogue(const float* acc, int64_t count, const Constants& constants, int64_t channel,
+                                               Act act, const void* residual, Out* out, int64_t step) {
+  const BlockConstants c(constants, channel);
+  auto run = [&](auto activation) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < count; i++)
+      store(out + i * step, activation(load(acc + i * VL) + c.bias) * c.scale + c.shift + Residual::at(residual, i));
+  };
+  switch (act) {
+    case Act::relu: return run([](vf x) __attribute__((always_inline)) { return activate<Act::relu>(x); });
+    case Act::gelu: return run([](vf x) __attribute__((always_inline)) { return activate<Act::gelu>(x); });
+    case Act::gelu_tanh: return run([](vf x) __attribute__((always_inline)) { return activate<Act::gelu_tanh>(x); });
+    case Act::none: return run([](vf x) __attribute__((always_inline)) { return x; });
+  }
+}
+
+}  // namespace cmx::CMX_ISA

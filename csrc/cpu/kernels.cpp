@@ -1,0 +1,197 @@
+// The CPU kernels of one instruction set: bands of a stage, blocks of a depthwise layer, pool and head.
+#include "../cpu_levels.h"
+#include "activation.h"
+#include "depthwise.h"
+#include "layout.h"
+#include "peak.h"
+#include "pool_head.h"
+#include "product.h"
+
+namespace cmx::CMX_ISA {
+
+// One worker's scratch memory, handed out piece by piece
+struct Scratch {
+  char* next;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = (T*)next;
+    next += round_up(count * sizeof(T), 64);
+    return p;
+  }
+};
+
+template <class P>
+struct StagePlan {
+  int64_t channels, pitch, rows_pixels, row_scratch, part, out_scratch;
+  explicit StagePlan(const Stage& s) {
+    const bool patches = s.producer == Stage::Producer::patches;
+    channels = panel_channels(patches ? s.in.c * s.ph * s.pw : s.in.c);
+    pitch = channels + 64 / (int64_t)sizeof(P);  // rows of the panel must not share their cache sets
+    rows_pixels = s.rows * s.out.w;
+    row_scratch = s.producer == Stage::Producer::depthwise
+                      ? RowPlan(s.in, s.depthwise.kw).scratch_vectors(s.in, s.rows, s.depthwise.kh) * VL
+                      : kCopy * VL;
+    part = least(s.part, rows_pixels);
+    out_scratch = s.out.blocked ? 0 : part * NR * VL;
+  }
+  static constexpr int64_t kCopy = 64;  // pixels converted at a time
+  int64_t bytes() const {
+    return round_up(rows_pixels * pitch * sizeof(P), 64) + round_up(row_scratch * 4, 64) + round_up(out_scratch * 4, 64) + 64;
+  }
+};
+
+CMX_INLINE void store_as(float* to, const float* from) { store(to, load(from)); }
+CMX_INLINE void store_as(bfloat16* to, const float* from) { store(to, load(from)); }
+
+// panel[pixel][channel] = x, for the rows [y0, y0 + rows)
+template <class P>
+static void fill_copy(const Stage& s, const StagePlan<P>& plan, int64_t n, int64_t y0, int64_t rows, P* panel, float* some) {
+  for_rows(s.in, y0, rows, [&](int64_t y, int64_t, int64_t count, int64_t before) {
+    for (int64_t x = 0; x < count; x += plan.kCopy)
+      for (int64_t c = 0; c < plan.channels; c += VL) {
+        const int64_t step = least(plan.kCopy, count - x);
+        P* to = panel + (before + x) * plan.pitch + c;
+        if (c < s.in.c) gather(s.in, n, c, y, x, step, some, VL);
+        else memset(some, 0, step * VL * 4);
+        for (int64_t i = 0; i < step; i++) store_as(to + i * plan.pitch, some + i * VL);
+      }
+  });
+}
+
+// panel[pixel][(cin, p, q)] = the patch of the image under the pixel
+template <class P>
+static void fill_patches(const Stage& s, const StagePlan<P>& plan, int64_t n, int64_t y0, int64_t rows, P* panel) {
+  with_dtype(s.in.dtype, [&](auto t) {
+    typedef decltype(t) T;
+    const View& in = s.in;
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t x = 0; x < s.out.w; x++) {
+        P* to = panel + (r * s.out.w + x) * plan.pitch;
+        float line[VL];
+        int64_t k = 0;
+        auto put = [&](vf v, int64_t count) {
+          store_some(to + k, 1, count, v);
+          k += count;
+        };
+        for (int64_t c = 0; c < in.c; c++)
+          for (int64_t p = 0; p < s.ph; p++) {
+            const T* from = address<const T>(in, n, c, (y0 + r) * s.ph + p, x * s.pw);
+            for (int64_t q = 0; q < s.pw; q += VL) {
+              const int64_t count = least(VL, s.pw - q);
+              store(line, load_some(from + q * in.sw, in.sw, count));
+              put(load(line), count);
+            }
+          }
+        for (; k < plan.channels;) put(vf{}, least(VL, plan.channels - k));
+      }
+  });
+}
+
+template <class P>
+static void fill_depthwise(const Stage& s, const StagePlan<P>& plan, int64_t n, int64_t y0, int64_t rows, P* panel,
+                           float* row_scratch) {
+  const bool pairs = pairs_depthwise(s.in.dtype, s.depthwise.kw);
+  for (int64_t block = 0; block < plan.channels / VL; block++)
+    depthwise_rows(s.in, s.depthwise, n, block, y0, rows, row_scratch,
+                   [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
+                     P* to = panel + ((y - y0) * s.out.w + x) * plan.pitch + block * VL;
+                     depthwise_epilogue(acc, count, s.depthwise, block, s.act, pairs, residual, to, plan.pitch);
+                   });
+}
+
+template <class P, class T>
+static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
+  const StagePlan<P> plan(s);
+  const int64_t rows = least(s.rows, s.out.h - y0);
+  Scratch scratch{memory};
+  P* panel = scratch.take<P>(plan.rows_pixels * plan.pitch);
+  float* row_scratch = scratch.take<float>(plan.row_scratch);
+  float* sums = scratch.take<float>(plan.out_scratch);
+  switch (s.producer) {
+    case Stage::Producer::depthwise: fill_depthwise(s, plan, n, y0, rows, panel, row_scratch); break;
+    case Stage::Producer::patches: fill_patches(s, plan, n, y0, rows, panel); break;
+    case Stage::Producer::copy: fill_copy(s, plan, n, y0, rows, panel, row_scratch); break;
+  }
+  const View& out = s.out;
+  int64_t part_begin = 0;
+  product(
+      panel, plan.pitch, rows * out.w, plan.channels, out.c, s.pointwise, plan.part,
+      [&](int64_t m, int64_t count, int64_t block, const float* acc) {
+        const Constants& constants = s.pointwise.constants;
+        if (out.blocked) {
+          T* to = block_of<T>(out, n, block) + (y0 * out.w + m) * VL;
+          epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, VL);
+        } else {
+          float* to = sums + ((block % NR) * plan.part + m - part_begin) * VL;
+          epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, VL);
+        }
+      },
+      [&](int64_t m0, int64_t m1, int64_t block, int64_t blocks) {
+        if (out.blocked) return;
+        const View flat = as_one_row(out);
+        for (int64_t j = 0; j < blocks; j++)
+          for (int64_t m = m0, count; m < m1; m += count) {
+            const int64_t pixel = y0 * out.w + m;
+            count = least(m1 - m, flat.w - pixel % flat.w);
+            scatter(flat, n, (block + j) * VL, pixel / flat.w, pixel % flat.w, count, sums + (j * plan.part + m - m0) * VL, VL);
+          }
+        if (block + blocks == ceil_div(out.c, VL)) part_begin = m1;
+      });
+}
+
+static void stage_band(const Stage& s, int64_t n, int64_t y0, char* scratch) {
+  if constexpr (kBf16Products)
+    if (s.in.dtype == Dtype::bfloat16) return stage_band_as<bfloat16, bfloat16>(s, n, y0, scratch);
+  with_dtype(s.out.dtype, [&](auto t) { stage_band_as<float, decltype(t)>(s, n, y0, scratch); });
+}
+
+static int64_t stage_scratch_bytes(const Stage& s) {
+  return kBf16Products && s.in.dtype == Dtype::bfloat16 ? StagePlan<bfloat16>(s).bytes() : StagePlan<float>(s).bytes();
+}
+
+// One block of channels of a depthwise layer by itself, rows [y0, y0 + rows)
+static void depthwise_band(const DepthwiseStage& s, int64_t n, int64_t block, int64_t y0, char* memory) {
+  const int64_t rows = least(s.rows, s.out.h - y0), w = s.out.w;
+  const RowPlan plan(s.in, s.depthwise.kw);
+  Scratch scratch{memory};
+  float* row_scratch = scratch.take<float>(plan.scratch_vectors(s.in, s.rows, s.depthwise.kh) * VL);
+  float* sums = scratch.take<float>(s.rows * w * VL);
+  depthwise_rows(s.in, s.depthwise, n, block, y0, rows, row_scratch,
+                 [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
+                   float* to = sums + ((y - y0) * w + x) * VL;
+                   depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to, VL);
+                 });
+  for_rows(s.out, y0, rows, [&](int64_t y, int64_t x, int64_t count, int64_t before) {
+    scatter(s.out, n, block * VL, y, x, count, sums + before * VL, VL);
+  });
+}
+
+static int64_t depthwise_scratch_bytes(const DepthwiseStage& s) {
+  const RowPlan plan(s.in, s.depthwise.kw);
+  return round_up(plan.scratch_vectors(s.in, s.rows, s.depthwise.kh) * VL * 4, 64) + s.rows * s.out.w * VL * 4 + 64;
+}
+
+#define CMX_STRING(x) #x
+#define CMX_NAME(x) CMX_STRING(x)
+
+const CpuKernels& kernels() {
+  static constexpr CpuKernels table = {
+      CMX_NAME(CMX_ISA), VL,
+      NR * VL,           kBf16Products,
+      [](Dtype d, int64_t kw) { return pairs_depthwise(d, kw); },
+      packed_depthwise_bytes,
+      packed_pointwise_bytes,
+      pack_depthwise,
+      pack_pointwise,
+      stage_scratch_bytes,
+      stage_band,
+      depthwise_scratch_bytes,
+      depthwise_band,
+      pool_block,
+      classify,
+      peak_flop,
+  };
+  return table;
+}
+
+}  // namespace cmx::CMX_ISA

@@ -1,0 +1,59 @@
+// Global average pool and linear layer, both summed in float32.
+#pragma once
+
+#include "layout.h"
+
+namespace cmx::CMX_ISA {
+
+constexpr int kChains = 8;  // independent sums: as accurate as pairwise halves, and no chain of dependent additions
+
+// pooled[n][channel] = mean over the pixels, for one block of VL channels
+static void pool_block(const PoolHead& p, int64_t n, int64_t block) {
+  const View& in = p.in;
+  const int64_t pixels = in.h * in.w;
+  vf sums[kChains] = {};
+  auto add = [&](const auto* from, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; i++) sums[(first + i) % kChains] += load(from + i * VL);
+  };
+  if (in.blocked) {
+    with_dtype(in.dtype, [&](auto t) { add(block_of<const decltype(t)>(in, n, block), 0, pixels); });
+  } else {
+    constexpr int64_t kStep = 64;
+    float some[kStep * VL];
+    for_rows(in, 0, in.h, [&](int64_t y, int64_t, int64_t count, int64_t pixels_before) {
+      View row = in;
+      row.w = count;
+      for (int64_t x = 0; x < count; x += kStep) {
+        const int64_t step = least(kStep, count - x);
+        gather(row, n, block * VL, y, x, step, some, VL);
+        add(some, pixels_before + x, step);
+      }
+    });
+  }
+  for (int half = kChains / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+  store_some(p.pooled + n * in.c + block * VL, 1, least(VL, in.c - block * VL), sums[0] / all((float)pixels));
+}
+
+// out[n][class] = sum_c pooled[n][c] weight[class][c] + bias[class]
+static void classify(const PoolHead& p, int64_t class_begin, int64_t class_end) {
+  with_dtype(p.in.dtype, [&](auto t) {
+    typedef decltype(t) T;
+    const int64_t c = p.in.c, whole = c / VL * VL;
+    for (int64_t k = class_begin; k < class_end; k++) {
+      const T* w = (const T*)p.weight + k * c;
+      for (int64_t n = 0; n < p.in.n; n++) {
+        const float* x = p.pooled + n * c;
+        vf sum[2] = {};
+        for (int64_t i = 0; i < whole; i += VL) sum[i / VL % 2] += load(x + i) * load(w + i);
+        if (whole < c) sum[0] += load_some(x + whole, 1, c - whole) * load_some(w + whole, 1, c - whole);
+        const vf lanes = sum[0] + sum[1];
+        float total = p.bias ? p.bias[k] : 0.f;
+        for (int64_t l = 0; l < VL; l++) total += lanes[l];
+        store_some((T*)p.out + n * p.classes + k, 1, 1, all(total));
+      }
+    }
+  });
+}
+
+}  // namespace cmx::CMX_ISA

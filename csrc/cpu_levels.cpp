@@ -1,0 +1,69 @@
+#include "cpu_levels.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#include "cmx_isa_levels.h"
+
+namespace cmx {
+
+#define X(level)                \
+  namespace level {             \
+  const CpuKernels& kernels();  \
+  }
+CMX_FOR_EACH_ISA(X)
+#undef X
+
+static bool runs_here(const std::string& level) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (level == "avx2") return avx2;
+  if (level == "avx512") return avx512;
+  if (level == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return level == "baseline";
+}
+
+static const std::vector<const CpuKernels*>& runnable() {
+  static const std::vector<const CpuKernels*> found = [] {
+    std::vector<const CpuKernels*> v;
+#define X(level) \
+  if (runs_here(#level)) v.push_back(&level::kernels());
+    CMX_FOR_EACH_ISA(X)
+#undef X
+    return v;
+  }();
+  return found;
+}
+
+static std::atomic<const CpuKernels*> in_use{nullptr};
+
+const CpuKernels& cpu_kernels() {
+  const CpuKernels* k = in_use.load(std::memory_order_relaxed);
+  return k ? *k : *runnable().back();
+}
+
+const std::vector<std::string>& cpu_levels() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> v;
+    for (const CpuKernels* k : runnable()) v.emplace_back(k->name);
+    return v;
+  }();
+  return names;
+}
+
+void set_cpu_level(const std::string& name) {
+  for (const CpuKernels* k : runnable())
+    if (name == k->name) {
+      in_use.store(k, std::memory_order_relaxed);
+      return;
+    }
+  std::string wanted;
+  for (const std::string& level : cpu_levels()) wanted += (wanted.empty() ? "" : ", ") + level;
+  throw std::invalid_argument("isa level: got '" + name + "', wanted one of " + wanted);
+}
+
+}  // namespace cmx

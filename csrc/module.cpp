@@ -1,0 +1,46 @@
+// The Python module: what was compiled, which instruction set runs, how fast the machine is at best.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+
+#include "cpu_levels.h"
+
+namespace py = pybind11;
+using namespace cmx;
+
+static std::vector<std::string> activations() {
+#define X(name) #name,
+  return {CMX_FOR_EACH_ACTIVATION(X)};
+#undef X
+}
+
+static std::vector<std::string> dtypes() {
+#define X(name) #name,
+  return {CMX_FOR_EACH_DTYPE(X)};
+#undef X
+}
+
+// FLOP/s of the calling thread on registers alone
+static double peak(const std::string& dtype, double seconds) {
+  const Dtype d = dtype == "bfloat16" ? Dtype::bfloat16 : Dtype::float32;
+  const auto start = std::chrono::steady_clock::now();
+  double flop = 0, passed = 0;
+  while (passed < seconds) {
+    flop += cpu_kernels().peak_flop(d, 1 << 16);
+    passed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+  return flop / passed;
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of cmx_kernels";
+  m.def("activations", activations, "activations with a CPU kernel");
+  m.def("dtypes", dtypes, "storage types with a CPU kernel");
+  m.def("isa_levels", cpu_levels, "instruction sets that were compiled and run here, slowest first");
+  m.def("isa_level", [] { return std::string(cpu_kernels().name); }, "the instruction set in use");
+  m.def("set_isa_level", set_cpu_level, py::arg("name"), "use another instruction set; ValueError if it does not run here");
+  m.def("lanes", [] { return cpu_kernels().lanes; }, "channels in a vector");
+  m.def("peak", peak, py::arg("dtype"), py::arg("seconds") = 0.02, py::call_guard<py::gil_scoped_release>(),
+        "FLOP/s of one thread on registers alone, \"float32\" or \"bfloat16\"; run it on every core at once");
+}

@@ -1,0 +1,74 @@
+// One plain struct per kernel: sizes, strides in elements, pointers. No torch below this line of the architecture.
+#pragma once
+
+#include <cstdint>
+
+#include "lists.h"
+
+namespace cmx {
+
+#define X(name) name,
+enum class Dtype : int { CMX_FOR_EACH_DTYPE(X) };
+enum class Act : int { CMX_FOR_EACH_ACTIVATION(X) };
+#undef X
+
+inline int64_t size_of(Dtype d) { return d == Dtype::float32 ? 4 : 2; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Activations. Strided: [n, c, h, w] anywhere. Blocked: [n][c / lanes][h][w][lanes], channels beyond c are zero.
+struct View {
+  void* data;
+  Dtype dtype;
+  int64_t n, c, h, w;
+  int64_t sn, sc, sh, sw;  // strided only
+  bool blocked;
+};
+
+// What follows a convolution: act(. + bias) * scale + shift, float32 [channels rounded up to lanes]
+struct Constants {
+  const float *bias, *scale, *shift;
+};
+
+struct Depthwise {
+  const void* weight;  // packed by pack_depthwise
+  Constants constants;
+  int64_t kh, kw;
+  bool residual;
+};
+
+struct Pointwise {
+  const void* weight;  // packed by pack_pointwise
+  Constants constants;
+  const void* next;    // the weights that will be read after these, or null
+};
+
+// One pass over the activations, in bands of rows: a producer fills a panel [pixel][channel], a product consumes it.
+struct Stage {
+  enum class Producer { patches, depthwise, copy } producer;
+  View in, out;
+  int64_t ph, pw;       // patches: stride = kernel
+  Depthwise depthwise;  // producer depthwise
+  Pointwise pointwise;
+  Act act;
+  int64_t rows;         // output rows of a band
+  int64_t part;         // pixels of the panel that one sweep over the weights takes: they stay in L2
+};
+
+struct DepthwiseStage {
+  View in, out;
+  Depthwise depthwise;
+  Act act;
+  int64_t rows;
+};
+
+struct PoolHead {
+  View in;
+  float* pooled;       // [n, c]
+  const void* weight;  // [classes, c] contiguous, in the dtype of `in`
+  const float* bias;   // [classes] or null
+  int64_t classes;
+  void* out;           // [n, classes] in the dtype of `in`
+};
+
+}  // namespace cmx
