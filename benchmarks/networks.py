@@ -1,0 +1,113 @@
+"""The networks that are timed: sizes, arithmetic, and a plain PyTorch ConvMixer that shares no line with cmx_kernels.
+
+The plain model has timm's state_dict keys, so that one file of weights serves every provider.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A ConvMixer by its numbers."""
+
+    name: str
+    dim: int
+    depth: int
+    kernel_size: int
+    patch_size: int
+    act: type[nn.Module]
+    image_size: int = 224
+    classes: int = 1000
+
+    @property
+    def pixels(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def depthwise_flop(self) -> int:
+        """Of one image, padding counted, two a multiply-add. Common counters leave these out (padding="same")."""
+        return 2 * self.pixels * self.dim * self.kernel_size**2 * self.depth
+
+    @property
+    def matrix_flop(self) -> int:
+        """Of one image: patches, pointwise, head."""
+        stem = self.pixels * self.dim * 3 * self.patch_size**2
+        return 2 * (stem + self.pixels * self.dim**2 * self.depth + self.dim * self.classes)
+
+    @property
+    def flop(self) -> int:
+        return self.depthwise_flop + self.matrix_flop
+
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        Spec("convmixer_768_32", 768, 32, 7, 7, nn.ReLU),
+        Spec("convmixer_1024_20_ks9_p14", 1024, 20, 9, 14, nn.GELU),
+        Spec("convmixer_1536_20", 1536, 20, 9, 7, nn.GELU),
+        Spec("tiny", 64, 2, 5, 14, nn.GELU),  # to try the benchmark itself
+    )
+}
+RELEASED = tuple(name for name in SPECS if name != "tiny")
+
+
+class _Residual(nn.Module):
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x) + x
+
+
+def plain(spec: Spec) -> nn.Module:
+    """Convolution, activation, BatchNorm, as in the paper; timm's keys."""
+    h, k, p, act = spec.dim, spec.kernel_size, spec.patch_size, spec.act
+
+    def block() -> nn.Module:
+        depthwise = nn.Conv2d(h, h, k, groups=h, padding="same")
+        mixer = _Residual(nn.Sequential(depthwise, act(), nn.BatchNorm2d(h)))
+        return nn.Sequential(mixer, nn.Conv2d(h, h, 1), act(), nn.BatchNorm2d(h))
+
+    parts = {
+        "stem": nn.Sequential(nn.Conv2d(3, h, p, stride=p), act(), nn.BatchNorm2d(h)),
+        "blocks": nn.Sequential(*(block() for _ in range(spec.depth))),
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        "head": nn.Linear(h, spec.classes),
+    }
+    return nn.Sequential(OrderedDict(parts)).eval()
+
+
+def plain_with(spec: Spec, weights: Path) -> nn.Module:
+    """The plain model with the weights of a file, mapped and not copied."""
+    with torch.device("meta"):
+        model = plain(spec)
+    model.load_state_dict(torch.load(weights, weights_only=True, mmap=True), assign=True)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def calibrated(spec: Spec, crops: Tensor) -> nn.Module:
+    """Seeded random weights whose activations behave like a trained network's on photographs.
+
+    BatchNorm gets random scale and shift, and the statistics of ``crops``. The head's bias makes the mean logit zero:
+    without it all photographs share one class, and agreement on the class would say nothing.
+    """
+    torch.manual_seed(0)
+    model = plain(spec)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            module.momentum = None  # the average over all batches seen
+    logits = model.train()(crops)
+    model.head.bias -= logits.mean(0)
+    return model.eval()

@@ -1,0 +1,50 @@
+"""The providers of one and the same network: one small module each.
+
+A module has
+    why_absent() -> str | None                                  what is missing, in words
+    build(spec, weights, dtype, photos) -> Runner               ready to be timed at the shape of ``photos``
+and uses the settings that someone who knows the tool would choose; Runner.settings names them.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Runner:
+    """One network, built for one dtype and batch size."""
+
+    feed: Callable[[Tensor], Any]  # float32 NCHW photographs -> the provider's own input; not timed
+    run: Callable[[Any], Any]  # timed
+    read: Callable[[Any], Tensor] = lambda out: out.float()  # the logits in float32; not timed
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    module: str
+    dtypes: tuple[str, ...]
+    kind: str  # "fused", "eager" or "peer"
+    slow_to_build: bool = False  # only with --full
+
+    def load(self) -> Any:
+        return importlib.import_module(f"benchmarks.peers.{self.module}")
+
+
+# In the order of the tables. eager comes first: its error bounds that of the others.
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider("eager", "eager", ("fp32", "bf16"), "eager"),
+        Provider("eager channels_last", "eager_channels_last", ("fp32", "bf16"), "eager"),
+        Provider("inductor", "inductor", ("fp32", "bf16"), "peer", slow_to_build=True),
+        Provider("onnxruntime", "onnx_runtime", ("fp32",), "peer"),
+        Provider("openvino", "openvino_runtime", ("fp32", "bf16"), "peer"),
+        Provider("fused", "fused", ("fp32", "bf16"), "fused"),
+    )
+}

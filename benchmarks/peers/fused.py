@@ -1,0 +1,50 @@
+"""cmx_kernels: the same weights in the fused model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.networks import DTYPES, RELEASED, Spec
+from benchmarks.peers import Runner
+
+
+def why_absent() -> str | None:
+    try:
+        import cmx_kernels
+    except ImportError as error:
+        return f"cmx_kernels does not import: {error}"
+    return None if hasattr(cmx_kernels, "create_model") else "this cmx_kernels has no create_model"
+
+
+def build(spec: Spec, weights: Path, dtype: str, photos: Tensor) -> Runner:
+    model = _model(spec)
+    model.load_state_dict(torch.load(weights, weights_only=True, mmap=True))
+    model = model.to(DTYPES[dtype]).eval().requires_grad_(False)
+    x = photos.to(DTYPES[dtype])
+    return Runner(
+        feed=lambda x: x.to(DTYPES[dtype]),
+        run=model,
+        settings={"layout": "NCHW", "backend": _backend(model, x)},
+    )
+
+
+def _model(spec: Spec) -> nn.Module:
+    import cmx_kernels
+
+    if spec.name in RELEASED:
+        return cmx_kernels.create_model(spec.name, fused=True)
+    return cmx_kernels.ConvMixer(
+        spec.dim, spec.depth, spec.kernel_size, spec.patch_size, spec.classes, act_layer=spec.act, fused=True
+    )
+
+
+def _backend(model: nn.Module, x: Tensor) -> str:
+    """The backends that run the blocks, in one word if they agree."""
+    import cmx_kernels
+
+    if not hasattr(cmx_kernels, "explain"):
+        return "unknown"
+    rows: Any = cmx_kernels.explain(model, x).rows
+    return " + ".join(sorted({row.backend for row in rows}))

@@ -1,0 +1,68 @@
+"""The truth an output is held against, once a model: |out - ref| <= 2 max|plain in the same dtype - ref| + eps.
+
+``ref`` is the plain model in float64, which is slow: on as many photographs as fit into a few seconds, at least two.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import photos
+from benchmarks.networks import DTYPES, SPECS, calibrated, plain_with
+
+
+@dataclass
+class Reference:
+    model: str
+    weights: Path
+    photos: Tensor  # [8, 3, H, W]
+    ref: Tensor  # [n <= 8, classes], float64
+    plain: dict[str, Tensor] = field(default_factory=dict)  # dtype -> [8, classes] of plain eager PyTorch
+
+    def error(self, logits: Tensor) -> float:
+        """The largest one on the photographs that have a float64 reference."""
+        return (logits[: len(self.ref)].double() - self.ref).abs().max().item()
+
+    def allowed(self, dtype: str) -> float:
+        """eps is four roundings of a number as large as the largest logit: plain may be right by luck."""
+        eps = 4 * torch.finfo(DTYPES[dtype]).eps / 2 * self.ref.abs().max().item()
+        return 2 * self.error(self.plain[dtype]) + eps
+
+    def agreement(self, logits: Tensor) -> tuple[int, int]:
+        """On how many photographs the class is that of plain float32, and how many there are."""
+        return int((logits.argmax(1) == self.plain["fp32"].argmax(1)).sum()), len(logits)
+
+    def wrong(self, logits: Tensor, dtype: str) -> str | None:
+        """Why these logits are wrong, if they are."""
+        if tuple(logits.shape) != tuple(self.plain[dtype].shape):
+            return f"shape {list(logits.shape)}, wanted {list(self.plain[dtype].shape)}"
+        if not torch.isfinite(logits).all():
+            return "the logits are not finite"
+        error, allowed = self.error(logits), self.allowed(dtype)
+        return None if error <= allowed else f"error {error:.2g} against float64, allowed are {allowed:.2g}"
+
+
+@torch.no_grad()
+def make(model: str, folder: Path, seconds: float) -> Reference:
+    """Calibrate the model, write its weights into ``folder``, and compute the float64 reference."""
+    spec = SPECS[model]
+    network = calibrated(spec, photos.random_crops(spec.image_size, 8))
+    weights = folder / f"{model}.pt"
+    torch.save(network.state_dict(), weights)
+    images = photos.photographs(spec.image_size)
+    exact, logits, start = network.double(), [], time.perf_counter()
+    for image in images.double():
+        if len(logits) >= 2 and time.perf_counter() - start > seconds:
+            break
+        logits.append(exact(image[None]))
+    return Reference(model, weights, images, torch.cat(logits))
+
+
+@torch.no_grad()
+def plain_logits(reference: Reference, dtype: str) -> Tensor:
+    """Of the plain model on all photographs, one after the other; for runs without an eager provider."""
+    model = plain_with(SPECS[reference.model], reference.weights).to(DTYPES[dtype])
+    return torch.cat([model(image[None].to(DTYPES[dtype])).float() for image in reference.photos])
