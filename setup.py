@@ -26,7 +26,7 @@ sys.path.pop(0)
 
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
 FLAGS += " -Wno-maybe-uninitialized"  # GCC's own AVX-512 headers set it off
-NVCC_FLAGS = "-std=c++20 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -DCMX_WITH_CUDA"
+NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DCMX_WITH_CUDA"
 RULES = """\
 rule cxx
   command = {cxx} $flags -MMD -MF $out.d -c $in -o $out
