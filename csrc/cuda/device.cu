@@ -33,8 +33,7 @@ std::string sentence(cudaError_t error, int device) {
       return "the NVIDIA driver supports CUDA " + version_name(cmx_cuda_driver_version()) +
              " and the kernels were built with CUDA " + version_name(cmx_cuda_runtime_version()) +
              ": update the driver, or build with an older nvcc";
-    case cudaErrorNoDevice:
-      return "no CUDA device is visible (is CUDA_VISIBLE_DEVICES set?)";
+    case cudaErrorNoDevice: return "no CUDA device is visible (is CUDA_VISIBLE_DEVICES set?)";
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
       return "the kernels were built for " + std::string(cmx_cuda_archs()) + ", which does not serve " +
@@ -42,11 +41,10 @@ std::string sentence(cudaError_t error, int device) {
     case cudaErrorUnsupportedPtxVersion:
     case cudaErrorInvalidPtx:
     case cudaErrorJitCompilerNotFound:
-      return "the kernels were built for " + std::string(cmx_cuda_archs()) + ", and the driver cannot compile their PTX for " +
-             device_name(device) + " (" + cudaGetErrorString(error) +
+      return "the kernels were built for " + std::string(cmx_cuda_archs()) +
+             ", and the driver cannot compile their PTX for " + device_name(device) + " (" + cudaGetErrorString(error) +
              "): build again with its compute capability in TORCH_CUDA_ARCH_LIST, or update the driver";
-    default:
-      return "CUDA says of device " + std::to_string(device) + ": " + cudaGetErrorString(error);
+    default: return "CUDA says of device " + std::to_string(device) + ": " + cudaGetErrorString(error);
   }
 }
 
