@@ -126,7 +126,7 @@ def conv(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, padding="same", groups=len(weight)) if x.numel() else x
     if op == "patch_embed":
         return F.conv2d(x, weight, bias, stride=weight.shape[2:]) if x.numel() else _empty_sum(x, weight, bias)
-    y = torch.einsum("nchw,oc->nohw", x, weight.flatten(1))
+    y = torch.einsum("nchw,oc->nohw", x, weight.flatten(1)).contiguous()
     return y if bias is None else y + bias[:, None, None]
 
 

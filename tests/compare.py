@@ -54,15 +54,21 @@ def check(out: Tensor, expected: Expected, what: str = "out") -> None:
     error = (out.double() - ref).abs()
     allowed = allowed_error(expected)
     bad = ~(error <= allowed)  # a NaN is bad
-    assert not bad.any(), f"{what}: {report(out, ref, plain, error / allowed, bad)}"
+    assert not bad.any(), f"{what}: {report(out, ref, plain, error / allowed, bad, 'times what is allowed')}"
 
 
-def check_nonfinite(out: Tensor, eager: Tensor, what: str = "out") -> None:
-    """Assert that inf, -inf and NaN are exactly where eager has them."""
+def check_nonfinite(out: Tensor, eager: Tensor, also: Tensor | None = None, what: str = "out") -> None:
+    """Assert that inf, -inf and NaN are exactly where ``eager`` has them, or where ``also`` does if they disagree."""
     assert out.shape == eager.shape, f"{what}: got shape {list(out.shape)}, wanted {list(eager.shape)}"
-    for kind, test in (("nan", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
-        bad = test(out) != test(eager)
-        assert not bad.any(), f"{what}, {kind}: {report(out, eager, eager, bad.double(), bad)}"
+    bad = _kind(out) != _kind(eager)
+    if also is not None:
+        bad &= _kind(out) != _kind(also)
+    assert not bad.any(), f"{what}, finite or not: {report(out, eager, eager, bad.double(), bad)}"
+
+
+def _kind(t: Tensor) -> Tensor:
+    """0 finite, 1 inf, 2 -inf, 3 NaN"""
+    return torch.isposinf(t) + 2 * torch.isneginf(t) + 3 * torch.isnan(t)
 
 
 def check_equal(out: Tensor, wanted: Tensor, what: str = "out") -> None:
@@ -70,10 +76,10 @@ def check_equal(out: Tensor, wanted: Tensor, what: str = "out") -> None:
     assert (out.dtype, out.shape) == (wanted.dtype, wanted.shape), f"{what}: {out.dtype} {list(out.shape)}"
     bad = ~((out == wanted) | (out.isnan() & wanted.isnan()))
     difference = (out.double() - wanted.double()).abs()
-    assert not bad.any(), f"{what} is not bit-equal: {report(out, wanted, wanted, difference, bad)}"
+    assert not bad.any(), f"{what} is not bit-equal: {report(out, wanted, wanted, difference, bad, 'off')}"
 
 
-def report(out: Tensor, ref: Tensor, plain: Tensor, badness: Tensor, bad: Tensor) -> str:
+def report(out: Tensor, ref: Tensor, plain: Tensor, badness: Tensor, bad: Tensor, unit: str = "") -> str:
     """How many elements are wrong, where they lie, and the worst three."""
     badness = badness.nan_to_num(nan=torch.inf).where(bad, torch.zeros_like(badness))
     where = bad.nonzero()
@@ -82,5 +88,5 @@ def report(out: Tensor, ref: Tensor, plain: Tensor, badness: Tensor, bad: Tensor
     for flat in badness.flatten().topk(min(3, len(where))).indices.tolist():
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), out.shape))
         values = f"out {out[index].item():.9g}  ref {ref[index].item():.9g}  plain {plain[index].item():.9g}"
-        lines.append(f"  {list(index)}: {values}  {badness[index].item():.3g} times the allowed error")
+        lines.append(f"  {list(index)}: {values}  " + (f"{badness[index].item():.3g} {unit}" if unit else ""))
     return "\n".join(lines)

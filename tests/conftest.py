@@ -1,9 +1,12 @@
 """Seed, threads, NaN-filled empties, and the fixtures ``isa`` and ``backend``."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads of two test runs do not spin
 
 import hypothesis
 import pytest

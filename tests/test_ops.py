@@ -23,6 +23,23 @@ def test_shapes(backend: Runner, op: str, shape: tuple[int, ...], dtype: torch.d
     check(backend(op, last, *args[1:]), expected, "channels_last")
 
 
+@pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=cases.name)
+@pytest.mark.parametrize(("op", "shape"), cases.EVERY_SHAPE, ids=cases.name)
+def test_integers_are_exact(backend: Runner, op: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Sums of small integers are exact in any order, so the one rounding at the end is all that is allowed."""
+    x_size, weight_size = cases.sizes(op, shape)
+    x, weight = torch.randint(-3, 4, x_size).to(dtype), torch.randint(-2, 3, weight_size).to(dtype)
+    if op == "pool_head":  # a mean over a power of two pixels
+        x = x[:, :, :1, :1].repeat(1, 1, 4, 2)
+        args = (x, weight, torch.randint(-9, 9, weight_size[:1]).to(dtype))
+    else:
+        bias, scale, shift = (torch.randint(-9, 9, weight_size[:1]).to(torch.float32) for _ in range(3))
+        if dtype == torch.float64:
+            bias, scale, shift = bias.double(), scale.double(), shift.double()
+        args = (x, weight, bias, scale / 4, shift, "relu", *((True,) if op == "depthwise_block" else ()))
+    check_equal(backend(op, *args), cases.formula(torch.float64, op, *args).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=cases.name)
 @pytest.mark.parametrize("k", range(1, 32))
 def test_every_kernel_size(backend: Runner, k: int, dtype: torch.dtype) -> None:

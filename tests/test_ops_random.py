@@ -10,10 +10,6 @@ from conftest import Runner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cmx_kernels import registry
-
-EXAMPLES = 120 if registry.C is not None else 200  # for every backend
-
 _channels = st.one_of(st.integers(1, 20), st.integers(1, 140))
 _pixels = st.one_of(st.integers(1, 9), st.integers(1, 40))
 _kernel = st.one_of(st.integers(1, 9), st.integers(1, 31))
@@ -52,7 +48,7 @@ def _calls(draw: st.DrawFn) -> Call:
     return Call(op, shape, dtype, act, vectors, draw(st.booleans()), draw(st.sampled_from(sorted(LAYOUTS))))
 
 
-@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=_calls())
 @example(call=Call("depthwise_block", (1, 16, 1, 1, 31, 31)))
 def test_random_calls(backend: Runner, call: Call) -> None:
