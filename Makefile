@@ -4,7 +4,7 @@
 #   VENV=.venv                where it is made; empty: use PYTHON and the packages it has, and download nothing
 #   TORCH=torch==2.13.0       another torch
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    the small CPU build of torch (PyPI's is the CUDA build: gigabytes)
-#   ARGS="-k depthwise"       more arguments for pytest
+#   ARGS="-k depthwise"       more arguments for pytest: options, or the files to run
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,7 +32,7 @@ BENCH_READY := $(VENV)/.bench $(READY)
 endif
 
 test: $(READY)
-	$(RUN) -m pytest tests $(ARGS)
+	$(RUN) -m pytest $(ARGS)
 
 bench: $(BENCH_READY)
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
@@ -51,6 +51,8 @@ clean:
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
+	@test -n "$(TORCH_INDEX)" || command -v nvidia-smi >/dev/null || \
+	  echo "No GPU here: TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the CPU build of torch, which is smaller."
 	$(RUN) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	touch $@
 
