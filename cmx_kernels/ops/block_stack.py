@@ -8,7 +8,9 @@ Between the first and the last kernel the activations stay in the kernels' own l
 backend and to its instruction set: it is made on the machine that uses it and never stored.
 """
 
+import ctypes
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -110,20 +112,22 @@ def block_stack(x: Tensor, packed: PackedStack, pool: bool = False) -> Tensor:
 class PackedCache:
     """The packed form of some parameters, made again when one of them, or the key, has changed.
 
-    Identity is (address, version): every in-place operation that PyTorch counts is seen, writes through ``.data`` into
-    the same memory are not. Holding the tensors keeps an address from being given to another one meanwhile.
+    Identity is (address, version): every in-place operation that PyTorch counts is seen. Writes through ``.data`` are not
+    counted; on the CPU they are seen where they change one of the values that are sampled at the beginning and in the
+    middle of each tensor. Holding the tensors keeps an address from being given to another one meanwhile.
     """
 
     def __init__(self) -> None:
-        self._state: tuple[Any, list[Tensor], Any] | None = None
+        self._state: tuple[Any, ...] | None = None
 
     def get(self, tensors: Sequence[Tensor], key: Hashable, build: Callable[[], Any]) -> Any:
-        now = (key, registry.isa_level(), [(t.data_ptr(), t._version) for t in tensors])
+        """``build()``, or what it returned last time. RuntimeError if a tensor was made under torch.inference_mode()."""
+        now = (key, registry.isa_level(), list(map(Tensor.data_ptr, tensors)), list(map(_version, tensors)))
         state = self._state
-        if state is None or state[0] != now:
-            state = (now, [t.detach() for t in tensors], build())
-            self._state = state
-        return state[2]
+        if state is None or state[0] != now or b"".join(state[1]) != state[2]:
+            samples = [sample for tensor in tensors for sample in _samples(tensor)]
+            self._state = state = (now, samples, b"".join(samples), [t.detach() for t in tensors], build())
+        return state[4]
 
     def clear(self) -> None:
         self._state = None
@@ -133,3 +137,16 @@ class PackedCache:
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return PackedCache, ()
+
+
+_version = attrgetter("_version")
+_SAMPLE = 64  # bytes
+
+
+def _samples(tensor: Tensor) -> list[Any]:
+    """Views of the memory of a tensor: its first bytes, and some from its middle if it is contiguous."""
+    size = tensor.numel() * tensor.element_size() if tensor.is_contiguous() else tensor.element_size()
+    if tensor.device.type != "cpu" or tensor.numel() == 0:
+        return []
+    at = [0] if size <= _SAMPLE else [0, min(size // 2, size - _SAMPLE)]
+    return [(ctypes.c_char * min(size, _SAMPLE)).from_address(tensor.data_ptr() + offset) for offset in at]

@@ -1,0 +1,116 @@
+"""The fused forms of modules: the same children under the same names, another forward.
+
+A module becomes fused when its __class__ is set, and plain again when it is set back; nothing else changes. Its forward
+asks again in every call whether everything is still as it was, and else runs the plain one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmx_kernels import backends, ops
+from cmx_kernels.activations import name_of
+from cmx_kernels.models.stack import STATE, Stack, check_bypass, check_call, check_unit, current, plain_is_wanted
+from cmx_kernels.models.structure import BlockParts, Refusal, Unit, block_parts, children, stem_unit
+from cmx_kernels.ops.batchnorm import fold
+from cmx_kernels.ops.checks import autocast
+
+
+class Fused(nn.Module):
+    """What all fused classes share: nothing in the state dict, and packed weights are dropped when parameters move."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.__dict__.pop(STATE, None)
+        return super()._apply(fn, recurse)
+
+
+class Stem(Fused, nn.Sequential):
+    """nn.Sequential(conv, act, bn): images [N, Cin, H, W] -> [N, C, H // p, W // q]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            for module in self:
+                x = module(x)
+            return x
+        else:  # noqa: RET505 (TorchScript skips what stands in an else)
+            return self._fused(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        if plain_is_wanted(x):
+            return nn.Sequential.forward(self, x)
+        try:
+            check_call(x)
+            if torch.compiler.is_compiling():
+                unit = self.checked_unit()
+            else:
+                stack, tensors = current(self, self.stack)
+                y = stack.run(x, tensors)
+                if y is not None:
+                    return y
+                unit = stack.units[0]
+        except Refusal as reason:
+            backends.say_once(f"a stem runs in plain PyTorch: {reason}")
+            return nn.Sequential.forward(self, x)
+        return run_unit("patch_embed", unit, x)
+
+    def checked_unit(self) -> Unit:
+        unit = stem_unit(children(self))
+        check_unit(unit)
+        return unit
+
+    def stack(self) -> Stack:
+        return Stack(self, self.checked_unit(), [], [])
+
+
+class Block(Fused, nn.Sequential):
+    """nn.Sequential(x + Sequential(depthwise conv, act, bn), conv 1x1, act, bn): [N, C, H, W] -> [N, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            for module in self:
+                x = module(x)
+            return x
+        else:  # noqa: RET505
+            return self._fused(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        if plain_is_wanted(x):
+            return nn.Sequential.forward(self, x)
+        try:
+            check_call(x)
+            if torch.compiler.is_compiling():
+                parts = self.checked_parts()
+            else:
+                stack, tensors = current(self, self.stack)
+                y = stack.run(x, tensors)
+                if y is not None:
+                    return y
+                parts = block_parts(self)
+        except Refusal as reason:
+            backends.say_once(f"a block runs in plain PyTorch: {reason}")
+            return nn.Sequential.forward(self, x)
+        x = run_unit("depthwise_block", parts.depthwise, x, residual=parts.residual)
+        return run_unit("pointwise_block", parts.pointwise, x)
+
+    def checked_parts(self) -> BlockParts:
+        parts = block_parts(self)
+        for module in parts.wrappers:
+            check_bypass(module)
+        check_unit(parts.depthwise)
+        check_unit(parts.pointwise)
+        return parts
+
+    def stack(self) -> Stack:
+        parts = self.checked_parts()
+        return Stack(self, None, [(parts.depthwise, parts.pointwise)], parts.wrappers)
+
+
+def run_unit(op: str, unit: Unit, x: Tensor, residual: nn.Module | None = None) -> Tensor:
+    """One operator on the raw parameters: differentiable and traceable. Where no backend takes it, the plain modules."""
+    act = name_of(unit.act)
+    assert act is not None
+    if backends.select(op, autocast(x)[0], act) == "reference":
+        return residual(x) if residual is not None else unit.norm(unit.act(unit.conv(x)))
+    return getattr(ops, op)(x, unit.conv.weight, unit.conv.bias, *fold(unit.norm), act)

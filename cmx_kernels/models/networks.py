@@ -1,0 +1,230 @@
+"""Fused networks: the stem, all blocks and the average pool in one call, where a network has them in that order.
+
+The class of a fused network is made for the class it had, and derives from it: isinstance, the name, pickling and copies
+are those of the original.
+"""
+
+import copyreg
+import functools
+import sys
+import types
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cmx_kernels import checkpoints
+from cmx_kernels.models.fused import Block, Fused, Stem
+from cmx_kernels.models.stack import Stack, check_call, check_unit, current, plain_is_wanted
+from cmx_kernels.models.structure import Refusal, Unit, children, stem_unit
+
+
+_FORWARDS = ("forward", "forward_features", "forward_head")
+_POOLS = ("cmx_kernels.models.pooling", "timm.layers.adaptive_avgmax_pool")
+
+
+class FusedNetwork(Fused):
+    """Mixin in front of the original class."""
+
+    original: ClassVar[type[nn.Module]]
+
+    def stack(self) -> Stack:
+        raise NotImplementedError
+
+    def ready(self, x: Any) -> tuple[Stack, list[Tensor]] | None:
+        """The stack and its tensors, if fused. Reasons against it are said by the parts, which then run one by one."""
+        if plain_is_wanted(x) or torch.compiler.is_compiling():
+            return None
+        try:
+            check_call(x)
+            return current(self, self.stack)
+        except Refusal:
+            return None
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's; takes the keys of timm and of the paper, ``module.`` prefixes and training wrappers too."""
+        state_dict = checkpoints.fit(state_dict, self, strict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, args, *rest = super().__reduce_ex__(max(2, protocol))
+        if make is not copyreg.__newobj__:
+            return make, args, *rest
+        return _remake, (self.original, *args[1:]), *rest
+
+
+class FusedConvMixer(FusedNetwork):
+    """For networks with timm's methods and the children stem, blocks, global_pool, head_drop and head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._plain_forward(x)
+        else:  # noqa: RET505 (TorchScript skips what stands in an else)
+            return self._forward(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._plain_forward_features(x)
+        else:  # noqa: RET505
+            return self._forward_features(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        found = self.ready(x)
+        if found is not None:
+            stack, tensors = found
+            y = stack.run(x, tensors, stack.pool)
+            if y is not None:
+                return self.head(self.head_drop(y)) if stack.pool else self.forward_head(y)
+        return self._plain_forward(x)
+
+    def _forward_features(self, x: Tensor) -> Tensor:
+        found = self.ready(x)
+        y = None if found is None else found[0].run(x, found[1])
+        return self._plain_forward_features(x) if y is None else y
+
+    def stack(self) -> Stack:
+        if type(self.stem) is not Stem or not isinstance(self.blocks, nn.Sequential) or not len(self.blocks):
+            raise Refusal("it has no fused stem, or no blocks")
+        pool = _known(type(self.global_pool), *_POOLS) and _averages(children(self.global_pool))
+        bypassed = [self.stem, self.blocks]
+        if pool:
+            bypassed += [self.global_pool, *children(self.global_pool)]
+        return _stack(self, self.stem.checked_unit(), self.blocks, bypassed, pool)
+
+
+class FusedSequence(FusedNetwork):
+    """For an nn.Sequential that holds fused blocks, perhaps with a stem before them and a pool behind, among others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            for module in self:
+                x = module(x)
+            return x
+        else:  # noqa: RET505
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        found = self.ready(x)
+        if found is None:
+            return nn.Sequential.forward(self, x)
+        stack, tensors = found
+        first, last = stack.span
+        modules = children(self)
+        for module in modules[:first]:
+            x = module(x)
+        y = stack.run(x, tensors, stack.pool)
+        if y is None:
+            y, last = x, first
+        for module in modules[last:]:
+            y = module(y)
+        return y
+
+    def stack(self) -> Stack:
+        modules = children(self)
+        first, last = longest_run(modules)
+        if first == last:
+            raise Refusal("it holds no fused block")
+        blocks = modules[first:last]
+        bypassed: list[nn.Module] = []
+        stem = None
+        if first >= 1 and type(modules[first - 1]) is Stem:
+            bypassed.append(modules[first - 1])
+            stem, first = modules[first - 1].checked_unit(), first - 1
+        elif first >= 3:
+            try:
+                stem = stem_unit(modules[first - 3 : first])
+                check_unit(stem)
+                first -= 3
+            except Refusal:
+                stem = None
+        pool = _averages(modules[last : last + 2])
+        if pool:
+            bypassed += modules[last : last + 2]
+            last += 2
+        return _stack(self, stem, blocks, bypassed, pool, (first, last))
+
+
+def _stack(
+    owner: nn.Module,
+    stem: Unit | None,
+    blocks: Iterable[nn.Module],
+    bypassed: list[nn.Module],
+    pool: bool,
+    span: tuple[int, int] = (0, 0),
+) -> Stack:
+    units = []
+    for block in blocks:
+        if type(block) is not Block:
+            raise Refusal(f"a block is a {type(block).__name__}")
+        parts = block.checked_parts()
+        units.append((parts.depthwise, parts.pointwise))
+        bypassed += [block, *parts.wrappers]
+    return Stack(owner, stem, units, bypassed, pool, span)
+
+
+def longest_run(modules: Sequence[nn.Module]) -> tuple[int, int]:
+    """Where the most blocks in a row begin and end."""
+    runs, start = [(0, 0)], 0
+    for is_block, group in groupby(modules, lambda module: type(module) is Block):
+        stop = start + len(list(group))
+        if is_block:
+            runs.append((start, stop))
+        start = stop
+    return max(runs, key=lambda run: run[1] - run[0])
+
+
+def _averages(modules: Sequence[nn.Module]) -> bool:
+    """Whether these are the average over all pixels and a flatten: [N, C, H, W] -> [N, C]."""
+    if [type(module) for module in modules] != [nn.AdaptiveAvgPool2d, nn.Flatten]:
+        return False
+    pool, flatten = modules
+    return pool.output_size in (1, (1, 1)) and (flatten.start_dim, flatten.end_dim) == (1, -1)
+
+
+def _known(kind: type, *places: str) -> bool:
+    """Whether ``kind`` is the class of that name in one of these modules, none of which is imported for the question."""
+    return kind.__module__ in places and getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
+
+
+def _is_convmixer(original: type[nn.Module]) -> bool:
+    """A ConvMixer, ours or timm's, or a class derived from one that computes the same."""
+    for kind in original.__mro__:
+        if kind.__name__ == "ConvMixer" and _known(kind, "cmx_kernels.models.convmixer", "timm.models.convmixer"):
+            return all(getattr(original, name) is getattr(kind, name) for name in _FORWARDS)
+    return False
+
+
+@functools.cache
+def fused_class(original: type[nn.Module]) -> type[FusedNetwork] | None:
+    """The class that a network of class ``original`` has when it is fused; None for a network that is not known."""
+    if original.forward is nn.Sequential.forward:
+        mixin: type[FusedNetwork] = FusedSequence
+    elif _is_convmixer(original):
+        mixin = FusedConvMixer
+    else:
+        return None
+    body = {f"_plain_{name}": _renamed(getattr(original, name)) for name in _FORWARDS if hasattr(original, name)}
+    body |= {"original": original, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (mixin, original), body)
+
+
+def _renamed(function: types.FunctionType) -> types.FunctionType:
+    """TorchScript compiles a method under its __name__, and ``forward`` is taken."""
+    copy = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        f"_plain_{function.__name__}",
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__annotations__ = function.__annotations__
+    return copy
+
+
+def _remake(original: type[nn.Module], *args: Any) -> nn.Module:
+    """Called by pickle and copy."""
+    fused = fused_class(original)
+    assert fused is not None
+    return fused.__new__(fused, *args)

@@ -1,0 +1,49 @@
+"""Global pooling with the names, the shapes and the attributes of timm's SelectAdaptivePool2d."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POOLS = ("avg", "max", "avgmax", "catavgmax", "")
+
+
+class AvgMaxPool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * (F.adaptive_avg_pool2d(x, 1) + F.adaptive_max_pool2d(x, 1))
+
+
+class CatAvgMaxPool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, 1)), 1)
+
+
+class GlobalPool(nn.Module):
+    """[N, C, H, W] -> [N, C] ("avg", "max", or "avgmax", their mean), [N, 2 C] ("catavgmax"), unchanged ("")."""
+
+    def __init__(self, pool_type: str = "avg") -> None:
+        super().__init__()
+        pool_type = pool_type or ""
+        if pool_type not in POOLS:
+            raise ValueError(f"global_pool: got {pool_type!r}, wanted one of {', '.join(map(repr, POOLS))}")
+        self.pool_type = pool_type
+        self.pool = {
+            "avg": nn.AdaptiveAvgPool2d,
+            "max": nn.AdaptiveMaxPool2d,
+            "avgmax": lambda size: AvgMaxPool(),
+            "catavgmax": lambda size: CatAvgMaxPool(),
+            "": lambda size: nn.Identity(),
+        }[pool_type](1)
+        self.flatten = nn.Flatten(1) if pool_type else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flatten(self.pool(x))
+
+    def is_identity(self) -> bool:
+        return not self.pool_type
+
+    def feat_mult(self) -> int:
+        """Features a channel."""
+        return 2 if self.pool_type == "catavgmax" else 1
+
+    def extra_repr(self) -> str:
+        return f"pool_type={self.pool_type!r}"

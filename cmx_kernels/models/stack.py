@@ -1,0 +1,227 @@
+"""The fused form of a stem and a run of blocks, and what must not have changed since it was made for it to be used."""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from operator import contains, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
+
+from cmx_kernels import backends
+from cmx_kernels.activations import name_of
+from cmx_kernels.models.structure import Refusal, Unit
+from cmx_kernels.ops import block_stack
+from cmx_kernels.ops.batchnorm import fold, why_not_fold
+from cmx_kernels.ops.block_stack import ConvParams, PackedCache, PackedStack
+from cmx_kernels.ops.checks import autocast
+
+STATE = "_cmx"  # the one entry a fused module has in its __dict__
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_LEAVES = frozenset((nn.ReLU, nn.Identity))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
+_SETTINGS: dict[type, tuple[str, ...]] = {
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm2d: ("training", "eps"),
+    nn.GELU: ("approximate",),
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.Flatten: ("start_dim", "end_dim"),
+}
+
+
+def plain_is_wanted(x: Any) -> bool:
+    """Whether somebody traces, exports or counts the operators of PyTorch, or has turned fusion off."""
+    if not backends.FUSED or not isinstance(x, Tensor):
+        return True
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def check_call(x: Tensor) -> None:
+    """Refuse what no kernel follows: transforms, tensor subclasses, hooks on every module."""
+    if type(x) not in _PLAIN:
+        raise Refusal(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        raise Refusal("a torch.func transform or forward-mode differentiation is at work")
+    if any(getattr(module_globals, hooks, None) for hooks in _GLOBAL_HOOKS):
+        raise Refusal("a hook for all modules is registered")
+
+
+def check_bypass(module: nn.Module) -> None:
+    """Refuse to replace a call of ``module`` where that call does more than its class's forward."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise Refusal(f"a hook is attached to its {type(module).__name__}")
+    if "forward" in module.__dict__:
+        raise Refusal(f"the forward of its {type(module).__name__} was replaced")
+
+
+def check_unit(unit: Unit) -> None:
+    for module in unit:
+        check_bypass(module)
+    reason = why_not_fold(unit.norm)
+    if reason is not None:
+        raise Refusal(reason)
+    conv, norm = unit.conv, unit.norm
+    if "weight" not in conv._parameters:
+        raise Refusal("the weight of its convolution is computed from something else, not a parameter")
+    for tensor in (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        _check_tensor(tensor)
+
+
+def _check_tensor(tensor: Tensor | None) -> None:
+    if tensor is not None and type(tensor) not in _PLAIN:
+        raise Refusal(f"a parameter is a {type(tensor).__name__}, a subclass of torch.Tensor")
+    if tensor is not None and not tensor.is_floating_point():
+        raise Refusal(f"a parameter is {tensor.dtype}")
+
+
+class Stack:
+    """Units that run one after the other, for one owner, with the packed form of their parameters."""
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        stem: Unit | None,
+        blocks: Sequence[tuple[Unit, Unit]],
+        bypassed: Iterable[nn.Module],
+        pool: bool = False,
+        span: tuple[int, int] = (0, 0),
+    ) -> None:
+        """
+        bypassed: the modules besides the units' whose forward is replaced.
+        pool: an average pool follows. span: in an nn.Sequential, the first child that is replaced and the next that is not.
+        """
+        self.owner = weakref.ref(owner)
+        self.children = dict(owner._modules)
+        self.stem, self.blocks, self.pool, self.span = stem, list(blocks), pool, span
+        self.units = ([stem] if stem else []) + [unit for block in blocks for unit in block]
+        self.act = name_of(self.units[0].act) or ""
+        self.why_not = self._why_not_one_call()
+        for module in bypassed:
+            check_bypass(module)
+        self.watched = _watch([*bypassed, *(module for unit in self.units for module in unit)])
+        self.stores = [(unit.conv.__dict__, unit.norm.__dict__) for unit in self.units]
+        self.count = len(self._tensors())
+        self.cache = PackedCache()
+
+    def tensors(self, owner: nn.Module) -> list[Tensor] | None:
+        """Parameters and running statistics; None if the modules are not the same, plain and in the same mode any more."""
+        if self.owner() is not owner or owner.__dict__["_modules"] != self.children:
+            return None
+        for modules, kinds, states, read, expected in self.watched:
+            if list(map(type, modules)) != kinds or any(map(contains, states, repeat("forward"))):
+                return None
+            if list(map(read, states)) != expected:
+                return None
+        tensors = self._tensors()
+        return tensors if len(tensors) == self.count and _PLAIN.issuperset(map(type, tensors)) else None
+
+    def _tensors(self) -> list[Tensor]:
+        """All parameters and running statistics, wherever they are now."""
+        found: list[Any] = []
+        for conv, norm in self.stores:
+            found += conv["_parameters"].values()
+            found += norm["_parameters"].values()
+            found += map(norm["_buffers"].get, ("running_mean", "running_var"))
+        return found if _PLAIN.issuperset(map(type, found)) else [t for t in found if t is not None]
+
+    def run(self, x: Tensor, tensors: Sequence[Tensor], pool: bool = False) -> Tensor | None:
+        """The whole stack in one call; None where its operators have to be called one by one.
+
+        x: [N, Cin, H, W] -> [N, C, H', W'], or [N, C] with ``pool``; the dtype of autocast, if that is on.
+        """
+        if self.why_not is not None:
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
+            return None
+        mixed = torch.is_autocast_enabled(x.device.type)
+        (x,) = autocast(x)
+        if block_stack.why_not(x, self.act) is not None or not self._takes(x):
+            return None
+        # Strides, because a transposed view may have the address and the version of what it shows
+        key = (x.dtype, mixed, [conv["_parameters"]["weight"].stride() for conv, _ in self.stores])
+        try:
+            packed = self.cache.get(tensors, key, lambda: self._pack(x, mixed))
+        except RuntimeError:
+            if not any(t.is_inference() for t in tensors):
+                raise
+            backends.say_once(
+                "the parameters were made under torch.inference_mode(), where changes cannot be followed: "
+                "weights are packed again in every call. Build the model outside of it"
+            )
+            packed = self._pack(x, mixed)
+        return None if packed is None else block_stack.block_stack(x, packed, pool)
+
+    def _takes(self, x: Tensor) -> bool:
+        """The operators, called one by one, say what is wrong with an image."""
+        conv = self.units[0].conv
+        smallest = conv.kernel_size if self.stem else (1, 1)
+        return (
+            x.dim() == 4 and x.shape[1] == conv.in_channels and x.shape[2] >= smallest[0] and x.shape[3] >= smallest[1]
+        )
+
+    @torch.no_grad()
+    def _pack(self, x: Tensor, mixed: bool) -> PackedStack | None:
+        """None where a parameter does not have the dtype, device or shape that the modules announce."""
+        for conv, _, norm in self.units:
+            shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+            if conv.weight.shape != shape or not (mixed or conv.weight.dtype == x.dtype):
+                return None
+            vectors = (conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            if any(v is not None and v.shape != shape[:1] for v in vectors):
+                return None
+            if any(v is not None and v.device != x.device for v in (conv.weight, *vectors)):
+                return None
+        stem = _params(self.stem) if self.stem else None
+        return block_stack.pack(stem, [(_params(a), _params(b)) for a, b in self.blocks], self.act, x.dtype)
+
+    def _why_not_one_call(self) -> str | None:
+        """A stack has one width, one kernel size and one activation."""
+        width = self.units[0].conv.out_channels
+        convs = [conv for block in self.blocks for conv in (block[0].conv, block[1].conv)]
+        if any((conv.in_channels, conv.out_channels) != (width, width) for conv in convs):
+            return "its blocks differ in width"
+        if len({conv.kernel_size for conv in convs[::2]}) > 1:
+            return "its blocks differ in kernel size"
+        acts = {name_of(unit.act) for unit in self.units}
+        return "its blocks differ in activation" if len(acts) > 1 else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the owner makes its own
+
+
+def current(owner: nn.Module, build: Callable[[], Stack]) -> tuple[Stack, list[Tensor]]:
+    """The owner's stack and its tensors, built again where it does not fit any more; Refusal where there can be none."""
+    stack: Stack | None = owner.__dict__.get(STATE)
+    tensors = None if stack is None else stack.tensors(owner)
+    if stack is None or tensors is None:
+        stack = owner.__dict__[STATE] = build()
+        tensors = stack.tensors(owner)
+        if tensors is None:
+            raise Refusal("its modules changed meanwhile")
+    return stack, tensors
+
+
+def _params(unit: Unit) -> ConvParams:
+    return ConvParams(unit.conv.weight, unit.conv.bias, *fold(unit.norm))
+
+
+def _watch(modules: Iterable[nn.Module]) -> list[tuple[Any, ...]]:
+    """For each class: the modules, their classes, their __dict__, a reader of those and what it reads now."""
+    kinds: dict[type, list[nn.Module]] = {}
+    for module in modules:
+        kinds.setdefault(type(module), []).append(module)
+    watched = []
+    for kind, alike in kinds.items():
+        names = (*_HOOKS, *_SETTINGS.get(kind, () if kind in _LEAVES else ("_modules",)))
+        states = [module.__dict__ for module in alike]
+        expected = [tuple({} if n in _HOOKS else copy.copy(state[n]) for n in names) for state in states]
+        watched.append((alike, [kind] * len(alike), states, itemgetter(*names), expected))
+    return watched
