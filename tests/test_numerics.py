@@ -226,9 +226,8 @@ def test_long_sums_are_float32(backend: Runner, dtype: torch.dtype) -> None:
     check_equal(out, torch.full_like(out, 3000.0))
     out = backend("pool_head", ones, weight.flatten(1), None)
     check_equal(out, torch.full_like(out, 3000.0))
-    out = backend(
-        "depthwise_block", ones[:, :3].expand(1, 3, 70, 70), weight[:, :1].expand(3, 1, 31, 31), *NONE3, "none", False
-    )
+    ones, weight = torch.ones(1, 3, 70, 70, dtype=dtype), torch.ones(3, 1, 31, 31, dtype=dtype)
+    out = backend("depthwise_block", ones, weight, *NONE3, "none", False)
     check_equal(out[..., 15:-15, 15:-15], torch.full_like(out[..., 15:-15, 15:-15], 961.0))
 
 
