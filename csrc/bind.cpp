@@ -91,7 +91,7 @@ struct ConstantsBuffer {
   std::vector<float> data;
   int64_t padded;
   ConstantsBuffer(const Optional& bias, const Optional& scale, const Optional& shift, int64_t channels)
-      : padded(round_up(channels, cpu_kernels().tile_channels)) {
+      : padded(round_up(channels, cpu_kernels().lanes)) {
     data.assign(3 * padded, 0.f);
     fill(0, values(bias, "bias", channels, 0));
     fill(1, values(scale, "scale", channels, 1));
@@ -303,8 +303,8 @@ void check_packed(const Tensor& t, int64_t bytes, const char* name) {
 // bias, scale and shift of a packed stack, one row each
 Constants packed_constants(const Tensor& t, int64_t c) {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == 3 &&
-                      t.size(1) >= round_up(c, cpu_kernels().tile_channels),
-                  "packed: got constants of ", shape_of(t), ", wanted float32 [3, ", c, " rounded up to ", cpu_kernels().tile_channels, "]");
+                      t.size(1) >= round_up(c, cpu_kernels().lanes),
+                  "packed: got constants of ", shape_of(t), ", wanted float32 [3, ", c, " rounded up to ", cpu_kernels().lanes, "]");
   const float* p = (const float*)t.const_data_ptr();
   return {p, p + t.size(1), p + 2 * t.size(1)};
 }

@@ -5,27 +5,51 @@
 
 namespace cmx::CMX_ISA {
 
-static double peak_flop(Dtype dtype, int64_t rounds) {
 #if defined(__AVX512F__)
-  constexpr int kSums = 24;  // hides the latency of vdpbf16ps, 12 would not
+// 24 sums hide the latency of vdpbf16ps, 12 would not
+#define CMX_ONE(op, i) op " %%zmm30, %%zmm31, %%zmm" #i "\n"
+#define CMX_SUMS(op)                                                                                                       \
+  asm volatile(CMX_ONE(op, 0) CMX_ONE(op, 1) CMX_ONE(op, 2) CMX_ONE(op, 3) CMX_ONE(op, 4) CMX_ONE(op, 5) CMX_ONE(op, 6)    \
+                   CMX_ONE(op, 7) CMX_ONE(op, 8) CMX_ONE(op, 9) CMX_ONE(op, 10) CMX_ONE(op, 11) CMX_ONE(op, 12)            \
+                       CMX_ONE(op, 13) CMX_ONE(op, 14) CMX_ONE(op, 15) CMX_ONE(op, 16) CMX_ONE(op, 17) CMX_ONE(op, 18)     \
+                           CMX_ONE(op, 19) CMX_ONE(op, 20) CMX_ONE(op, 21) CMX_ONE(op, 22) CMX_ONE(op, 23)::               \
+                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",     \
+                     "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22",    \
+                     "xmm23", "xmm30", "xmm31")
+constexpr int kSums = 24;
 #elif defined(__AVX2__)
-  constexpr int kSums = 12;
+#define CMX_ONE(op, i) op " %%ymm14, %%ymm15, %%ymm" #i "\n"
+#define CMX_SUMS(op)                                                                                                     \
+  asm volatile(CMX_ONE(op, 0) CMX_ONE(op, 1) CMX_ONE(op, 2) CMX_ONE(op, 3) CMX_ONE(op, 4) CMX_ONE(op, 5) CMX_ONE(op, 6)  \
+                   CMX_ONE(op, 7) CMX_ONE(op, 8) CMX_ONE(op, 9) CMX_ONE(op, 10) CMX_ONE(op, 11)::                        \
+                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",   \
+                     "xmm14", "xmm15")
+constexpr int kSums = 12;
 #else
-  constexpr int kSums = 8;
+constexpr int kSums = 8;
 #endif
+
+static double peak_flop(Dtype dtype, int64_t rounds) {
   const bool pairs = kBf16Products && dtype == Dtype::bfloat16;
+#if defined(__AVX2__)
+  asm volatile("vzeroall" ::: "xmm14", "xmm15");  // denormals or NaN left in a register would be slow
+#if defined(__AVX512F__)
+  asm volatile("vpxord %%zmm30, %%zmm30, %%zmm30\nvpxord %%zmm31, %%zmm31, %%zmm31" ::: "xmm30", "xmm31");
+#endif
+#if defined(__AVX512BF16__)
+  if (pairs)
+    for (int64_t i = 0; i < rounds; i++) CMX_SUMS("vdpbf16ps");
+  else
+#endif
+    for (int64_t i = 0; i < rounds; i++) CMX_SUMS("vfmadd231ps");
+#else
   vf sums[kSums] = {}, a = {}, b = {};
-  asm volatile("" : "+v"(a), "+v"(b));
-  auto loop = [&](auto step) {
-    for (int64_t i = 0; i < rounds; i++) {
-#pragma GCC unroll 32
-      for (int s = 0; s < kSums; s++) step(sums[s]);
-#pragma GCC unroll 32
-      for (int s = 0; s < kSums; s++) asm volatile("" : "+v"(sums[s]));
+  for (int64_t i = 0; i < rounds; i++)
+    for (int s = 0; s < kSums; s++) {
+      sums[s] += a * b;
+      asm volatile("" : "+x"(sums[s]), "+x"(a));
     }
-  };
-  if (pairs) loop([&](vf& sum) __attribute__((always_inline)) { sum = dot(sum, bits(a), bits(b)); });
-  else loop([&](vf& sum) __attribute__((always_inline)) { sum += a * b; });
+#endif
   return double(rounds) * kSums * VL * (pairs ? 4 : 2);
 }
 

@@ -1,7 +1,7 @@
 // panel [pixel][channel] x weights -> MR pixels by NR vectors of output channels, all sums in registers.
 //
 // Weights are packed as [panel of NR * VL output channels][input channel][NR * VL], for bfloat16 products as
-// [panel][input channel / 2][NR * VL][2]. Every output sums over the input channels in order, whatever the tiling.
+// [panel][input channel / 2][NR * VL][2]; the last panel is as narrow as what is left. Every output sums over the input channels in order, whatever the tiling.
 #pragma once
 
 #include <utility>
@@ -10,7 +10,7 @@
 
 namespace cmx::CMX_ISA {
 
-constexpr int64_t MR = VL == 16 ? 14 : 6, NR = 2;
+constexpr int64_t MR = 6, NR = VL == 16 ? 4 : 2;  // 24 sums, 4 weights, 1 pixel of 32 registers; 12, 2, 1 of 16
 
 // The element of a panel: bfloat16 where the CPU multiplies it, float32 otherwise
 template <class P>
@@ -26,40 +26,47 @@ struct Tile {
   int64_t stride;
 };
 
-template <int64_t M, class P>
+constexpr int64_t kRun = 256;  // input channels summed in one go; sums of runs are then added: fewer rounding errors
+
+template <int64_t M, int64_t R, class P>
 static __attribute__((noinline)) void product_tile(const Tile<P>& a, float* out) {
   constexpr int64_t S = kChannelsAtOnce<P>;
-  vf acc[M][NR] = {};
   const P *u = a.panel, *w = a.weight;
   const char* ahead = a.ahead;
   const int64_t pitch = a.pitch, stride = a.stride;
-  for (int64_t k = 0; k < a.channels; k += S, u += S, w += NR * VL * S, ahead += stride) {
-    __builtin_prefetch(ahead, 0, 2);
-    vf wv[NR];
+  for (int64_t k0 = 0; k0 < a.channels; k0 += kRun) {
+    vf acc[M][R] = {};
+    for (int64_t k = k0; k < least(k0 + kRun, a.channels); k += S, u += S, w += R * VL * S, ahead += stride) {
+      __builtin_prefetch(ahead, 0, 2);
+      vf wv[R];
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < NR; j++) wv[j] = load((const float*)w + j * VL);
+      for (int64_t j = 0; j < R; j++) wv[j] = load((const float*)w + j * VL);
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < M; i++) {
-      const vf uv = broadcast((const float*)(u + i * pitch));
+      for (int64_t i = 0; i < M; i++) {
+        const vf uv = broadcast((const float*)(u + i * pitch));
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < NR; j++)
-        if constexpr (S == 1) acc[i][j] += uv * wv[j];
-        else acc[i][j] = dot(acc[i][j], bits(uv), bits(wv[j]));
+        for (int64_t j = 0; j < R; j++)
+          if constexpr (S == 1) acc[i][j] += uv * wv[j];
+          else acc[i][j] = dot(acc[i][j], bits(uv), bits(wv[j]));
+      }
     }
-  }
 #pragma GCC unroll 4
-  for (int64_t j = 0; j < NR; j++)
+    for (int64_t j = 0; j < R; j++)
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < M; i++) store(out + (j * M + i) * VL, acc[i][j]);
+      for (int64_t i = 0; i < M; i++) {
+        float* to = out + (j * M + i) * VL;
+        store(to, k0 ? load(to) + acc[i][j] : acc[i][j]);
+      }
+  }
 }
 
 template <class P>
 using TileLoop = void (*)(const Tile<P>&, float*);
 
-template <class P, int64_t... M>
-CMX_INLINE TileLoop<P> tile_loop(int64_t m, std::integer_sequence<int64_t, M...>) {
-  static constexpr TileLoop<P> loops[] = {product_tile<M + 1, P>...};
-  return loops[m - 1];
+template <class P, int64_t... I>
+CMX_INLINE TileLoop<P> tile_loop(int64_t m, int64_t r, std::integer_sequence<int64_t, I...>) {
+  static constexpr TileLoop<P> loops[] = {product_tile<I / NR + 1, I % NR + 1, P>...};
+  return loops[(m - 1) * NR + r - 1];
 }
 
 // f(m, count, block, acc) gets the sums of `count` pixels for one block of VL output channels;
@@ -67,29 +74,29 @@ CMX_INLINE TileLoop<P> tile_loop(int64_t m, std::integer_sequence<int64_t, M...>
 template <class P, class F, class Done>
 CMX_INLINE void product(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, int64_t c_out, const Pointwise& p,
                         int64_t part, F f, Done done) {
-  const int64_t width = NR * VL, panel_bytes = channels * width * sizeof(P), blocks = ceil_div(c_out, VL);
+  const int64_t blocks = ceil_div(c_out, VL);
   alignas(64) float acc[MR * NR * VL];
   for (int64_t m0 = 0; m0 < pixels; m0 += part) {
     const int64_t end = least(m0 + part, pixels), tiles = ceil_div(end - m0, MR);
-    for (int64_t n = 0; n < c_out; n += width) {
+    for (int64_t block = 0; block < blocks; block += NR) {
+      const int64_t r = least(NR, blocks - block), panel_bytes = channels * r * VL * sizeof(P);
       Tile<P> tile;
       tile.pitch = pitch;
       tile.channels = channels;
-      tile.weight = (const P*)p.weight + n * channels;
+      tile.weight = (const P*)p.weight + block * VL * channels;
       // the weights that come next, on their way to L2: all of them by the last tile of this panel
-      const bool last = n + width >= c_out;
-      const void* next = !last ? (const P*)p.weight + (n + width) * channels : end < pixels ? p.weight : p.next;
+      const void* next = block + r < blocks ? tile.weight + r * VL * channels : end < pixels ? p.weight : p.next;
       tile.stride = next ? ceil_div(panel_bytes, tiles * (channels / kChannelsAtOnce<P>)) : 0;
       tile.ahead = next ? (const char*)next : (const char*)tile.weight;
       for (int64_t m = m0, i = 0; i < tiles; i++) {
         const int64_t count = ceil_div(end - m, tiles - i);  // as equal as possible
         tile.panel = panel + m * pitch;
-        tile_loop<P>(count, std::make_integer_sequence<int64_t, MR>())(tile, acc);
+        tile_loop<P>(count, r, std::make_integer_sequence<int64_t, MR * NR>())(tile, acc);
         tile.ahead += tile.stride * (channels / kChannelsAtOnce<P>);
-        for (int64_t j = 0; j < NR && n / VL + j < blocks; j++) f(m, count, n / VL + j, acc + j * count * VL);
+        for (int64_t j = 0; j < r; j++) f(m, count, block + j, acc + j * count * VL);
         m += count;
       }
-      done(m0, end, n / VL, least(NR, blocks - n / VL));
+      done(m0, end, block, r);
     }
   }
 }
@@ -99,7 +106,7 @@ CMX_INLINE int64_t panel_channels(int64_t c) { return round_up(c, VL); }
 
 template <class P>
 static int64_t packed_product_bytes(int64_t c_out, int64_t c_in) {
-  return round_up(c_out, NR * VL) * panel_channels(c_in) * sizeof(P);
+  return round_up(c_out, VL) * panel_channels(c_in) * sizeof(P);
 }
 
 static int64_t packed_pointwise_bytes(Dtype dtype, int64_t c_out, int64_t c_in) {
@@ -109,23 +116,23 @@ static int64_t packed_pointwise_bytes(Dtype dtype, int64_t c_out, int64_t c_in) 
 
 // One panel of NR * VL output channels. weight [1, c_out, 1, c_in]: its input channels are the View's pixels.
 static void pack_pointwise(const View& weight, int64_t panel, void* out) {
-  const int64_t width = NR * VL, c = weight.w, channels = panel_channels(c);
+  const int64_t c = weight.w, channels = panel_channels(c), first = panel * NR;
+  const int64_t width = least(NR, ceil_div(weight.c, VL) - first) * VL;
   const bool pairs = weight.dtype == Dtype::bfloat16 && kBf16Products;
   constexpr int64_t kStep = 64;  // input channels at a time
-  for (int64_t j = 0; j < NR; j++) {
-    const int64_t c0 = panel * width + j * VL;
+  float* const to = (float*)out + first * VL * channels / (1 + pairs);
+  for (int64_t j = 0; j < width; j += VL)
     for (int64_t k = 0; k < channels; k += kStep) {
-      const int64_t step = least(kStep, channels - k), count = c0 < weight.c ? most(0, least(step, c - k)) : 0;
+      const int64_t step = least(kStep, channels - k), count = most(0, least(step, c - k));
       float some[kStep * VL];
-      if (count) gather(weight, 0, c0, 0, k, count, some, VL);
+      if (count) gather(weight, 0, first * VL + j, 0, k, count, some, VL);
       for (int64_t i = count; i < step; i++) store(some + i * VL, vf{});
       for (int64_t i = 0; i < step; i += 1 + pairs) {
-        float* to = (float*)out + ((panel * channels + k + i) * width) / (1 + pairs) + j * VL;
-        if (pairs) *(vu*)to = pack_pair(load(some + i * VL), load(some + (i + 1) * VL));
-        else store(to, load(some + i * VL));
+        float* at = to + (k + i) * width / (1 + pairs) + j;
+        if (pairs) *(vu*)at = pack_pair(load(some + i * VL), load(some + (i + 1) * VL));
+        else store(at, load(some + i * VL));
       }
     }
-  }
 }
 
 }  // namespace cmx::CMX_ISA
