@@ -174,7 +174,7 @@ def _load_torch(path: Path) -> Any:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, pickle.UnpicklingError) as error:
         blocked = re.search(r"Unsupported (?:global|class|operand).*?(\S+\.\S+)", str(error))
         if blocked:
-            reason = f"holds {blocked[1]}, which is not data; save its state_dict() alone, or load it yourself if you trust it"
+            reason = f"holds {blocked[1]}, which is not data; save the model's state_dict() alone"
         else:
             reason = (
                 "is truncated or no PyTorch checkpoint; fetch it again, or save a model's state_dict() with torch.save"

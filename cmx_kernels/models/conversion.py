@@ -1,6 +1,6 @@
 """Finds what can be fused in a module tree and sets its class; and back."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -27,7 +27,7 @@ def convert(model: nn.Module) -> Conversion:
     for name, module in modules:
         kind = None if isinstance(module, Fused) else fused_class(type(module))
         if kind is not None and _is_worth_it(name, module, kind, found):
-            module.__class__ = kind
+            _become(module, kind)
         if isinstance(module, FusedNetwork):
             found.fused.append(name)
     return found
@@ -37,22 +37,24 @@ def revert(model: nn.Module) -> None:
     """Every module becomes what it was; nothing is left in its __dict__."""
     for module in model.modules():
         if isinstance(module, FusedNetwork):
-            module.__class__ = module.original
+            _become(module, module.original)
         elif isinstance(module, (Stem, Block)):
             if type(module) not in (Stem, Block):
                 raise TypeError(
                     f"model: got a {type(module).__name__}, derived from a fused class; unfuse before wrapping"
                 )
-            module.__class__ = nn.Sequential
+            _become(module, nn.Sequential)
         module.__dict__.pop(STATE, None)
 
 
 def _is_worth_it(name: str, module: nn.Module, kind: type[FusedNetwork], found: Conversion) -> bool:
     """Whether more than one block would run in a call; fuses the stem on the way."""
     if issubclass(kind, FusedConvMixer):
-        blocks = children(module.blocks)
-        complete = bool(blocks) and all(isinstance(block, Block) for block in blocks)
-        return complete and _fuse_stem(f"{name}.stem".lstrip("."), module.stem, found)
+        parts = module._modules
+        stem, blocks = parts.get("stem"), parts.get("blocks")
+        if stem is None or blocks is None or not all(isinstance(block, Block) for block in children(blocks)):
+            return False
+        return _fuse_stem(f"{name}.stem".lstrip("."), stem, found)
     modules = children(module)
     first, last = longest_run(modules)
     if first == last:
@@ -71,11 +73,15 @@ def _fuse_stem(name: str, stem: nn.Module, found: Conversion) -> bool:
     return isinstance(stem, Stem)
 
 
+def _become(module: nn.Module, kind: type[Any]) -> None:
+    module.__class__ = kind
+
+
 def _set_class(name: str, module: nn.Module, kind: type[Stem] | type[Block], found: Conversion) -> None:
     try:
         stem_unit(children(module)) if kind is Stem else block_parts(module)
     except Refusal as reason:
         found.refused[name] = str(reason)
     else:
-        module.__class__ = kind
+        _become(module, kind)
         found.fused.append(name)

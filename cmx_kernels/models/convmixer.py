@@ -1,4 +1,4 @@
-"""ConvMixer (Trockman and Kolter, "Patches Are All You Need?", arXiv 2201.09792): module names and methods as in timm 1.0.
+"""ConvMixer (Trockman and Kolter, "Patches Are All You Need?", arXiv 2201.09792), named as in timm 1.0.
 
 stem   conv p x p, stride p -> act -> bn
 block  x + (depthwise conv k x k -> act -> bn), then conv 1x1 -> act -> bn
@@ -73,7 +73,7 @@ class ConvMixer(nn.Module):
             raise ValueError(f"drop_rate: got {drop_rate}, wanted a probability from 0 to 1")
         classes = _classes(n_classes, num_classes)
         super().__init__()
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = classes
         self.in_chans = in_chans
         self.num_features = dim
@@ -135,7 +135,7 @@ class ConvMixer(nn.Module):
     ) -> list[int]:
         """Drop the blocks after the last one wanted, and the head; returns the indices that were kept."""
         wanted = self._indices(indices)
-        self.blocks = self.blocks[: max(wanted) + 1]
+        del self.blocks[max(wanted) + 1 :]
         if prune_head:
             self.reset_classifier(0, "")
         return wanted
@@ -164,7 +164,7 @@ class ConvMixer(nn.Module):
         weight = self.stem[0].weight
         self.num_classes = classes
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        where = {"device": weight.device, "dtype": weight.dtype}
+        where: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.head = nn.Linear(self.head_hidden_size, classes, **where) if classes else nn.Identity()
         self.head.train(self.training)
 

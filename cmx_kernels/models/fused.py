@@ -51,7 +51,7 @@ class Stem(Fused, nn.Sequential):
                     return y
                 unit = stack.units[0]
         except Refusal as reason:
-            backends.say_once(f"a stem runs in plain PyTorch: {reason}")
+            backends.say_once(f"part of the model runs in plain PyTorch: {reason}")
             return nn.Sequential.forward(self, x)
         return run_unit("patch_embed", unit, x)
 
@@ -89,7 +89,7 @@ class Block(Fused, nn.Sequential):
                     return y
                 parts = block_parts(self)
         except Refusal as reason:
-            backends.say_once(f"a block runs in plain PyTorch: {reason}")
+            backends.say_once(f"part of the model runs in plain PyTorch: {reason}")
             return nn.Sequential.forward(self, x)
         x = run_unit("depthwise_block", parts.depthwise, x, residual=parts.residual)
         return run_unit("pointwise_block", parts.pointwise, x)
@@ -108,7 +108,7 @@ class Block(Fused, nn.Sequential):
 
 
 def run_unit(op: str, unit: Unit, x: Tensor, residual: nn.Module | None = None) -> Tensor:
-    """One operator on the raw parameters: differentiable and traceable. Where no backend takes it, the plain modules."""
+    """One operator on the raw parameters, differentiable and traceable; the modules where no backend takes it."""
     act = name_of(unit.act)
     assert act is not None
     if backends.select(op, autocast(x)[0], act) == "reference":

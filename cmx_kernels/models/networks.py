@@ -1,16 +1,14 @@
 """Fused networks: the stem, all blocks and the average pool in one call, where a network has them in that order.
 
-The class of a fused network is made for the class it had, and derives from it: isinstance, the name, pickling and copies
-are those of the original.
+The class of a fused network is made for the class it had, and derives from it: isinstance, the name, pickling and
+copies are those of the original.
 """
 
-import copyreg
-import functools
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,6 @@ from cmx_kernels import checkpoints
 from cmx_kernels.models.fused import Block, Fused, Stem
 from cmx_kernels.models.stack import Stack, check_call, check_unit, current, plain_is_wanted
 from cmx_kernels.models.structure import Refusal, Unit, children, stem_unit
-
 
 _FORWARDS = ("forward", "forward_features", "forward_head")
 _POOLS = ("cmx_kernels.models.pooling", "timm.layers.adaptive_avgmax_pool")
@@ -49,14 +46,24 @@ class FusedNetwork(Fused):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, args, *rest = super().__reduce_ex__(max(2, protocol))
-        if make is not copyreg.__newobj__:
-            return make, args, *rest
-        return _remake, (self.original, *args[1:]), *rest
+        recipe: Any = super().__reduce_ex__(max(2, protocol))
+        if recipe[0].__name__ != "__newobj__":
+            return recipe  # the original class has its own way
+        return _remake, (self.original, *recipe[1][1:]), *recipe[2:]
 
 
 class FusedConvMixer(FusedNetwork):
     """For networks with timm's methods and the children stem, blocks, global_pool, head_drop and head."""
+
+    if TYPE_CHECKING:  # the original's; TorchScript would take annotations of the class literally
+        stem: nn.Module
+        blocks: nn.Sequential
+        global_pool: nn.Module
+        head_drop: nn.Module
+        head: nn.Module
+        forward_head: Callable[[Tensor], Tensor]
+        _plain_forward: Callable[[Tensor], Tensor]
+        _plain_forward_features: Callable[[Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -88,13 +95,13 @@ class FusedConvMixer(FusedNetwork):
         if type(self.stem) is not Stem or not isinstance(self.blocks, nn.Sequential) or not len(self.blocks):
             raise Refusal("it has no fused stem, or no blocks")
         pool = _known(type(self.global_pool), *_POOLS) and _averages(children(self.global_pool))
-        bypassed = [self.stem, self.blocks]
+        bypassed: list[nn.Module] = [self.stem, self.blocks]
         if pool:
             bypassed += [self.global_pool, *children(self.global_pool)]
         return _stack(self, self.stem.checked_unit(), self.blocks, bypassed, pool)
 
 
-class FusedSequence(FusedNetwork):
+class FusedSequence(FusedNetwork, nn.Sequential):
     """For an nn.Sequential that holds fused blocks, perhaps with a stem before them and a pool behind, among others."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,9 +136,10 @@ class FusedSequence(FusedNetwork):
         blocks = modules[first:last]
         bypassed: list[nn.Module] = []
         stem = None
-        if first >= 1 and type(modules[first - 1]) is Stem:
-            bypassed.append(modules[first - 1])
-            stem, first = modules[first - 1].checked_unit(), first - 1
+        before = modules[first - 1] if first else None
+        if isinstance(before, Stem):
+            bypassed.append(before)
+            stem, first = before.checked_unit(), first - 1
         elif first >= 3:
             try:
                 stem = stem_unit(modules[first - 3 : first])
@@ -184,7 +192,7 @@ def _averages(modules: Sequence[nn.Module]) -> bool:
 
 
 def _known(kind: type, *places: str) -> bool:
-    """Whether ``kind`` is the class of that name in one of these modules, none of which is imported for the question."""
+    """Whether ``kind`` is the class of that name in one of these modules, none of which is imported to find out."""
     return kind.__module__ in places and getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
 
 
@@ -196,30 +204,32 @@ def _is_convmixer(original: type[nn.Module]) -> bool:
     return False
 
 
-@functools.cache
+_classes: dict[type[nn.Module], type[FusedNetwork]] = {}
+
+
 def fused_class(original: type[nn.Module]) -> type[FusedNetwork] | None:
     """The class that a network of class ``original`` has when it is fused; None for a network that is not known."""
+    if original in _classes:
+        return _classes[original]
     if original.forward is nn.Sequential.forward:
         mixin: type[FusedNetwork] = FusedSequence
     elif _is_convmixer(original):
         mixin = FusedConvMixer
     else:
         return None
-    body = {f"_plain_{name}": _renamed(getattr(original, name)) for name in _FORWARDS if hasattr(original, name)}
+    body: dict[str, Any] = {
+        f"_plain_{name}": _renamed(getattr(original, name)) for name in _FORWARDS if hasattr(original, name)
+    }
     body |= {"original": original, "__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, (mixin, original), body)
+    return _classes.setdefault(original, type(original.__name__, (mixin, original), body))
 
 
 def _renamed(function: types.FunctionType) -> types.FunctionType:
     """TorchScript compiles a method under its __name__, and ``forward`` is taken."""
     copy = types.FunctionType(
-        function.__code__,
-        function.__globals__,
-        f"_plain_{function.__name__}",
-        function.__defaults__,
-        function.__closure__,
+        function.__code__, function.__globals__, f"_plain_{function.__name__}", closure=function.__closure__
     )
-    copy.__annotations__ = function.__annotations__
+    copy.__defaults__, copy.__annotations__ = function.__defaults__, function.__annotations__
     return copy
 
 

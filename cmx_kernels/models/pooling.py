@@ -1,10 +1,11 @@
 """Global pooling with the names, the shapes and the attributes of timm's SelectAdaptivePool2d."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
 class AvgMaxPool(nn.Module):
@@ -17,22 +18,25 @@ class CatAvgMaxPool(nn.Module):
         return torch.cat((F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, 1)), 1)
 
 
+_POOLS: dict[str, Callable[[], nn.Module]] = {
+    "avg": partial(nn.AdaptiveAvgPool2d, 1),
+    "max": partial(nn.AdaptiveMaxPool2d, 1),
+    "avgmax": AvgMaxPool,
+    "catavgmax": CatAvgMaxPool,
+    "": nn.Identity,
+}
+
+
 class GlobalPool(nn.Module):
     """[N, C, H, W] -> [N, C] ("avg", "max", or "avgmax", their mean), [N, 2 C] ("catavgmax"), unchanged ("")."""
 
     def __init__(self, pool_type: str = "avg") -> None:
         super().__init__()
         pool_type = pool_type or ""
-        if pool_type not in POOLS:
-            raise ValueError(f"global_pool: got {pool_type!r}, wanted one of {', '.join(map(repr, POOLS))}")
+        if pool_type not in _POOLS:
+            raise ValueError(f"global_pool: got {pool_type!r}, wanted one of {', '.join(map(repr, _POOLS))}")
         self.pool_type = pool_type
-        self.pool = {
-            "avg": nn.AdaptiveAvgPool2d,
-            "max": nn.AdaptiveMaxPool2d,
-            "avgmax": lambda size: AvgMaxPool(),
-            "catavgmax": lambda size: CatAvgMaxPool(),
-            "": lambda size: nn.Identity(),
-        }[pool_type](1)
+        self.pool = _POOLS[pool_type]()
         self.flatten = nn.Flatten(1) if pool_type else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ class Stack:
     ) -> None:
         """
         bypassed: the modules besides the units' whose forward is replaced.
-        pool: an average pool follows. span: in an nn.Sequential, the first child that is replaced and the next that is not.
+        pool: an average pool follows.
+        span: in an nn.Sequential, the first child that is replaced and the next that is not.
         """
         self.owner = weakref.ref(owner)
         self.children = dict(owner._modules)
@@ -112,7 +113,7 @@ class Stack:
         self.cache = PackedCache()
 
     def tensors(self, owner: nn.Module) -> list[Tensor] | None:
-        """Parameters and running statistics; None if the modules are not the same, plain and in the same mode any more."""
+        """Parameters and running statistics; None unless the modules are still the same, plain and in the same mode."""
         if self.owner() is not owner or owner.__dict__["_modules"] != self.children:
             return None
         for modules, kinds, states, read, expected in self.watched:
@@ -132,19 +133,27 @@ class Stack:
             found += map(norm["_buffers"].get, ("running_mean", "running_var"))
         return found if _PLAIN.issuperset(map(type, found)) else [t for t in found if t is not None]
 
+    def obstacle(self, x: Tensor, tensors: Sequence[Tensor]) -> str | None:
+        """A sentence if ``x``, in the dtype of autocast, cannot pass the whole stack in one call."""
+        if self.why_not is not None:
+            return self.why_not
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return "a gradient of the parameters is wanted, the stack is for inference"
+        conv = self.units[0].conv
+        size = conv.kernel_size if self.stem else (1, 1)
+        if x.dim() != 4 or x.shape[1] != conv.in_channels or x.shape[2] < size[0] or x.shape[3] < size[1]:
+            return f"x has shape {list(x.shape)}"  # the operators say what they want instead
+        return block_stack.why_not(x, self.act)
+
     def run(self, x: Tensor, tensors: Sequence[Tensor], pool: bool = False) -> Tensor | None:
         """The whole stack in one call; None where its operators have to be called one by one.
 
         x: [N, Cin, H, W] -> [N, C, H', W'], or [N, C] with ``pool``; the dtype of autocast, if that is on.
         """
-        if self.why_not is not None:
-            return None
-        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
+        (x,) = autocast(x)
+        if self.obstacle(x, tensors) is not None:
             return None
         mixed = torch.is_autocast_enabled(x.device.type)
-        (x,) = autocast(x)
-        if block_stack.why_not(x, self.act) is not None or not self._takes(x):
-            return None
         # Strides, because a transposed view may have the address and the version of what it shows
         key = (x.dtype, mixed, [conv["_parameters"]["weight"].stride() for conv, _ in self.stores])
         try:
@@ -158,14 +167,6 @@ class Stack:
             )
             packed = self._pack(x, mixed)
         return None if packed is None else block_stack.block_stack(x, packed, pool)
-
-    def _takes(self, x: Tensor) -> bool:
-        """The operators, called one by one, say what is wrong with an image."""
-        conv = self.units[0].conv
-        smallest = conv.kernel_size if self.stem else (1, 1)
-        return (
-            x.dim() == 4 and x.shape[1] == conv.in_channels and x.shape[2] >= smallest[0] and x.shape[3] >= smallest[1]
-        )
 
     @torch.no_grad()
     def _pack(self, x: Tensor, mixed: bool) -> PackedStack | None:
@@ -198,7 +199,7 @@ class Stack:
 
 
 def current(owner: nn.Module, build: Callable[[], Stack]) -> tuple[Stack, list[Tensor]]:
-    """The owner's stack and its tensors, built again where it does not fit any more; Refusal where there can be none."""
+    """The owner's stack and its tensors, built again if it does not fit any more; Refusal where there can be none."""
     stack: Stack | None = owner.__dict__.get(STATE)
     tensors = None if stack is None else stack.tensors(owner)
     if stack is None or tensors is None:

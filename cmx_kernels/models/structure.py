@@ -40,9 +40,9 @@ def stem_unit(modules: Sequence[nn.Module]) -> Unit:
 
 
 def block_parts(block: nn.Module) -> BlockParts:
-    residual, *rest = children(block) or [None]
-    if residual is None:
+    if not block._modules:
         raise Refusal("it is empty")
+    residual, *rest = children(block)
     _check_residual(residual)
     (inner,) = children(residual)
     depthwise = _unit(_inside(inner), _why_not_depthwise)
@@ -62,7 +62,7 @@ def looks_like_block(module: nn.Module) -> bool:
 
 
 def children(module: nn.Module) -> list[nn.Module]:
-    return list(module._modules.values())
+    return [child for child in module._modules.values() if child is not None]
 
 
 def _inside(module: nn.Module) -> list[nn.Module]:

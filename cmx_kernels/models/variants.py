@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cmx_kernels import checkpoints
 from cmx_kernels.models.convmixer import ConvMixer
 
-CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Variant:
     @property
     def num_classes(self) -> int:
         return 10 if self.dataset == "CIFAR-10" else 1000
+
+    @property
+    def image_size(self) -> int:
+        return 32 if self.dataset == "CIFAR-10" else 224
 
 
 _TIMM = "timm results-imagenet.csv"

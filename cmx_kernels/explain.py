@@ -1,0 +1,215 @@
+"""explain: which backend and kernel each part of a model would run on, and why not another."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmx_kernels import backends, ops, registry
+from cmx_kernels.fuse import unfuse
+from cmx_kernels.layers import LargeKernelDepthwiseConv2d
+from cmx_kernels.models.fused import Fused, Stem
+from cmx_kernels.models.networks import FusedConvMixer, FusedNetwork
+from cmx_kernels.models.stack import Stack, check_call, current, plain_is_wanted
+from cmx_kernels.models.structure import Refusal, children
+from cmx_kernels.ops.checks import autocast
+
+PLAIN = "torch"
+
+
+@dataclass(frozen=True)
+class Row:
+    """``refusals``: who did not take this part, and why; empty where it runs on a kernel of ours, or needs none."""
+
+    part: str
+    backend: str
+    kernel: str
+    refusals: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs where. ``print(report)`` shows a table, in which equal blocks that follow each other share a line."""
+
+    rows: list[Row]
+
+    @property
+    def refusals(self) -> dict[str, dict[str, str]]:
+        """part -> who refused it -> why"""
+        return {row.part: row.refusals for row in self.rows if row.refusals}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        lines = [("part", "backend", "kernel", "")]
+        for _, group in groupby(self.rows, _what_a_line_shows):
+            first, *rest = group
+            part = f"{first.part}-{rest[-1].part.rpartition('.')[2]}" if rest else first.part
+            reasons = [f"{who}: {why}" for who, why in first.refusals.items()] or [first.note]
+            lines.append((part, first.backend, first.kernel, reasons[0]))
+            lines += [("", "", "", reason) for reason in reasons[1:]]
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        table = [" ".join([*(line[i].ljust(widths[i]) for i in range(3)), line[3]]).rstrip() for line in lines]
+        summary = f"{len(self.refusals)} of {len(self)} parts refused" if self.refusals else "no refusals"
+        kernels = registry.isa_level() or "none"
+        return "\n".join([*table, f"{summary}; torch {torch.__version__}, CPU kernels: {kernels}"])
+
+
+def explain(model_or_op: nn.Module | str | Callable[..., Tensor], x: Tensor, act: str = "gelu") -> Report:
+    """What would run if ``model_or_op`` were called on ``x`` now, in this mode, under this autocast and grad mode.
+
+    Args:
+        model_or_op: a model, fused or with fused parts; or an operator or its name, as ops.depthwise_block.
+        x: the input, [N, C, H, W]; nothing is computed on it.
+        act: for an operator, its activation.
+
+    Raises:
+        TypeError: neither a model nor an operator.
+    """
+    if isinstance(model_or_op, nn.Module):
+        return Report(list(_model_rows(model_or_op, x)))
+    name = model_or_op if isinstance(model_or_op, str) else getattr(model_or_op, "__name__", None)
+    if name not in ops.__all__:
+        known = ", ".join(f"ops.{op}" for op in ops.__all__)
+        raise TypeError(f"model_or_op: got {model_or_op!r}, wanted an nn.Module or one of {known}")
+    return Report([_op_row(name, [name], x, act)])
+
+
+def _op_row(part: str, names: list[str], x: Tensor, act: str, note: str = "") -> Row:
+    chosen: list[str] = []
+    refusals: dict[str, str] = {}
+    for name in names:
+        backend = backends.select(name, x, act, quiet=True)
+        chosen.append(backend)
+        if backend == "reference":
+            refusals |= {f"{name}, {who}": why for who, why in backends.refusals(name, x, act).items()}
+            refusals |= {} if backends.FUSED else {"all": "CMX_FUSED=0"}
+    return Row(part, " + ".join(dict.fromkeys(chosen)), " + ".join(names), refusals, note)
+
+
+def _model_rows(model: nn.Module, x: Tensor) -> Iterator[Row]:
+    parts = dict(_outermost(model, ""))
+    if not parts:
+        way_out = "no part of it is fused: call cmx_kernels.fuse(model)"
+        yield Row("model", PLAIN, type(model).__name__, {"fusion": way_out})
+    inputs = {"": x} if "" in parts else _inputs(model, parts, x)
+    for name, part in parts.items():
+        if name in inputs:
+            yield from _part_rows(name, part, inputs[name])
+        else:
+            yield Row(name, PLAIN, type(part).__name__, {"fusion": "it is not called in this forward"})
+
+
+def _outermost(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, (Fused, LargeKernelDepthwiseConv2d)):
+        yield name, module
+        return
+    for key, child in module.named_children():
+        yield from _outermost(child, _join(name, key))
+
+
+def _inputs(model: nn.Module, parts: dict[str, nn.Module], x: Tensor) -> dict[str, Tensor]:
+    """What each part would be given, without its values: a plain copy of the model runs on the meta device."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo = {id(t): t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors}
+    memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in model.parameters()}
+    twin = unfuse(copy.deepcopy(model, memo))
+    seen: dict[str, Tensor] = {}
+    for name in parts:
+
+        def note(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            seen.setdefault(name, torch.empty_like(args[0], device=x.device))
+
+        twin.get_submodule(name).register_forward_pre_hook(note)
+    with torch.no_grad():
+        twin(x.to("meta"))
+    return seen
+
+
+def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
+    if isinstance(part, LargeKernelDepthwiseConv2d):
+        reason = "CMX_FUSED=0" if plain_is_wanted(x) else part.why_plain(x)
+        if reason is None:
+            yield _op_row(name or "layer", ["depthwise_block"], autocast(x)[0], "none")
+        else:
+            yield Row(name or "layer", PLAIN, "conv2d", {"fusion": reason})
+        return
+    try:
+        stack, obstacle = _stack(part, x)
+    except Refusal as reason:
+        stack, obstacle = None, str(reason)
+    if isinstance(part, FusedNetwork):
+        yield from _network_rows(name, part, x, stack if obstacle is None else None)
+    elif stack is None:
+        yield Row(name or "block", PLAIN, "its modules", {"fusion": str(obstacle)})
+    elif obstacle is None:
+        yield _stack_row(name or "block", stack, x)
+    else:
+        names = ["patch_embed"] if isinstance(part, Stem) else ["depthwise_block", "pointwise_block"]
+        yield _op_row(name or "block", names, autocast(x)[0], stack.act, obstacle)
+
+
+def _stack(part: Any, x: Tensor) -> tuple[Stack, str | None]:
+    """The stack of a fused module and what is in the way of running it in one call; Refusal if the plain path runs."""
+    if plain_is_wanted(x):
+        raise Refusal("fusion is off (CMX_FUSED=0), or the model is being traced")
+    check_call(x)
+    stack, tensors = current(part, part.stack)
+    return stack, stack.obstacle(autocast(x)[0], tensors)
+
+
+def _stack_row(part: str, stack: Stack, x: Tensor) -> Row:
+    return Row(part, backends.select("block_stack", autocast(x)[0], stack.act, quiet=True), "block_stack")
+
+
+def _network_rows(name: str, net: FusedNetwork, x: Tensor, stack: Stack | None) -> Iterator[Row]:
+    """``stack``: the one that takes the network in one call, None if its parts run one by one."""
+    if isinstance(net, FusedConvMixer):
+        blocks = [(f"blocks.{key}", block) for key, block in net.blocks.named_children()]
+        pieces: list[tuple[str, nn.Module]] = [
+            ("stem", net.stem),
+            *blocks,
+            ("global_pool", net.global_pool),
+            ("head", net.head),
+        ]
+        first, last = 0, 1 + len(blocks) + (stack is not None and stack.pool)
+    else:
+        pieces = list(net.named_children())
+        first, last = stack.span if stack is not None else (0, 0)
+    for i, (key, piece) in enumerate(pieces):
+        label = _join(name, key)
+        if stack is not None and first <= i < last:
+            yield _stack_row(label, stack, x)
+        elif stack is None and isinstance(piece, Fused):
+            yield from _part_rows(label, piece, x)
+        else:
+            yield Row(label, PLAIN, type(piece).__name__)
+        if stack is None and isinstance(piece, (Stem, nn.Conv2d)):
+            x = _after_patches(x, piece if isinstance(piece, nn.Conv2d) else children(piece)[0])
+
+
+def _after_patches(x: Tensor, conv: nn.Module) -> Tensor:
+    """What a stem's convolution makes of ``x``, without its values; ``x`` itself where it does not fit."""
+    if not isinstance(conv, nn.Conv2d) or x.dim() != 4:
+        return x
+    rows, columns = (size // step for size, step in zip(x.shape[2:], conv.stride, strict=True))
+    return x.new_empty((x.shape[0], conv.out_channels, rows, columns))
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _what_a_line_shows(row: Row) -> tuple[str, ...]:
+    """Parts that differ only in a number at the end may share a line."""
+    head, _, tail = row.part.rpartition(".")
+    return head if tail.isdigit() else row.part, row.backend, row.kernel, str(row.refusals), row.note
