@@ -159,8 +159,10 @@ def magnitude(op: str, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 def terms(op: str, x: Tensor, weight: Tensor) -> int:
     """How many products one element of the output sums."""
-    pixels = x.shape[2] * x.shape[3] if op == "pool_head" else 0
-    return math.prod(weight.shape[1:]) + pixels
+    if op == "pool_head":  # the mean first; float64 by plain loops, everything in one sum
+        pixels = x.shape[2] * x.shape[3]
+        return x.shape[1] * pixels if x.dtype == torch.float64 else x.shape[1] + pixels
+    return math.prod(weight.shape[1:])
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
