@@ -49,7 +49,7 @@ def _rows(config: pytest.Config) -> list[Row]:
         for batch in batches.split(",")
         for dtype in ("fp32", "bf16")
         for provider in PROVIDERS.values()
-        if dtype in provider.dtypes and (full or not provider.slow_to_build)
+        if dtype in provider.dtypes and (full or not provider.only_full)
     ]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks import reference, worker
 from benchmarks.networks import SPECS
@@ -22,7 +23,6 @@ from benchmarks.reference import Reference
 _NAP = 0.15  # seconds between turns: the thread pools of the provider before have stopped spinning
 _TURN = 0.4  # seconds a turn should last
 _PEAK = 0.1  # seconds a measurement of the arithmetic peak lasts
-_COLD = 1.0  # a call longer than this does not notice that the others emptied the caches
 
 
 class Row(NamedTuple):
@@ -41,17 +41,15 @@ class Row(NamedTuple):
 class Budget:
     """How long to measure."""
 
-    race: float  # seconds for the turns of one model and batch size
+    race: float  # seconds for the turns of one model and batch size, the least number of turns aside
     turns: tuple[int, int]  # at least, at most
     reference: float  # seconds of float64 a model
-
-    def turns_for(self, round_seconds: float) -> int:
-        least, most = self.turns
-        return max(least, min(most, round(self.race / round_seconds)))
+    photos: int  # checked in batches of one
+    slow: float  # seconds; a longer call gets two turns
 
 
-DEFAULT = Budget(race=20, turns=(3, 7), reference=4)
-FULL = Budget(race=90, turns=(5, 15), reference=20)
+DEFAULT = Budget(race=20, turns=(3, 7), reference=4, photos=4, slow=3)
+FULL = Budget(race=90, turns=(5, 15), reference=20, photos=8, slow=30)
 
 
 @dataclass
@@ -117,18 +115,12 @@ class Arena:
     def __init__(
         self, rows: Sequence[Row], budget: Budget, folder: Path, threads: int, say: Callable[..., None], peak: bool
     ) -> None:
-        self.rows, self.budget, self.folder, self.threads, self.say, self.peak = (
-            rows,
-            budget,
-            folder,
-            threads,
-            say,
-            peak,
-        )
+        self.rows, self.budget, self.folder = rows, budget, folder
+        self.threads, self.say, self.peak = threads, say, peak
         self.results: dict[Row, Result] = {}
         self._references: dict[str, Reference] = {}
         self._lanes: dict[tuple[str, str], Lane] = {}
-        self._total, self._done = sum(map(_work, rows)), 0.0
+        self._total, self._done = sum(map(_work, rows)), 0.0  # for the progress
 
     def result(self, row: Row) -> Result:
         if row not in self.results:
@@ -145,20 +137,18 @@ class Arena:
         results = [self._prepare(row) for row in rows]
         self.results.update(zip(rows, results, strict=True))
         entrants = {result.row: self._lane(result.row) for result in results if result.status == "timed"}
-        self._take_turns(rows, entrants)
+        self._take_turns(entrants)
         for result in results:
+            self._done += _work(result.row) / 2
             if result.status == "timed":
-                result.memory = entrants[result.row].ask("peak_memory")
-                rate = result.row.batch / result.median
-                spread = f"{result.median * 1e3:.1f} ms a call, spread {result.spread:.1%}"
-                self.say(
-                    self._fraction(0), f"{result.row}: {rate:.2f} images/s ({spread}, {len(result.seconds)} calls)"
-                )
+                rate, ms = result.row.batch / result.median, result.median * 1e3
+                calls = f"{ms:.1f} ms a call, spread {result.spread:.1%}, {len(result.seconds)} calls"
+                self._tell(f"{result.row}: {rate:.2f} images/s ({calls})")
 
     def _start(self) -> None:
         """All processes at once: each imports torch, which takes seconds."""
         pairs = {(row.provider, row.dtype) for row in self.rows if PROVIDERS[row.provider].load().why_absent() is None}
-        peaks = {("peak", row.dtype) for row in self.rows} if self.peak and pairs else set()
+        peaks = {("peak", dtype) for dtype in ("fp32", "bf16")} if self.peak and pairs else set()
         for provider, dtype in sorted(pairs | peaks):
             # any provider's process can measure the peak
             self._lanes[provider, dtype] = Lane("fused" if provider == "peak" else provider, dtype, self.threads)
@@ -172,63 +162,74 @@ class Arena:
         absent = PROVIDERS[row.provider].load().why_absent()
         if absent is not None:
             result.status, result.note = "absent", absent
-            self._done += _work(row)
             return result
         ref = self._reference(row.model)
         try:
-            answer = self._lane(row).ask("build", row.model, ref.weights, ref.photos, row.batch)
+            answer = self._lane(row).ask("build", row.model, ref.weights, self._photos(ref, row.batch), row.batch)
         except Failed as failure:
-            result.status, result.note = "failed", str(failure)
-            self.say(self._fraction(_work(row)), f"{row}: failed: {result.note.splitlines()[0]}")
+            self._fail(result, failure)
             return result
+        finally:
+            self._done += _work(row) / 2
         logits = torch.from_numpy(answer["logits"])
         if row.provider == "eager":
-            ref.plain.setdefault(row.dtype, logits)
-        for dtype in {row.dtype, "fp32"} - ref.plain.keys():
-            ref.plain[dtype] = reference.plain_logits(ref, dtype)
-        result.settings, result.seconds = answer["settings"], [answer["seconds"]]
+            ref.learn_plain(row.dtype, logits)
+        for dtype in {row.dtype, "fp32"} - ref.plain.keys():  # eager was not asked for
+            ref.learn_plain(dtype, reference.plain_logits(ref, dtype))
+        result.settings = answer["settings"]
         result.error, result.allowed, result.top1 = ref.error(logits), ref.allowed(row.dtype), ref.agreement(logits)
         wrong = ref.wrong(logits, row.dtype)
         if wrong is not None:
-            result.status, result.note, result.seconds = "wrong", wrong, []
+            result.status, result.note = "wrong", wrong
         checked = f"error {result.error:.1e} of {result.allowed:.1e} allowed, class {result.top1[0]}/{result.top1[1]}"
-        self.say(self._fraction(_work(row)), f"{row}: WRONG, {wrong}" if wrong else f"{row}: right ({checked})")
+        self._tell(f"{row}: WRONG, {wrong}" if wrong else f"{row}: right ({checked})")
         return result
+
+    def _photos(self, ref: Reference, batch: int) -> Tensor:
+        """For the check; as many as whole batches hold, some twice if the batch is large."""
+        count = -(-max(self.budget.photos, batch) // batch) * batch
+        return ref.photos[torch.arange(count) % len(ref.photos)]
+
+    def _fail(self, result: Result, failure: Failed) -> None:
+        result.status, result.note = "failed", str(failure)
+        self._tell(f"{result.row}: failed: {result.note.splitlines()[0]}")
 
     def _reference(self, model: str) -> Reference:
         if model not in self._references:
-            self.say(self._fraction(0), f"{model}: calibrating on photographs; float64 reference")
+            self._tell(f"{model}: calibrating on photographs; float64 reference")
             self._references[model] = reference.make(model, self.folder, self.budget.reference)
         return self._references[model]
 
-    def _take_turns(self, rows: Sequence[Row], entrants: dict[Row, Lane]) -> None:
+    def _take_turns(self, entrants: dict[Row, Lane]) -> None:
         if not entrants:
             return
-        one_call = {row: self.results[row].seconds[0] for row in entrants}
-        calls = {row: max(1, min(20, round(_TURN / seconds))) for row, seconds in one_call.items()}
-        warm = {row: seconds < _COLD for row, seconds in one_call.items()}
-        round_seconds = sum((calls[row] + warm[row]) * one_call[row] + _NAP for row in entrants)
-        turns = self.budget.turns_for(round_seconds)
-        self.say(self._fraction(0), f"{rows[0].model} b{rows[0].batch}: {turns} turns of {round_seconds:.0f} s")
-        rates: dict[str, list[float]] = {dtype: [] for provider, dtype in self._lanes if provider == "peak"}
-        for row in entrants:
-            self.results[row].seconds = []
-        order = list(entrants)
-        for _ in range(turns):
-            for dtype, found in rates.items():
+        peaks: dict[str, list[float]] = {dtype: [] for provider, dtype in self._lanes if provider == "peak"}
+        order, (least, most) = list(entrants), self.budget.turns
+        start = time.perf_counter()
+        for turn in range(most):
+            if turn >= least and time.perf_counter() - start > self.budget.race:
+                break
+            for dtype, found in peaks.items():
                 time.sleep(_NAP)
                 found.append(self._lanes["peak", dtype].ask("peak", self.threads, _PEAK))
             for row in order:
-                time.sleep(_NAP)
-                self.results[row].seconds += entrants[row].ask("turn", calls[row], warm[row])
+                slow = turn >= 2 and self.results[row].median > self.budget.slow
+                if self.results[row].status == "timed" and not slow:
+                    time.sleep(_NAP)
+                    self._turn(self.results[row], entrants[row])
             order = order[1:] + order[:1]
         for row in entrants:
-            self.results[row].peaks = {dtype: statistics.median(found) for dtype, found in rates.items()}
+            self.results[row].peaks = {dtype: statistics.median(found) for dtype, found in peaks.items()}
 
-    def _fraction(self, work: float) -> float:
-        """Of the whole run's work, after this much more of it."""
-        self._done += work
-        return self._done / self._total
+    def _turn(self, result: Result, lane: Lane) -> None:
+        try:
+            result.seconds += lane.ask("turn", _TURN)
+            result.memory = lane.ask("peak_memory")
+        except Failed as failure:
+            self._fail(result, failure)
+
+    def _tell(self, text: str) -> None:
+        self.say(self._done / self._total, text)
 
 
 def _work(row: Row) -> float:

@@ -122,8 +122,9 @@ def header(about: Mapping[str, Any]) -> list[str]:
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['isa']}; {about['date']}",
         f"{versions}; Python {about['python']}; commit {about['commit']}",
         f"command: {about['command']}",
-        "images of 224 x 224, random weights, statistics from photographs; medians; spread: half the quartile distance;",
-        "x eager, x best peer: over the fastest one of this dtype or a more exact one; limit: the measured arithmetic peak",
+        "224 x 224 photographs, random weights; medians of calls; spread: half the distance of the quartiles",
+        "x eager, x best peer: against the fastest of them in this dtype or a more exact one",
+        "limit: all multiply-adds at the arithmetic peak measured in the same turns (depthwise: at that of fp32)",
     ]
 
 
@@ -174,7 +175,7 @@ def write(
         for row in rows
         if row["note"]
     ]
-    (folder / f"{name}.md").write_text("\n".join([*text, *([""] + notes if notes else [])]) + "\n")
+    (folder / f"{name}.md").write_text("\n".join([*text, *(["", *notes] if notes else [])]) + "\n")
     return path
 
 

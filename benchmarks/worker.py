@@ -3,6 +3,7 @@
 Between requests it sleeps in recv(), so that its threads and buffers do not disturb the provider whose turn it is.
 """
 
+import contextlib
 import ctypes
 import gc
 import time
@@ -19,12 +20,16 @@ from torch import Tensor
 from benchmarks.networks import DTYPES, SPECS
 from benchmarks.peers import PROVIDERS, Runner
 
+_COLD = 1.0  # seconds; a longer call does not notice that the others emptied the caches
+_CALLS = 20  # in a turn at most
+
 
 class Worker:
     def __init__(self, provider: str, dtype: str) -> None:
         self.module, self.dtype = PROVIDERS[provider].load(), dtype
         self.runner: Runner | None = None
         self.feed: Any = None
+        self.last = 0.0  # seconds of the last call
 
     def build(self, model: str, weights: Path, photos: Tensor, batch: int) -> dict[str, Any]:
         """Build for this batch size and run over all photographs: the check's outputs, and the warm-up."""
@@ -32,27 +37,30 @@ class Worker:
         _give_memory_back()
         self.runner = runner = self.module.build(SPECS[model], weights, self.dtype, photos[:batch])
         _reset_peak_memory()
-        logits, seconds = [], 0.0
+        logits = []
         for i in range(0, len(photos), batch):
             self.feed = runner.feed(photos[i : i + batch])
-            start = time.perf_counter()
-            out = runner.run(self.feed)
-            seconds = time.perf_counter() - start
-            logits.append(runner.read(out))
+            logits.append(runner.read(self._timed()[1]))
         # numpy: a tensor would travel in shared memory, which containers keep small
-        return {"logits": torch.cat(logits).numpy(), "seconds": seconds, "settings": runner.settings}
+        return {"logits": torch.cat(logits).numpy(), "settings": runner.settings}
 
-    def turn(self, calls: int, warm: bool) -> list[float]:
-        """Seconds of each call; ``warm``: after one that is not counted, as the others emptied the caches."""
-        assert self.runner is not None
-        run, feed, times = self.runner.run, self.feed, []
-        if warm:
-            run(feed)
-        for _ in range(calls):
-            start = time.perf_counter()
-            run(feed)
-            times.append(time.perf_counter() - start)
+    def turn(self, seconds: float) -> list[float]:
+        """Seconds of each call, as many as fill the turn."""
+        times: list[float] = []
+        if self.last < _COLD:
+            self._timed()  # not counted: the others emptied the caches
+        start = time.perf_counter()
+        while not times or (time.perf_counter() - start < seconds and len(times) < _CALLS):
+            times.append(self._timed()[0])
         return times
+
+    def _timed(self) -> tuple[float, Any]:
+        assert self.runner is not None
+        run, feed = self.runner.run, self.feed
+        start = time.perf_counter()
+        out = run(feed)
+        self.last = time.perf_counter() - start
+        return self.last, out
 
     def peak_memory(self) -> float | None:
         """The most memory this process had since the model was built, in MiB (Linux)."""
@@ -92,14 +100,10 @@ def main(connection: Connection, provider: str, dtype: str, threads: int) -> Non
 def _give_memory_back() -> None:
     """Free what the last model left, so that this one's memory is its own."""
     gc.collect()
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass  # not glibc
 
 
 def _reset_peak_memory() -> None:
-    try:
+    with contextlib.suppress(OSError):  # not Linux: the peak is then that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # not Linux: the peak is then that of the whole process

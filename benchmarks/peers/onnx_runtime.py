@@ -1,7 +1,6 @@
 """ONNX Runtime's CPU provider, all graph optimisations. float32 only: it has no bfloat16 convolution."""
 
 import importlib.util
-import tempfile
 from pathlib import Path
 
 import torch
@@ -22,14 +21,23 @@ def build(spec: Spec, weights: Path, dtype: str, photos: Tensor) -> Runner:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder, "model.onnx"))
-        torch.onnx.export(plain_with(spec, weights), (photos,), path, dynamo=False, opset_version=20)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    options.add_free_dimension_override_by_name("batch", len(photos))
+    path = str(_exported(spec, weights, photos[:1]))
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return Runner(
-        feed=lambda x: {name: x.numpy()},
+        feed=lambda x: {"images": x.numpy()},
         run=lambda feed: session.run(None, feed),
         read=lambda out: torch.from_numpy(out[0]),
         settings={"layout": "its choice", "intra_op_num_threads": torch.get_num_threads()},
     )
+
+
+def _exported(spec: Spec, weights: Path, image: Tensor) -> Path:
+    """The model as ONNX, beside its weights. Opset 20 has GELU as one operator."""
+    path = weights.with_suffix(".onnx")
+    if not path.exists():
+        axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
+        names = {"input_names": ["images"], "output_names": ["logits"]}
+        model = plain_with(spec, weights)
+        torch.onnx.export(model, (image,), str(path), dynamo=False, opset_version=20, dynamic_axes=axes, **names)
+    return path
