@@ -159,9 +159,9 @@ def magnitude(op: str, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 def terms(op: str, x: Tensor, weight: Tensor) -> int:
     """How many products one element of the output sums."""
-    if op == "pool_head":  # the mean first; float64 by plain loops, everything in one sum
+    if op == "pool_head":  # the mean first; in float64 one plain sum, whose errors all have one sign on a flat image
         pixels = x.shape[2] * x.shape[3]
-        return x.shape[1] * pixels if x.dtype == torch.float64 else x.shape[1] + pixels
+        return (x.shape[1] * pixels) ** 2 if x.dtype == torch.float64 else x.shape[1] + pixels
     return math.prod(weight.shape[1:])
 
 
