@@ -60,6 +60,10 @@ View weight_view(const Tensor& w, int64_t rows, int64_t columns, const char* nam
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+void check_activations(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.size(1) >= 1, "x: got shape ", shape_of(x), ", wanted [N, C, H, W] with at least one channel, on the CPU");
+}
+
 void check_weight(const Tensor& x, const Tensor& w, bool fits, const char* wanted) {
   STD_TORCH_CHECK(w.is_cpu() && w.scalar_type() == x.scalar_type(), "weight: wanted a CPU tensor in x's dtype");
   STD_TORCH_CHECK(fits, "weight: got shape ", shape_of(w), " with x of ", shape_of(x), ", wanted ", wanted);
@@ -165,7 +169,7 @@ void run_stage(Stage& s) {
 }
 
 Tensor pack_pointwise(const Tensor& given) {
-  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 2, "weight: got shape ", shape_of(given), ", wanted [C, Cin] on the CPU");
+  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 2 && given.numel() > 0, "weight: got shape ", shape_of(given), ", wanted [C, Cin] on the CPU");
   const CpuKernels& k = cpu_kernels();
   const Tensor w = dense(given);
   const View view = weight_view(w, 1, w.size(1), "weight");
@@ -178,7 +182,7 @@ Tensor pack_pointwise(const Tensor& given) {
 }
 
 Tensor pack_depthwise(const Tensor& given) {
-  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 4 && given.size(1) == 1, "weight: got shape ", shape_of(given), ", wanted [C, 1, kh, kw] on the CPU");
+  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 4 && given.size(0) >= 1 && given.size(1) == 1, "weight: got shape ", shape_of(given), ", wanted [C, 1, kh, kw] on the CPU");
   STD_TORCH_CHECK(given.size(2) >= 1 && given.size(3) >= 1 && given.size(2) <= kMaxKernel && given.size(3) <= kMaxKernel,
                   "weight: got a ", given.size(2), "x", given.size(3), " kernel, wanted 1 to ", kMaxKernel, " on each side");
   const CpuKernels& k = cpu_kernels();
@@ -208,7 +212,7 @@ Tensor direct(const Tensor& x, const Tensor& weight, const Optional& bias, const
 // patch_embed and pointwise_block: a product behind two different producers
 Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift,
                      const std::string& act, Stage::Producer producer) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x: got shape ", shape_of(x), ", wanted 4 dimensions [N, C, H, W] on the CPU");
+  check_activations(x);
   const bool patches = producer == Stage::Producer::patches;
   const bool fits = weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) >= 1 && weight.size(3) >= 1 && weight.size(0) >= 1;
   check_weight(x, weight, fits && (patches || (weight.size(2) == 1 && weight.size(3) == 1)), patches ? "[C, Cin, p, q]" : "[C, Cin, 1, 1]");
@@ -238,8 +242,8 @@ Tensor pointwise_block(const Tensor& x, const Tensor& weight, const Optional& bi
 }
 
 Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift, std::string act, bool residual) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x: got shape ", shape_of(x), ", wanted 4 dimensions [N, C, H, W] on the CPU");
-  check_weight(x, weight, weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1, "[C, 1, kh, kw]");
+  check_activations(x);
+  check_weight(x, weight, weight.dim() == 4 && weight.size(2) >= 1 && weight.size(3) >= 1 && weight.size(0) == x.size(1) && weight.size(1) == 1, "[C, 1, kh, kw]");
   if (x.scalar_type() == ScalarType::Double) return direct(x, weight, bias, scale, shift, act, 1, 1, true, residual);
   const View in = view_of(x, "x");
   const ConstantsBuffer constants(bias, scale, shift, in.c);
@@ -264,8 +268,9 @@ void pool(const PoolHead& p) {
 }
 
 Tensor pool_head(const Tensor& x, const Tensor& weight, const Optional& bias) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.size(2) * x.size(3) > 0, "x: got shape ", shape_of(x), ", wanted [N, C, H, W] with at least one pixel, on the CPU");
-  check_weight(x, weight, weight.dim() == 2 && weight.size(1) == x.size(1), "[classes, C]");
+  check_activations(x);
+  STD_TORCH_CHECK(x.size(2) * x.size(3) > 0, "x: got shape ", shape_of(x), ", wanted at least one pixel to average");
+  check_weight(x, weight, weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) == x.size(1), "[classes, C]");
   const Tensor w = dense(weight);
   Tensor y = torch::stable::empty({x.size(0), w.size(0)}, x.scalar_type());
   const std::vector<double> b = values(bias, "bias", w.size(0), 0);
@@ -320,6 +325,7 @@ View images(View v, int64_t first, int64_t count) {
 Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels, std::vector<int64_t> patch, std::vector<int64_t> kernel,
                    std::string act_name, bool want_pool) {
   const CpuKernels& k = cpu_kernels();
+  check_activations(x);
   const View in = view_of(x, "x");
   const Act act = act_of(act_name);
   const bool stem = !patch.empty();

@@ -7,27 +7,33 @@ MAX_KERNEL = 31
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def _check_tensor(tensor: Tensor, name: str, shape: str) -> None:
+    """Dense and on its own memory."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a torch.Tensor {shape}")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "a quantized tensor" if tensor.is_quantized else f"layout {tensor.layout}"
+        way_out = "dequantize()" if tensor.is_quantized else "to_dense()"
+        raise TypeError(f"{name}: got {kind}, wanted a dense tensor; call .{way_out} first")
+
+
 def check_activations(x: Tensor, name: str = "x") -> None:
     """[N, C, H, W], dense, floating point."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, wanted a torch.Tensor")
-    if x.layout != torch.strided or x.is_quantized:
-        kind = "a quantized tensor" if x.is_quantized else f"layout {x.layout}"
-        way_out = "dequantize()" if x.is_quantized else "to_dense()"
-        raise TypeError(f"{name}: got {kind}, wanted a dense tensor; call .{way_out} first")
+    _check_tensor(x, name, "[N, C, H, W]")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name}: got dtype {x.dtype}, wanted float32, float16, bfloat16 or float64; convert with .to()")
     if x.dim() != 4:
         hint = "; add the batch dimension with x[None]" if x.dim() == 3 else ""
         raise ValueError(f"{name}: got shape {list(x.shape)}, wanted 4 dimensions [N, C, H, W]{hint}")
+    if x.shape[1] < 1:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, wanted at least one channel")
 
 
 def check_weight(x: Tensor, weight: Tensor, shape: str, want: tuple[int, ...], dims: int = 4) -> None:
     """``want`` holds the sizes of a weight, with -1 where any size will do."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: got {type(weight).__name__}, wanted a torch.Tensor {shape}")
+    _check_tensor(weight, "weight", shape)
     fits = weight.dim() == dims and all(w in (-1, s) for s, w in zip(weight.shape, want, strict=True))
-    if not fits:
+    if not fits or weight.shape[0] < 1:
         channels = f" (x has {x.shape[1]} channels)"
         raise ValueError(f"weight: got shape {list(weight.shape)}, wanted {shape}{channels}")
     same_device(x, weight, "weight")
@@ -42,8 +48,7 @@ def check_vector(x: Tensor, vector: Tensor | None, name: str, channels: int) -> 
     """A per-channel vector [C] in x's dtype or float32."""
     if vector is None:
         return
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{name}: got {type(vector).__name__}, wanted a torch.Tensor [{channels}] or None")
+    _check_tensor(vector, name, f"[{channels}] or None")
     if vector.dim() != 1 or vector.shape[0] != channels:
         raise ValueError(f"{name}: got shape {list(vector.shape)}, wanted [{channels}], one value per output channel")
     same_device(x, vector, name)
@@ -78,10 +83,15 @@ def column(vector: Tensor) -> Tensor:
     return vector.reshape(1, -1, 1, 1)
 
 
+def autocast_is_on(x: Tensor) -> bool:
+    """False too for what is no tensor, and for a device that has no autocast."""
+    kind = x.device.type if isinstance(x, Tensor) else "meta"
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def autocast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """Our autocast rule: x and the convolution weights take the autocast dtype, BatchNorm's vectors stay as they are."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not autocast_is_on(x) or x.dtype == torch.float64:
         return (x, *weights)
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in (x, *weights))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmx_kernels import backends
 from cmx_kernels.activations import activation, activation_backward
-from cmx_kernels.ops.checks import autocast, check_activations, check_vector, column, compute_dtype
+from cmx_kernels.ops.checks import autocast, autocast_is_on, check_activations, check_vector, column, compute_dtype
 
 
 class Geometry(NamedTuple):
@@ -111,10 +111,9 @@ def backward(ctx: Any, grad: Tensor, geometry: Geometry, residual: bool) -> tupl
 
 def run(op: ConvOp, x: Tensor, weight: Tensor, bias: Any, scale: Any, shift: Any, act: str, *extra: Any) -> Tensor:
     """Autocast, check, select, call: the body of the public functions."""
-    kind = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(kind):
+    if autocast_is_on(x):
         x, weight = autocast(x, weight)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return run(op, x, weight, bias, scale, shift, act, *extra)
     op.check(x, weight, bias, scale, shift, act)
     call = op.reference if backends.select(op.name, x, act) == "reference" else op.compiled

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmx_kernels import backends
-from cmx_kernels.ops.checks import autocast, check_activations, check_vector, check_weight, compute_dtype
+from cmx_kernels.ops.checks import autocast, autocast_is_on, check_activations, check_vector, check_weight, compute_dtype
 from cmx_kernels.registry import define
 
 
@@ -76,10 +76,9 @@ def pool_head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; nothing has been written.
     """
-    kind = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(kind):
+    if autocast_is_on(x):
         x, weight = autocast(x, weight)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return pool_head(x, weight, bias)
     _check(x, weight, bias)
     call = reference if backends.select("pool_head", x, "none") == "reference" else _compiled

@@ -55,16 +55,16 @@ CMX_INLINE vf activate(vf x) {
   return x;
 }
 
-// What is added at the end: nothing, float32 pixels [pixel][VL], or bfloat16 pixel pairs [pixel / 2][VL][2]
+// What is added at the end: nothing, float32 pixels `step` apart, or bfloat16 pixel pairs
 struct NoResidual {
-  CMX_INLINE vf at(const void*, int64_t) { return vf{}; }
+  CMX_INLINE vf at(const float*, int64_t, int64_t) { return vf{}; }
 };
 struct FloatResidual {
-  CMX_INLINE vf at(const void* p, int64_t i) { return load((const float*)p + i * VL); }
+  CMX_INLINE vf at(const float* p, int64_t step, int64_t i) { return load(p + i * step); }
 };
 struct PairResidual {
-  CMX_INLINE vf at(const void* p, int64_t i) {
-    const vu pair = ((const vu*)p)[i / 2];
+  CMX_INLINE vf at(const float* p, int64_t step, int64_t i) {
+    const vu pair = *(const vu*)(p + i / 2 * step);
     return i % 2 ? high(pair) : low(pair);
   }
 };
@@ -78,12 +78,13 @@ struct BlockConstants {
 // acc [count][VL] -> out, `step` elements from pixel to pixel
 template <class Residual, class Out>
 static __attribute__((noinline)) void epilogue(const float* acc, int64_t count, const Constants& constants, int64_t channel,
-                                               Act act, const void* residual, Out* out, int64_t step) {
+                                               Act act, const float* residual, int64_t residual_step, Out* out,
+                                               int64_t step) {
   const BlockConstants c(constants, channel);
   auto run = [&](auto activation) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < count; i++)
-      store(out + i * step, activation(load(acc + i * VL) + c.bias) * c.scale + c.shift + Residual::at(residual, i));
+      store(out + i * step, activation(load(acc + i * VL) + c.bias) * c.scale + c.shift + Residual::at(residual, residual_step, i));
   };
   switch (act) {
     case Act::relu: return run([](vf x) __attribute__((always_inline)) { return activate<Act::relu>(x); });
