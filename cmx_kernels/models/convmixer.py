@@ -200,14 +200,15 @@ def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = not norm.training
+    """Inside, BatchNorm counts into copies of its running statistics."""
+    kept = [(module._buffers, dict(module._buffers)) for module in block.modules() if module._buffers]
+    for buffers, values in kept:
+        buffers.update({name: None if value is None else value.clone() for name, value in values.items()})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for buffers, values in kept:
+            buffers.update(values)
 
 
 def _classes(n_classes: int, num_classes: int | None) -> int:

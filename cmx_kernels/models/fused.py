@@ -15,7 +15,7 @@ from cmx_kernels.activations import name_of
 from cmx_kernels.models.stack import STATE, Stack, check_bypass, check_call, check_unit, current, plain_is_wanted
 from cmx_kernels.models.structure import BlockParts, Refusal, Unit, block_parts, children, stem_unit
 from cmx_kernels.ops.batchnorm import fold
-from cmx_kernels.ops.checks import autocast
+from cmx_kernels.ops.checks import autocast, check_activations
 
 
 class Fused(nn.Module):
@@ -40,6 +40,7 @@ class Stem(Fused, nn.Sequential):
     def _fused(self, x: Tensor) -> Tensor:
         if plain_is_wanted(x):
             return nn.Sequential.forward(self, x)
+        check_activations(x)
         try:
             check_call(x)
             if torch.compiler.is_compiling():
@@ -78,6 +79,7 @@ class Block(Fused, nn.Sequential):
     def _fused(self, x: Tensor) -> Tensor:
         if plain_is_wanted(x):
             return nn.Sequential.forward(self, x)
+        check_activations(x)
         try:
             check_call(x)
             if torch.compiler.is_compiling():

@@ -1,0 +1,120 @@
+"""ConvMixer as other people write it, and the error rule for whole networks."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cmx_kernels import backends
+from cmx_kernels.ops import block_stack
+
+NATIVE = backends.registry.C is not None
+
+
+class Residual(nn.Module):
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x) + x
+
+
+def paper(
+    dim: int, depth: int, kernel: int = 9, patch: int = 7, classes: int = 1000, padding: Any = "same"
+) -> nn.Sequential:
+    """The layout of the authors' repository: everything in one nn.Sequential."""
+
+    def block() -> nn.Sequential:
+        inner = nn.Sequential(nn.Conv2d(dim, dim, kernel, groups=dim, padding=padding), nn.GELU(), nn.BatchNorm2d(dim))
+        return nn.Sequential(Residual(inner), nn.Conv2d(dim, dim, 1), nn.GELU(), nn.BatchNorm2d(dim))
+
+    return nn.Sequential(
+        nn.Conv2d(3, dim, patch, stride=patch),
+        nn.GELU(),
+        nn.BatchNorm2d(dim),
+        *(block() for _ in range(depth)),
+        nn.AdaptiveAvgPool2d((1, 1)),
+        nn.Flatten(),
+        nn.Linear(dim, classes),
+    )
+
+
+def short(dim: int, depth: int, kernel: int = 9, patch: int = 7, classes: int = 1000) -> nn.Sequential:
+    """The layout of the paper's 280-character version: nested, symmetric padding, an anonymous residual class."""
+
+    def unit(conv: nn.Conv2d) -> nn.Sequential:
+        return nn.Sequential(conv, nn.GELU(), nn.BatchNorm2d(dim))
+
+    residual = type("", (nn.Sequential,), {"forward": lambda self, x: self[0](x) + x})
+    blocks = [
+        nn.Sequential(
+            residual(unit(nn.Conv2d(dim, dim, kernel, groups=dim, padding=kernel // 2))), unit(nn.Conv2d(dim, dim, 1))
+        )
+        for _ in range(depth)
+    ]
+    patches = nn.Conv2d(3, dim, patch, patch)
+    return nn.Sequential(unit(patches), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(dim, classes))
+
+
+def timms(dim: int, depth: int, kernel: int = 9, patch: int = 7, classes: int = 1000, **kw: Any) -> nn.Module:
+    convmixer = pytest.importorskip("timm.models.convmixer")
+    return convmixer.ConvMixer(dim, depth, kernel_size=kernel, patch_size=patch, num_classes=classes, **kw)
+
+
+FAMILY: dict[str, Callable[..., nn.Module]] = {
+    "timm": timms,
+    "paper": paper,
+    "paper_symmetric": lambda dim, depth, kernel=9, *rest: paper(dim, depth, kernel, *rest, padding=kernel // 2),
+    "short": short,
+}
+
+
+def trained(model: nn.Module, seed: int = 1) -> nn.Module:
+    """As if trained, in eval mode: BatchNorm with statistics and affine of its own, so that folding it matters."""
+    draw = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                for tensor, low, high in (
+                    (module.weight, 0.5, 1.5),
+                    (module.bias, -0.5, 0.5),
+                    (module.running_mean, -0.5, 0.5),
+                    (module.running_var, 0.25, 2.0),
+                ):
+                    if tensor is not None:
+                        tensor.uniform_(low, high, generator=draw)
+    return model.eval()
+
+
+def check_against(out: Tensor, plain: nn.Module, x: Tensor, what: str = "logits") -> None:
+    """|out - ref| <= 2 max|eager in this dtype - ref| + 8 ulp of the largest; ref is the eager model in float64."""
+    with torch.no_grad():
+        eager = plain(x)
+        ref = copy.deepcopy(plain).double()(x.double())
+    assert (out.dtype, out.shape) == (eager.dtype, eager.shape), f"{what}: {out.dtype} {list(out.shape)}"
+    eps = 8 * torch.finfo(out.dtype).eps * ref.abs().max()
+    error, allowed = (out.double() - ref).abs().max(), 2 * (eager.double() - ref).abs().max() + eps
+    assert error <= allowed, f"{what}: wrong by {error:.3g}, allowed {allowed:.3g}, largest {ref.abs().max():.3g}"
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Collects one entry, ``pool``, for each call of the whole-stack kernel."""
+    calls: list[bool] = []
+    real = block_stack.block_stack
+
+    def counting(x: Tensor, packed: Any, pool: bool = False) -> Tensor:
+        calls.append(pool)
+        return real(x, packed, pool)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block_stack, "block_stack", counting)
+        yield calls
+
+
+needs_kernels = pytest.mark.skipif(not NATIVE, reason=f"no compiled kernels: {backends.registry.WHY_NO_C}")

@@ -1,0 +1,180 @@
+"""explain, build_info, and the large depthwise layer."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from plain_models import NATIVE, check_against, needs_kernels, paper, short, timms, trained
+from torch import nn
+
+import cmx_kernels
+from cmx_kernels import (
+    ConvMixer,
+    LargeKernelDepthwiseConv2d,
+    backends,
+    build_info,
+    create_model,
+    explain,
+    fuse,
+    ops,
+    use,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:cmx_kernels")
+X = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+RELEASED = ["convmixer_1536_20", "convmixer_768_32", "convmixer_1024_20_ks9_p14"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_released_models_have_no_refusal(name: str, dtype: torch.dtype) -> None:
+    model = create_model(name, dtype=dtype).eval()
+    report = explain(model, torch.randn(1, 3, 224, 224, dtype=dtype))
+    assert not report.refusals
+    depth = len(model.blocks)
+    assert [row.part for row in report][:3] == ["stem", "blocks.0", "blocks.1"]
+    assert {row.backend for row in report if row.part != "head"} == {"cpu"}
+    text = str(report)
+    assert f"blocks.0-{depth - 1} cpu     block_stack" in text
+    assert "no refusals" in text and "fuse(" not in text
+    assert len(text.splitlines()) == 6
+
+
+@needs_kernels
+def test_reasons() -> None:
+    model = trained(ConvMixer(32, 3, 5, 7, 10))
+    with torch.no_grad():
+        model.blocks[1][0].fn[1].register_forward_hook(lambda *a: None)
+        report = explain(model, X)
+        assert report.refusals == {"blocks.1": {"fusion": "a hook is attached to its GELU"}}
+        assert [row.backend for row in report] == ["cpu", "cpu", "torch", "cpu", "torch", "torch"]
+        assert "1 of 6 parts refused" in str(report)
+    with torch.enable_grad():
+        report = explain(trained(ConvMixer(32, 3, 5, 7, 10)), X)
+        assert not report.refusals
+        assert report.rows[1].kernel == "depthwise_block + pointwise_block"
+        assert "gradient" in report.rows[1].note
+    report = explain(model.train(), X)
+    assert "training mode" in report.refusals["stem"]["fusion"]
+    assert not model.stem[2].num_batches_tracked
+    assert "call cmx_kernels.fuse(model)" in str(explain(timms(8, 1, 3, 7, 2), X))
+
+
+@torch.no_grad()
+def test_what_no_kernel_takes() -> None:
+    model = trained(ConvMixer(32, 2, 5, 7, 10)).double()
+    report = explain(model, X.double())
+    assert set(report.refusals) == {"stem", "blocks.0", "blocks.1"}
+    assert any("cuda" in who for who in report.refusals["blocks.0"])
+    if NATIVE:
+        with use("cuda"), pytest.raises(RuntimeError, match="wants a CUDA tensor"):
+            explain(model, X)
+    report = explain(trained(ConvMixer(32, 2, 5, 7, 10, act_layer=nn.Identity)), X)
+    assert bool(report.refusals) != NATIVE
+
+
+@pytest.mark.parametrize("make", [paper, short, timms])
+@torch.no_grad()
+def test_models_inside_others_are_found_without_running_them(make: Any) -> None:
+    norm = nn.BatchNorm2d(3)
+    model = nn.ModuleDict({"net": nn.Sequential(norm, fuse(trained(make(32, 2, 5, 7, 10))))})
+    model.forward = lambda x: model["net"](x)
+    report = explain(model["net"], X)
+    assert all(row.part.startswith("1.") for row in report)
+    assert bool(report.refusals) != NATIVE
+    assert not norm.num_batches_tracked, "explain() has run the model"
+    assert {row.backend for row in report} <= {"cpu", "torch"}
+
+
+def test_operators() -> None:
+    x = torch.randn(1, 8, 6, 6)
+    for op in (ops.depthwise_block, "pointwise_block", ops.pool_head, "patch_embed"):
+        (row,) = explain(op, x).rows
+        assert row.backend == ("cpu" if NATIVE else "reference")
+        assert bool(row.refusals) != NATIVE
+    assert explain(ops.depthwise_block, x.double()).refusals
+    for wrong in ("conv2d", torch.relu, 3):
+        with pytest.raises(TypeError, match=r"ops\.depthwise_block"):
+            explain(wrong, x)
+
+
+def test_build_info() -> None:
+    info = build_info()
+    assert info["torch_now"] == torch.__version__
+    assert info["version"] == cmx_kernels.__version__
+    assert set(info["backends"]) == {"cuda", "triton", "cpu", "reference"}
+    assert info["backends"]["reference"] is None
+    assert (info["backends"]["cpu"] is None) == NATIVE
+    if NATIVE:
+        assert info["isa_level"] in info["isa_levels"]
+        assert "float32" in info["dtypes"]
+    else:
+        assert info["missing"]
+
+
+def test_a_tree_that_was_never_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cmx_kernels import info
+
+    monkeypatch.setattr(backends.registry, "C", None)
+    monkeypatch.setattr(info._build_info, "read", lambda: {"missing": {"compiled kernels": "never installed"}})
+    found = build_info()
+    assert found["missing"] == {"compiled kernels": "never installed"}
+    assert (found["torch_at_build"], found["isa_level"], found["isa_levels"]) == (None, None, [])
+
+
+def conv_pair(kernel: Any, **kw: Any) -> tuple[nn.Module, nn.Conv2d]:
+    ours = LargeKernelDepthwiseConv2d(12, kernel, **kw)
+    plain = nn.Conv2d(12, 12, kernel, groups=12, **{"padding": "same", **kw})
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 8, 13, 31, (3, 31), (30, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_depthwise_layer(kernel: Any, bias: bool, dtype: torch.dtype) -> None:
+    ours, plain = (m.to(dtype) for m in conv_pair(kernel, bias=bias))
+    assert isinstance(ours, nn.Conv2d) and list(ours.state_dict()) == list(plain.state_dict())
+    x = torch.randn(2, 12, 17, 21).to(dtype)
+    with torch.no_grad():
+        check_against(ours(x), plain, x)
+    if dtype == torch.float32:
+        for m in (ours, plain):
+            m(x).square().sum().backward()
+        for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    "kw", [{"dilation": 2}, {"stride": 2, "padding": 2}, {"padding": 0}, {"padding_mode": "reflect"}, {"kernel": 33}]
+)
+@torch.no_grad()
+def test_what_the_layer_leaves_to_pytorch(kw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, plain = conv_pair(kw.pop("kernel", 5), **kw)
+    x = torch.randn(2, 12, 40, 36)
+    backends._said.clear()
+    with pytest.warns(UserWarning, match="LargeKernelDepthwiseConv2d runs in plain PyTorch"):
+        assert torch.equal(ours(x), plain(x))
+    assert explain(ours, x).refusals
+    monkeypatch.setattr(backends, "STRICT", True)
+    with pytest.raises(RuntimeError, match="CMX_STRICT"):
+        ours(x)
+
+
+@torch.no_grad()
+def test_the_layer_in_other_hands() -> None:
+    ours, plain = conv_pair(7)
+    x = torch.randn(2, 12, 9, 9)
+    torch.testing.assert_close(ours(x[0]), plain(x[0]))
+    for other in (torch.jit.script(ours), torch.jit.trace(ours, x), torch.fx.symbolic_trace(nn.Sequential(ours))):
+        torch.testing.assert_close(other(x), plain(x))
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    check_against(compiled(x), plain, x)
+    check_against(copy.deepcopy(ours)(x), plain, x)
+    nn.utils.parametrizations.weight_norm(ours).parametrizations.weight.original0.mul_(2)
+    torch.testing.assert_close(ours(x) - ours.bias[:, None, None], 2 * (plain(x) - plain.bias[:, None, None]))
+    if NATIVE:
+        assert not explain(nn.Sequential(nn.ReLU(), ours), x).refusals

@@ -1,0 +1,278 @@
+"""fuse and unfuse: what fuses, what is refused and why, and what stays exactly as it was."""
+
+import copy
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from plain_models import FAMILY, NATIVE, check_against, counted, paper, timms, trained
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from cmx_kernels import backends, fuse, unfuse
+from cmx_kernels.models.fused import Block, Fused
+
+pytestmark = pytest.mark.filterwarnings("ignore:cmx_kernels")
+SIZES = (32, 3, 5, 7, 10)
+X = torch.randn(2, 3, 28, 35, generator=torch.Generator().manual_seed(2))
+
+
+def twins(family: str = "timm") -> tuple[nn.Module, nn.Module]:
+    """One model fused, its equal plain."""
+    plain = trained(FAMILY[family](*SIZES))
+    return fuse(copy.deepcopy(plain), strict=True), plain
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+            self.net = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x * self.scale)
+
+    return Classifier()
+
+
+@pytest.mark.parametrize("family", FAMILY)
+@torch.no_grad()
+def test_logits_and_one_call_for_the_network(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, plain = twins(family)
+    with counted(monkeypatch) as calls:
+        out = fused(X)
+    check_against(out, plain, X)
+    assert calls == ([True] if NATIVE else [])
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert isinstance(fused, type(plain))
+    assert type(fused).__name__ == type(plain).__name__
+
+
+@pytest.mark.parametrize("family", FAMILY)
+@torch.no_grad()
+def test_unfuse_gives_back_the_module_it_was(family: str) -> None:
+    plain = trained(FAMILY[family](*SIZES))
+    before = [(name, type(m), set(m.__dict__)) for name, m in plain.named_modules()]
+    tensors = {name: id(t) for name, t in plain.state_dict(keep_vars=True).items()}
+    out = plain(X)
+    assert fuse(plain) is plain
+    plain(X)
+    assert unfuse(fuse(plain)) is plain
+    assert [(name, type(m), set(m.__dict__)) for name, m in plain.named_modules()] == before
+    assert {name: id(t) for name, t in plain.state_dict(keep_vars=True).items()} == tensors
+    assert torch.equal(plain(X), out)
+
+
+@torch.no_grad()
+def test_models_inside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = trained(nn.ModuleList([wrapped(paper(*SIZES)), nn.Sequential(nn.BatchNorm2d(3), timms(*SIZES))]))
+    fused = fuse(copy.deepcopy(plain), strict=True)
+    with counted(monkeypatch) as calls:
+        for a, b in zip(fused, plain, strict=True):
+            check_against(a(X), b, X)
+    assert len(calls) == (2 if NATIVE else 0)
+    assert not any(isinstance(m, Fused) for m in unfuse(fused).modules())
+
+
+@torch.no_grad()
+def test_a_run_of_blocks_among_other_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = list(paper(*SIZES))[3:6]
+    plain = trained(
+        nn.Sequential(nn.Conv2d(3, 32, 3), *blocks, nn.ReLU(), nn.Conv2d(32, 4, 1), *list(paper(4, 1, 3))[3:4])
+    )
+    fused = fuse(copy.deepcopy(plain), strict=True)
+    with counted(monkeypatch) as calls:
+        check_against(fused(X), plain, X)
+    assert calls == ([False, False] if NATIVE else [])
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_gradients_in_eval_mode(family: str) -> None:
+    fused, plain = twins(family)
+    x = X.clone().requires_grad_()
+    for model in (fused, plain):
+        model(x).square().sum().backward()
+    for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_training_is_that_of_the_plain_model(family: str) -> None:
+    fused, plain = twins(family)
+    for model in (fused, plain):
+        step = torch.optim.AdamW(model.train().parameters(), lr=0.01)
+        for _ in range(2):
+            step.zero_grad()
+            model(X).square().mean().backward()
+            step.step()
+    for (name, a), b in zip(fused.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    with torch.no_grad():
+        check_against(fused.eval()(X), plain.eval(), X)
+
+
+class Gated(nn.Module):
+    """Looks like a residual, and is none."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x) + 0.5 * x
+
+
+class Scaled(nn.Module):
+    """A residual only while scale is 1."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn, self.scale = fn, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x) * self.scale + x
+
+
+def set_in(path: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        model.set_submodule(path, make(model.get_submodule(path)))
+
+    return change
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
+    "not a residual": (set_in("blocks.1.0", lambda m: Gated(m.fn)), "something else than"),
+    "a residual with a state": (set_in("blocks.1.0", lambda m: Scaled(m.fn)), "attributes of its own"),
+    "another activation": (set_in("blocks.1.2", lambda m: nn.SiLU()), "SiLU"),
+    "another norm": (set_in("blocks.1.3", lambda m: nn.GroupNorm(1, 32)), "GroupNorm"),
+    "a norm without statistics": (
+        set_in("blocks.1.3", lambda m: nn.BatchNorm2d(32, track_running_stats=False)),
+        "keeps no",
+    ),
+    "SyncBatchNorm": (lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m.blocks[1]) and None, "SyncBatchNorm"),
+    "dilation": (
+        set_in("blocks.1.0.fn.0", lambda m: nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32)),
+        "dilation",
+    ),
+    "padding": (
+        set_in("blocks.1.0.fn.0", lambda m: nn.Conv2d(32, 32, 3, padding=1, groups=32, padding_mode="reflect")),
+        "ref",
+    ),
+    "two groups": (set_in("blocks.1.1", lambda m: nn.Conv2d(32, 32, 1, groups=2)), "1x1"),
+    "more modules": (lambda m: m.blocks[1].append(nn.Identity()) and None, "4 modules"),
+    "overlapping patches": (set_in("stem.0", lambda m: nn.Conv2d(3, 32, 7, stride=5)), "overlap"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@torch.no_grad()
+def test_what_is_refused_runs_as_before(name: str) -> None:
+    change, says = REFUSED[name]
+    plain = timms(*SIZES)
+    change(plain)
+    trained(plain)
+    with pytest.raises(ValueError, match=says):
+        fuse(copy.deepcopy(plain), strict=True)
+    with pytest.warns(UserWarning, match=says):
+        backends._said.clear()
+        fused = fuse(copy.deepcopy(plain))
+    assert isinstance(fused.blocks[0], Block)
+    check_against(fused(X), plain, X)
+    assert list(unfuse(fused).state_dict()) == list(plain.state_dict())
+
+
+def test_nothing_to_fuse() -> None:
+    with pytest.raises(ValueError, match="found no ConvMixer block"):
+        fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), strict=True)
+    with pytest.raises(TypeError, match=r"wanted an nn\.Module"):
+        fuse("model")
+    with pytest.raises(TypeError, match=r"wanted an nn\.Module"):
+        unfuse(None)
+
+
+HOOKED = [
+    "",
+    "stem",
+    "stem.1",
+    "blocks",
+    "blocks.1",
+    "blocks.1.0",
+    "blocks.1.0.fn",
+    "blocks.1.0.fn.0",
+    "blocks.2.3",
+    "head",
+]
+
+
+@pytest.mark.parametrize("path", HOOKED)
+@torch.no_grad()
+def test_hooks_fire_once_with_what_the_plain_model_gives_them(path: str) -> None:
+    seen: dict[nn.Module, list[Tensor]] = {}
+    models = twins()
+    for model in models:
+        model(X)
+        seen[model] = []
+        model.get_submodule(path).register_forward_hook(lambda m, i, o, model=model: seen[model].append(o))
+        model.get_submodule(path).register_forward_pre_hook(lambda m, i, model=model: seen[model].append(i[0]))
+    check_against(models[0](X), models[1], X)
+    fused, plain = (seen[model][:2] for model in models)
+    torch.testing.assert_close(fused, plain)
+    assert len(seen[models[0]]) == 2
+
+
+def test_backward_hooks_and_hooks_for_all_modules() -> None:
+    fused, _ = twins()
+    seen: list[str] = []
+    fused.blocks[1][0].fn[1].register_full_backward_hook(lambda m, gi, go: seen.append("inner"))
+    fused.blocks[0].register_full_backward_hook(lambda m, gi, go: seen.append("block"))
+    fused(X).sum().backward()
+    assert seen == ["inner", "block"]
+    names: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: names.append(type(m).__name__))
+    with torch.no_grad():
+        fused(X)
+    handle.remove()
+    assert names.count("Conv2d") == 7
+
+
+REPLACED: dict[str, Callable[[nn.Module], Any]] = {
+    "weight_norm": lambda m: parametrizations.weight_norm(m.blocks[1][0].fn[0]).parametrizations.weight.original0.mul_(
+        2
+    ),
+    "old weight_norm": lambda m: nn.utils.weight_norm(m.blocks[1][1]).weight_g.mul_(2),
+    "spectral_norm": lambda m: parametrizations.spectral_norm(m.blocks[1][1]),
+    "pruning": lambda m: prune.l1_unstructured(m.blocks[0][1], "weight", 0.5),
+    "another class": lambda m: setattr(m.blocks[2][1], "__class__", type("Conv2d", (nn.Conv2d,), {"forward": doubled})),
+    "another forward": lambda m: setattr(m.blocks[2][1], "forward", types.MethodType(doubled, m.blocks[2][1])),
+    "another block forward": lambda m: setattr(m.blocks[1], "forward", lambda x: x),
+    "another activation": lambda m: m.blocks[0].__setitem__(2, nn.Tanh()),
+    "a block less": lambda m: m.blocks.__delitem__(1),
+    "a block more": lambda m: m.blocks.append(copy.deepcopy(m.blocks[0])),
+    "a norm in training mode": lambda m: m.blocks[1][3].train(),
+    "no pool": lambda m: setattr(m, "global_pool", nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())),
+    "two heads": lambda m: setattr(m, "head", nn.Sequential(nn.Linear(32, 5), nn.Linear(5, 10))),
+    "eps": lambda m: setattr(m.blocks[1][3], "eps", 0.5),
+    "tanh": lambda m: setattr(m.blocks[1][2], "approximate", "tanh"),
+    "a removed bias": lambda m: setattr(m.blocks[1][1], "bias", None),
+}
+
+
+def doubled(self: nn.Conv2d, x: Tensor) -> Tensor:
+    return 2 * nn.Conv2d.forward(self, x)
+
+
+@pytest.mark.parametrize("name", REPLACED)
+@torch.no_grad()
+def test_changes_of_the_modules_are_followed(name: str) -> None:
+    """After a call, so that the packed form of what is changed exists."""
+    fused, plain = twins()
+    before = fused(X)
+    for model in (fused, plain):
+        torch.manual_seed(3)
+        REPLACED[name](model)
+    out = fused(X)
+    check_against(out, plain, X)
+    assert not torch.allclose(out, before)
