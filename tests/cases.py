@@ -281,3 +281,10 @@ VECTOR_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every_other": _step(0),
     "expanded": _expand(0),
 }
+
+
+def with_layout(op: str, layout: str, grad: bool = False) -> tuple[Any, ...]:
+    """Inputs of ragged sizes with x in a layout; leaves that want a gradient, if ``grad``."""
+    x, *rest = inputs(op, RAGGED[op])
+    args = (LAYOUTS[layout](x), *rest)
+    return tuple(a.requires_grad_() if grad and isinstance(a, Tensor) else a for a in args)
