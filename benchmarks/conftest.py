@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import photos, race, report
+from benchmarks import photos, race, report, report_ops
 from benchmarks.networks import RELEASED, SPECS
 from benchmarks.peers import PROVIDERS
 from benchmarks.race import Arena, Row
@@ -29,8 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_OPS] = []
-    if not config.getoption("benchmark_columns", None):
-        config.option.benchmark_columns = ["median", "iqr", "min", "rounds"]  # its full table is wider than a screen
+    if not (config.option.benchmark_verbose or config.option.benchmark_compare or config.option.benchmark_columns):
+        config.option.benchmark_quiet = True  # our table says the same and more; its own comes if it is asked for
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -55,12 +55,25 @@ def _rows(config: pytest.Config) -> list[Row]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Single operators take long: only with --full, or when they are named."""
-    named = [*config.args, config.getoption("keyword")]
-    if config.getoption("full") or any("ops" in word or "op_" in word for word in named):
+    asked = " ".join([*config.args, config.getoption("keyword")])
+    if config.getoption("full") or any(name in asked for name in ("ops", "bench_op", "depthwise", "pointwise")):
         return
     left_out = [item for item in items if item.path.name == "bench_ops.py"]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if all(
+        item.path.parent == RESULTS.parent for item in session.items
+    ):  # the lines of say() tell more than file names and dots
+        session.config.pluginmanager.getplugin("terminalreporter").showfspath = False
+
+
+def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
+    mine = report.nodeid.startswith(f"{RESULTS.parent.name}/")
+    told = report.when == "call" or report.skipped
+    return (report.outcome, "", report.outcome.upper()) if mine and told else None
 
 
 @pytest.fixture(scope="session")
@@ -103,9 +116,17 @@ def arena(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def record_op(request: pytest.FixtureRequest) -> Any:
+def record_op(request: pytest.FixtureRequest, say: Any) -> Any:
     """Keeps the row of a single operator for the summary."""
-    return request.config.stash[_OPS].append
+    kept = request.config.stash[_OPS]
+    of_ops = sum("record_op" in item.fixturenames for item in request.session.items)
+
+    def keep(row: dict[str, Any]) -> None:
+        kept.append(row)
+        ratios = "  ".join(f"{name} {row[f'x_{name}']:.2f}" for name in ("NCHW", "NHWC", "best"))
+        say(len(kept) / of_ops, f"{request.node.callspec.id}: x plain: {ratios}{'  SLOWER' * row['slower']}")
+
+    return keep
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -121,7 +142,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     about = report.machine()
     terminalreporter.section("cmx_kernels against plain PyTorch and its peers")
-    for line in [*report.header(about), "", *report.summary(rows, ops)]:
+    lines = [*report.header(about), ""]
+    if rows:
+        lines += [*report.LEGEND, "", *report.plain_text(report.table(rows)), ""]
+    for line in [*lines, *report_ops.summary(ops)]:
         terminalreporter.write_line(line)
     path = report.write(RESULTS, config.getoption("results"), about, rows, ops)
     terminalreporter.write_line(f"\nwritten: {_relative(path)} and .md")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import report_ops
 from benchmarks.networks import SPECS
 from benchmarks.peers import PROVIDERS
 from benchmarks.race import Result, Row
@@ -116,15 +117,21 @@ def _best(row: Row, kind: str, results: Mapping[Row, Result]) -> float | None:
     )
 
 
+LEGEND = (
+    "224 x 224 photographs, random weights; medians of calls; spread: half the distance of the quartiles",
+    "x eager, x best peer: against the fastest of them in this dtype or a more exact one",
+    "limit: all multiply-adds at the arithmetic peak measured in the same turns (depthwise: at that of fp32)",
+    "largest error: against float64; allowed: twice that of plain PyTorch in the same dtype, and rounding",
+    "top-1: photographs whose class is that of plain float32",
+)
+
+
 def header(about: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return [
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['isa']}; {about['date']}",
         f"{versions}; Python {about['python']}; commit {about['commit']}",
         f"command: {about['command']}",
-        "224 x 224 photographs, random weights; medians of calls; spread: half the distance of the quartiles",
-        "x eager, x best peer: against the fastest of them in this dtype or a more exact one",
-        "limit: all multiply-adds at the arithmetic peak measured in the same turns (depthwise: at that of fp32)",
     ]
 
 
@@ -154,10 +161,6 @@ def plain_text(lines: list[list[str]]) -> list[str]:
     return text
 
 
-def summary(rows: list[dict[str, Any]], ops: list[dict[str, Any]]) -> list[str]:
-    return plain_text(table(rows)) if rows else []
-
-
 def markdown(lines: list[list[str]]) -> list[str]:
     rule = ["---" if name in _TEXT else "---:" for name in lines[0]]
     return ["| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:])]
@@ -169,7 +172,11 @@ def write(
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": about, "models": rows, "ops": ops}, indent=1) + "\n")
-    text = ["# Benchmark results", "", *(f"{line}  " for line in header(about)), "", *markdown(table(rows))]
+    text = ["# Benchmark results", "", *(f"{line}  " for line in header(about)), ""]
+    if rows:
+        text += [*(f"{line}  " for line in LEGEND), "", *markdown(table(rows))]
+    if ops:
+        text += ["", "```", *report_ops.summary(ops), "```"]
     notes = [
         f"- {row['model']} b{row['batch']} {row['dtype']} {row['provider']}: {row['note'].splitlines()[0]}"
         for row in rows

@@ -1,7 +1,6 @@
 """cmx_kernels: the same weights in the fused model."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +40,9 @@ def _model(spec: Spec) -> nn.Module:
 
 
 def _backend(model: nn.Module, x: Tensor) -> str:
-    """The backends that run the blocks, in one word if they agree."""
+    """What runs the parts that can be fused, and how many of them were refused."""
     import cmx_kernels
 
-    if not hasattr(cmx_kernels, "explain"):
-        return "unknown"
-    rows: Any = cmx_kernels.explain(model, x).rows
-    return " + ".join(sorted({row.backend for row in rows}))
+    report = cmx_kernels.explain(model, x)
+    ours = " + ".join(sorted({row.backend for row in report if row.backend != "torch"}))
+    return f"{ours}, {len(report.refusals)} parts plain" if report.refusals else ours
