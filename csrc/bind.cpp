@@ -92,11 +92,10 @@ std::vector<double> values(const Optional& v, const char* name, int64_t count, d
 
 // bias, scale and shift as float32, padded with zeros to whole blocks of channels
 struct ConstantsBuffer {
-  std::vector<float> data;
   int64_t padded;
-  ConstantsBuffer(const Optional& bias, const Optional& scale, const Optional& shift, int64_t channels)
-      : padded(round_up(channels, cpu_kernels().lanes)) {
-    data.assign(3 * padded, 0.f);
+  std::vector<float> data;
+  explicit ConstantsBuffer(int64_t channels) : padded(round_up(channels, cpu_kernels().lanes)), data(3 * padded) {}
+  ConstantsBuffer(const Optional& bias, const Optional& scale, const Optional& shift, int64_t channels) : ConstantsBuffer(channels) {
     fill(0, values(bias, "bias", channels, 0));
     fill(1, values(scale, "scale", channels, 1));
     fill(2, values(shift, "shift", channels, 0));
@@ -306,12 +305,15 @@ void check_packed(const Tensor& t, int64_t bytes, const char* name) {
 }
 
 // bias, scale and shift of a packed stack, one row each
-Constants packed_constants(const Tensor& t, int64_t c) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == 3 &&
-                      t.size(1) >= round_up(c, cpu_kernels().lanes),
-                  "packed: got constants of ", shape_of(t), ", wanted float32 [3, ", c, " rounded up to ", cpu_kernels().lanes, "]");
-  const float* p = (const float*)t.const_data_ptr();
-  return {p, p + t.size(1), p + 2 * t.size(1)};
+ConstantsBuffer packed_constants(const Tensor& t, int64_t c) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == 3 && t.size(1) == c,
+                  "packed: got constants of ", shape_of(t), ", wanted float32 [3, ", c, "]");
+  ConstantsBuffer buffer(c);
+  for (int64_t row = 0; row < 3; row++) {
+    const float* from = (const float*)t.const_data_ptr() + row * c;
+    std::copy(from, from + c, buffer.data.begin() + row * buffer.padded);
+  }
+  return buffer;
 }
 
 View blocked(void* data, Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w) { return {data, dtype, n, c, h, w, 0, 0, 0, 0, true}; }
@@ -337,7 +339,8 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
   STD_TORCH_CHECK(!stem || (in.h >= ph && in.w >= pw), "x: got an image of ", in.h, "x", in.w, ", wanted at least one patch of ", ph, "x", pw);
   const int64_t h = in.h / ph, w = in.w / pw;
 
-  std::vector<Constants> constants;
+  std::vector<ConstantsBuffer> constants;
+  constants.reserve(packed.size() / 2);
   for (int64_t i = 0; i < (int64_t)packed.size(); i += 2) {
     const bool depthwise = i >= first && (i - first) % 4 == 0;
     const int64_t c_in = i < first ? in.c * ph * pw : channels;
@@ -348,7 +351,7 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
   std::vector<Stage> stages;
   auto pointwise = [&](int64_t i) {  // its successor among the products: the next block's
     const int64_t next = i + 4 < (int64_t)packed.size() ? i + 4 : stem ? 0 : 2;
-    return Pointwise{packed[i].const_data_ptr(), constants[i / 2], packed[next].const_data_ptr()};
+    return Pointwise{packed[i].const_data_ptr(), constants[i / 2].get(), packed[next].const_data_ptr()};
   };
   if (stem) {
     Stage s{};
@@ -360,7 +363,7 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
   for (int64_t i = first; i < (int64_t)packed.size(); i += 4) {
     Stage s{};
     s.producer = Stage::Producer::depthwise;
-    s.depthwise = {packed[i].const_data_ptr(), constants[i / 2], kernel[0], kernel[1], true};
+    s.depthwise = {packed[i].const_data_ptr(), constants[i / 2].get(), kernel[0], kernel[1], true};
     s.pointwise = pointwise(i + 2);
     stages.push_back(s);
   }

@@ -34,6 +34,7 @@ class PackedStack(NamedTuple):
     """``tensors`` holds (weight, constants [3, C]) for the stem, if any, then for each half of each block."""
 
     tensors: list[Tensor]
+    in_channels: int
     channels: int
     patch: tuple[int, ...]  # () without a stem
     kernel: tuple[int, ...]  # () without a block
@@ -70,11 +71,10 @@ def why_not(x: Tensor, act: str) -> str | None:
 
 
 def _constants(conv: ConvParams) -> Tensor:
-    """bias, scale and shift as float32 [3, C rounded up to 64]: kernels read whole vectors, the rest is zero."""
-    channels = conv.weight.shape[0]
-    rows = torch.zeros(3, (channels + 63) // 64 * 64)
+    """bias, scale and shift as float32 [3, C]"""
+    rows = torch.empty(3, conv.weight.shape[0])
     for row, vector, missing in zip(rows, (conv.bias, conv.scale, conv.shift), (0.0, 1.0, 0.0), strict=True):
-        row[:channels] = missing if vector is None else vector.detach()
+        row.copy_(torch.tensor(missing) if vector is None else vector.detach())
     return rows
 
 
@@ -91,7 +91,7 @@ def pack(
     first = stem.weight if stem is not None else blocks[0][0].weight
     patch = tuple(stem.weight.shape[2:]) if stem is not None else ()
     kernel = tuple(blocks[0][0].weight.shape[2:]) if blocks else ()
-    return PackedStack(tensors, first.shape[0], patch, kernel, act)
+    return PackedStack(tensors, (stem or blocks[0][1]).weight.shape[1], first.shape[0], patch, kernel, act)
 
 
 def block_stack(x: Tensor, packed: PackedStack, pool: bool = False) -> Tensor:
@@ -106,6 +106,8 @@ def block_stack(x: Tensor, packed: PackedStack, pool: bool = False) -> Tensor:
         [N, C, H // p, W // q], or [N, C] with ``pool``, in x's dtype; channels_last if x is.
     """
     check_activations(x)
+    if x.shape[1] != packed.in_channels:
+        raise ValueError(f"x: got {x.shape[1]} channels, wanted {packed.in_channels}, which the weights were packed for")
     return _compiled(x, packed.tensors, packed.channels, packed.patch, packed.kernel, packed.act, pool)
 
 
