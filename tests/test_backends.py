@@ -147,7 +147,7 @@ def test_float64_is_no_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "STRICT", True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops.depthwise_block(X.double(), W.double())
+        assert ops.depthwise_block(X.double(), W.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("op", cases.OPS)

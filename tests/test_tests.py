@@ -1,0 +1,48 @@
+"""Every test asserts something, every skip has a reason that a reader can act on."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = sorted(Path(__file__).parent.rglob("test_*.py"))
+ASSERTING = re.compile(r"^_?(check|refused|assert|same|expect)|^(raises|warns|fail|gradcheck|gradgradcheck)$")
+
+
+def _name(value: object) -> str | None:
+    return value.name if isinstance(value, Path) else None
+
+
+def _called(node: ast.AST) -> set[str]:
+    return {ast.unparse(n.func).split(".")[-1] for n in ast.walk(node) if isinstance(n, ast.Call)}
+
+
+def _asserts(node: ast.AST) -> bool:
+    return any(isinstance(n, ast.Assert) for n in ast.walk(node)) or any(map(ASSERTING.search, _called(node)))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=_name)
+def test_every_test_asserts(path: Path) -> None:
+    functions = {n.name: n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)}
+    helpers = {name for name, node in functions.items() if _asserts(node)}
+    for name, node in functions.items():
+        if name.startswith("test_"):
+            assert name in helpers or _called(node) & helpers, f"{path.name}: {name} asserts nothing"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=_name)
+def test_every_skip_has_a_reason(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in ("pytest.mark.skip", "pytest.mark.skipif", "pytest.mark.xfail"):
+            assert any(k.arg == "reason" for k in node.keywords), (
+                f"{path.name}:{node.lineno}: {called} without a reason"
+            )
+        if called in ("pytest.skip", "pytest.xfail"):
+            assert node.args or node.keywords, f"{path.name}:{node.lineno}: {called} without a reason"
+        assert called != "time.sleep" or ast.unparse(node.args[0]) < "0.1", (
+            f"{path.name}:{node.lineno}: a test that waits"
+        )
