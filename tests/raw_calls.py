@@ -114,7 +114,7 @@ def _shifted(t: Tensor) -> Tensor:
 def stacks(refused: Calls, either: Calls) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, packed = _stack(dtype)
-        good = dict(zip(("packed", "channels", "patch", "kernel", "act"), packed, strict=True), x=x, pool=False)
+        good = {**packed._asdict(), "packed": packed.tensors, "x": x, "pool": False}
 
         def add(what: str, calls: Calls = refused, good: dict[str, Any] = good, **changes: object) -> None:
             args = {**good, **changes}
