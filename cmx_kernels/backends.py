@@ -1,6 +1,6 @@
 """The table of backends, in order of preference: the first one with no reason against it runs.
 
-``why_not(op, x, act)`` is a sentence or None. Everything it reads is constant after import, because torch.compile traces it.
+``why_not(op, x, act)`` is a sentence or None. What it reads is constant after import, because torch.compile traces it.
 """
 
 import os

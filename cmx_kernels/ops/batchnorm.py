@@ -1,4 +1,4 @@
-"""BatchNorm in eval mode is scale * a + shift: scale = gamma / sqrt(var + eps), shift = beta - mean * scale, in float32."""
+"""BatchNorm in eval mode: scale * a + shift, scale = gamma / sqrt(var + eps), shift = beta - mean * scale, in float32."""
 
 import torch
 from torch import Tensor, nn

@@ -42,7 +42,13 @@ class PackedStack(NamedTuple):
 
 
 def _fake(
-    x: Tensor, packed: Sequence[Tensor], channels: int, patch: Sequence[int], kernel: Sequence[int], act: str, pool: bool
+    x: Tensor,
+    packed: Sequence[Tensor],
+    channels: int,
+    patch: Sequence[int],
+    kernel: Sequence[int],
+    act: str,
+    pool: bool,
 ) -> Tensor:
     if pool:
         return x.new_empty((x.shape[0], channels))
@@ -107,23 +113,25 @@ def block_stack(x: Tensor, packed: PackedStack, pool: bool = False) -> Tensor:
     """
     check_activations(x)
     if x.shape[1] != packed.in_channels:
-        raise ValueError(f"x: got {x.shape[1]} channels, wanted {packed.in_channels}, which the weights were packed for")
+        raise ValueError(
+            f"x: got {x.shape[1]} channels, wanted {packed.in_channels}, which the weights were packed for"
+        )
     return _compiled(x, packed.tensors, packed.channels, packed.patch, packed.kernel, packed.act, pool)
 
 
 class PackedCache:
     """The packed form of some parameters, made again when one of them, or the key, has changed.
 
-    Identity is (address, version): every in-place operation that PyTorch counts is seen. Writes through ``.data`` are not
-    counted; on the CPU they are seen where they change one of the values that are sampled at the beginning and in the
-    middle of each tensor. Holding the tensors keeps an address from being given to another one meanwhile.
+    Identity is (address, version): every in-place operation that PyTorch counts is seen. Writes through ``.data`` are
+    not counted; on the CPU they are seen where they change one of the values that are sampled at the beginning and in
+    the middle of each tensor. Holding the tensors keeps an address from being given to another one meanwhile.
     """
 
     def __init__(self) -> None:
         self._state: tuple[Any, ...] | None = None
 
     def get(self, tensors: Sequence[Tensor], key: Hashable, build: Callable[[], Any]) -> Any:
-        """``build()``, or what it returned last time. RuntimeError if a tensor was made under torch.inference_mode()."""
+        """``build()``, or what it returned last time; RuntimeError if a tensor comes from torch.inference_mode()."""
         now = (key, registry.isa_level(), list(map(Tensor.data_ptr, tensors)), list(map(_version, tensors)))
         state = self._state
         if state is None or state[0] != now or b"".join(state[1]) != state[2]:

@@ -21,7 +21,9 @@ def check_activations(x: Tensor, name: str = "x") -> None:
     """[N, C, H, W], dense, floating point."""
     _check_tensor(x, name, "[N, C, H, W]")
     if x.dtype not in _FLOATS:
-        raise TypeError(f"{name}: got dtype {x.dtype}, wanted float32, float16, bfloat16 or float64; convert with .to()")
+        raise TypeError(
+            f"{name}: got dtype {x.dtype}, wanted float32, float16, bfloat16 or float64; convert with .to()"
+        )
     if x.dim() != 4:
         hint = "; add the batch dimension with x[None]" if x.dim() == 3 else ""
         raise ValueError(f"{name}: got shape {list(x.shape)}, wanted 4 dimensions [N, C, H, W]{hint}")
@@ -59,12 +61,16 @@ def check_vector(x: Tensor, vector: Tensor | None, name: str, channels: int) -> 
 def check_kernel(weight: Tensor) -> None:
     kh, kw = weight.shape[-2:]
     if not (1 <= kh <= MAX_KERNEL and 1 <= kw <= MAX_KERNEL):
-        raise ValueError(f"weight: got a {kh}x{kw} kernel, wanted 1 to {MAX_KERNEL} on each side; use nn.Conv2d for larger ones")
+        raise ValueError(
+            f"weight: got a {kh}x{kw} kernel, wanted 1 to {MAX_KERNEL} on each side; use nn.Conv2d for larger ones"
+        )
 
 
 def same_device(x: Tensor, other: Tensor, name: str) -> None:
     if other.device != x.device:
-        raise ValueError(f"{name}: got device {other.device} with x on {x.device}, wanted the same; move one with .to()")
+        raise ValueError(
+            f"{name}: got device {other.device} with x on {x.device}, wanted the same; move one with .to()"
+        )
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -90,7 +96,7 @@ def autocast_is_on(x: Tensor) -> bool:
 
 
 def autocast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Our autocast rule: x and the convolution weights take the autocast dtype, BatchNorm's vectors stay as they are."""
+    """Our autocast rule: x and the convolution weights take the autocast dtype, BatchNorm's vectors stay."""
     if not autocast_is_on(x) or x.dtype == torch.float64:
         return (x, *weights)
     dtype = torch.get_autocast_dtype(x.device.type)

@@ -96,16 +96,26 @@ def backward(ctx: Any, grad: Tensor, geometry: Geometry, residual: bool) -> tupl
     scaled = grad if scale is None else grad * column(scale.to(dtype))
     da = activation_backward(ctx.act, scaled, a)
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        da, padded, wide, None, geometry.stride, (0, 0), (1, 1), False, (0, 0), geometry.groups, (need_x, need_weight, False)
+        da,
+        padded,
+        wide,
+        None,
+        geometry.stride,
+        (0, 0),
+        (1, 1),
+        False,
+        (0, 0),
+        geometry.groups,
+        (need_x, need_weight, False),
     )
     if need_x:
         dx = geometry.unpad(dx)
         dx = (dx + grad if residual else dx).to(x.dtype)
     if need_weight:
         dweight = dweight.to(weight.dtype)
-    dbias = da.sum((0, 2, 3)).to(bias.dtype) if need_bias else None
-    dscale = dscale.to(scale.dtype) if need_scale else None
-    dshift = dshift.to(ctx.shift_dtype) if need_shift else None
+    dbias = da.sum((0, 2, 3)).to(bias.dtype) if need_bias and bias is not None else None
+    dscale = dscale.to(scale.dtype) if dscale is not None and scale is not None else None
+    dshift = dshift.to(ctx.shift_dtype) if dshift is not None else None
     return (dx if need_x else None, dweight if need_weight else None, dbias, dscale, dshift)
 
 

@@ -1,7 +1,7 @@
 """depthwise_block: y = scale * act(dwconv_same(x, weight) + bias) + shift + residual * x
 
 x [N, C, H, W], weight [C, 1, kh, kw] -> y [N, C, H, W]; zero "same" padding, (k - 1) // 2 before and k // 2 after.
-The first half of a ConvMixer block (Trockman and Kolter, arXiv 2201.09792) with its BatchNorm folded to scale and shift.
+The first half of a ConvMixer block (Trockman and Kolter, arXiv 2201.09792), its BatchNorm folded to scale and shift.
 """
 
 from typing import Any
@@ -20,7 +20,9 @@ def _geometry(weight: Tensor) -> Geometry:
     return Geometry(padding=((kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2), groups=weight.shape[0])
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str
+) -> None:
     conv_block.check_block(x, None, None, None, act)
     check_weight(x, weight, "[C, 1, kh, kw]", (x.shape[1], 1, -1, -1))
     check_kernel(weight)

@@ -19,7 +19,9 @@ def _geometry(weight: Tensor) -> Geometry:
     return Geometry(stride=(weight.shape[2], weight.shape[3]))
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str
+) -> None:
     conv_block.check_block(x, None, None, None, act)
     check_weight(x, weight, "[C, Cin, p, q]", (-1, x.shape[1], -1, -1))
     c, _, p, q = weight.shape

@@ -1,7 +1,7 @@
 """pointwise_block: y = scale * act(conv1x1(x, weight) + bias) + shift
 
 x [N, Cin, H, W], weight [C, Cin, 1, 1] -> y [N, C, H, W].
-The second half of a ConvMixer block (Trockman and Kolter, arXiv 2201.09792) with its BatchNorm folded to scale and shift.
+The second half of a ConvMixer block (Trockman and Kolter, arXiv 2201.09792), its BatchNorm folded to scale and shift.
 """
 
 from typing import Any
@@ -17,7 +17,9 @@ from cmx_kernels.registry import define
 _GEOMETRY = Geometry()
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str
+) -> None:
     conv_block.check_block(x, None, None, None, act)
     check_weight(x, weight, "[C, Cin, 1, 1]", (-1, x.shape[1], 1, 1))
     conv_block.check_block(x, bias, scale, shift, act, weight.shape[0])

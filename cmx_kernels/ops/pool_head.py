@@ -1,6 +1,6 @@
 """pool_head: y = mean_hw(x) weight^T + bias
 
-x [N, C, H, W], weight [classes, C] -> y [N, classes]. The classifier of ConvMixer: global average pool and linear layer.
+x [N, C, H, W], weight [classes, C] -> y [N, classes]. ConvMixer's classifier: global average pool and linear layer.
 The mean and the product are summed in float32 and rounded once.
 """
 
@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmx_kernels import backends
-from cmx_kernels.ops.checks import autocast, autocast_is_on, check_activations, check_vector, check_weight, compute_dtype
+from cmx_kernels.ops.checks import (
+    autocast,
+    autocast_is_on,
+    check_activations,
+    check_vector,
+    check_weight,
+    compute_dtype,
+)
 from cmx_kernels.registry import define
 
 

@@ -25,7 +25,9 @@ def table() -> np.ndarray:
 def header() -> str:
     rows = ",\n".join("    {" + ", ".join(f"{v:.8e}f" for v in row) + "}" for row in table())
     return (
-        "// Written by gelu_table.py: Phi(-a), segment = round(a * kGeluScale), powers of the distance to it.\n#pragma once\n\n"
+        "// clang-format off\n"
+        "// Written by gelu_table.py: Phi(-a), segment = round(a * kGeluScale), powers of the distance to it.\n"
+        "#pragma once\n\n"
         f"constexpr float kGeluScale = {SCALE:.8e}f, kGeluEnd = {END:.8e}f;\n"
         f"alignas(64) static const float kGeluTable[{DEGREE + 1}][{SEGMENTS}] = {{\n{rows}}};\n"
     )
