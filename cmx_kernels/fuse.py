@@ -14,7 +14,8 @@ def fuse(model: Model, *, strict: bool = False) -> Model:
     """Fuse a timm ConvMixer, the paper's nn.Sequential, or every ConvMixer and block inside ``model``, in place.
 
     Each part decides in every call whether it can run fused, and else runs as before: hooks fire, training is plain
-    PyTorch, torch.export and scripting see the original modules.
+    PyTorch, torch.export and scripting see the original modules. Inference keeps a second, packed copy of the weights,
+    made again when they change.
 
     Args:
         strict: raise where something that looks like a ConvMixer cannot be fused, instead of saying so once.

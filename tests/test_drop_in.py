@@ -11,6 +11,9 @@ import pytest
 import torch
 from plain_models import NATIVE, check_against, counted, needs_kernels, paper, timms, trained
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmx_kernels import ConvMixer, backends, fuse, use
 
@@ -148,6 +151,32 @@ def test_transforms_of_torch_func(models: tuple[nn.Module, nn.Module]) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_dispatch_modes_and_dual_numbers(models: tuple[nn.Module, nn.Module]) -> None:
+    recorded = []
+    tangents = []
+    for model in models:
+        model(X)
+        with Recorder() as recorder:
+            model(X)
+        recorded.append([name for name in recorder.names if "detach" not in name])
+        with forward_ad.dual_level():
+            out = model(forward_ad.make_dual(X, torch.ones_like(X)))
+            tangents.append(forward_ad.unpack_dual(out).tangent)
+    assert recorded[0] == recorded[1]
+    torch.testing.assert_close(*tangents)
+
+
 @torch.no_grad()
 def test_flops_are_those_of_the_plain_model(models: tuple[nn.Module, nn.Module]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
@@ -173,8 +202,11 @@ def test_tensor_subclasses(models: tuple[nn.Module, nn.Module]) -> None:
     assert type(out) is Marked
     check_against(out.as_subclass(Tensor), plain, X)
     conv = next(m for m in fused.modules() if isinstance(m, nn.Conv2d) and m.groups > 1)
-    conv._parameters["weight"] = conv.weight.as_subclass(Marked)
+    weight = conv.weight.detach()
+    conv._parameters["weight"] = weight.as_subclass(Marked)
     check_against(fused(X).as_subclass(Tensor), plain, X)
+    conv._parameters["weight"] = nn.Parameter(TwoTensor(weight, weight.clone()))  # without memory of its own
+    check_against(fused(X).a, plain, X)
 
 
 @torch.no_grad()

@@ -145,6 +145,10 @@ def test_conversions_there_and_back(dtype: torch.dtype) -> None:
     model = trained(ConvMixer(24, 2, 5, 4, 6))
     plain = ConvMixer(24, 2, 5, 4, 6, fused=False).eval()
     plain.load_state_dict(model.state_dict())
+    for autocast in (dtype, torch.bfloat16, torch.float16, dtype):
+        with torch.autocast("cpu", autocast):
+            assert model(X).dtype == autocast
+            torch.testing.assert_close(model(X), plain(X), rtol=0.05, atol=0.05)
     for convert in (lambda m: m.to(dtype), lambda m: m.float(), lambda m: m.to(memory_format=torch.channels_last)):
         model, plain = convert(model), convert(plain)
         x = X.to(next(plain.parameters()).dtype)
@@ -167,6 +171,23 @@ def test_copies_do_not_share_packed_weights() -> None:
     shallow._modules = {**model._modules, "blocks": twin.blocks}
     assert torch.equal(shallow(X), twin(X))
     assert torch.equal(model(X), out)
+
+
+@torch.no_grad()
+def test_a_weight_that_is_no_parameter_any_more() -> None:
+    """As some wrappers leave it; then it changes in place."""
+    model = trained(ConvMixer(24, 2, 5, 4, 6))
+    plain = ConvMixer(24, 2, 5, 4, 6, fused=False).eval()
+    plain.load_state_dict(model.state_dict())
+    model(X)
+    conv = model.blocks[0][1]
+    weight = conv.weight.detach().clone()
+    del conv.weight
+    conv.weight = weight
+    for factor in (1, 3):
+        weight.mul_(factor)
+        plain.blocks[0][1].weight.mul_(factor)
+        torch.testing.assert_close(model(X), plain(X))
 
 
 @torch.no_grad()

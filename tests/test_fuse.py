@@ -1,15 +1,13 @@
 """fuse and unfuse: what fuses, what is refused and why, and what stays exactly as it was."""
 
 import copy
-import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from plain_models import FAMILY, NATIVE, check_against, counted, paper, timms, trained
+from plain_models import FAMILY, NATIVE, Residual, check_against, counted, paper, timms, trained
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
 
 from cmx_kernels import backends, fuse, unfuse
 from cmx_kernels.models.fused import Block, Fused
@@ -87,6 +85,31 @@ def test_a_run_of_blocks_among_other_modules(monkeypatch: pytest.MonkeyPatch) ->
     with counted(monkeypatch) as calls:
         check_against(fused(X), plain, X)
     assert calls == ([False, False] if NATIVE else [])
+
+
+def block(dim: int, out: int, kernel: int, padding: Any = "same") -> nn.Sequential:
+    depthwise = nn.Conv2d(dim, dim, kernel, groups=dim, padding=padding)
+    inner = nn.Sequential(depthwise, nn.GELU(), nn.BatchNorm2d(dim))
+    return nn.Sequential(Residual(inner), nn.Conv2d(dim, out, 1), nn.GELU(), nn.BatchNorm2d(out))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(block(16, 16, 3), block(16, 16, 5)),
+        lambda: nn.Sequential(block(16, 24, 3), block(24, 24, 3)),
+        lambda: nn.Sequential(block(16, 16, 3), block(16, 24, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        lambda: nn.Sequential(block(16, 16, 3), block(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(2)),
+        lambda: nn.Sequential(block(16, 16, 3), block(16, 16, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+        lambda: nn.Sequential(block(16, 16, 3), block(16, 16, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten()),
+    ],
+)
+@torch.no_grad()
+def test_networks_that_are_not_uniform(make: Callable[[], nn.Module]) -> None:
+    plain = trained(make())
+    fused, x = fuse(copy.deepcopy(plain), strict=True), torch.randn(2, 16, 9, 7)
+    for _ in range(2):
+        check_against(fused(x), plain, x)
 
 
 @pytest.mark.parametrize("family", FAMILY)
@@ -187,92 +210,9 @@ def test_what_is_refused_runs_as_before(name: str) -> None:
 def test_nothing_to_fuse() -> None:
     with pytest.raises(ValueError, match="found no ConvMixer block"):
         fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), strict=True)
+    with pytest.raises(ValueError, match='not "same"'):  # one pixel too many: the plain model cannot add its input
+        fuse(paper(8, 1, 4, padding=2), strict=True)
     with pytest.raises(TypeError, match=r"wanted an nn\.Module"):
         fuse("model")
     with pytest.raises(TypeError, match=r"wanted an nn\.Module"):
         unfuse(None)
-
-
-HOOKED = [
-    "",
-    "stem",
-    "stem.1",
-    "blocks",
-    "blocks.1",
-    "blocks.1.0",
-    "blocks.1.0.fn",
-    "blocks.1.0.fn.0",
-    "blocks.2.3",
-    "head",
-]
-
-
-@pytest.mark.parametrize("path", HOOKED)
-@torch.no_grad()
-def test_hooks_fire_once_with_what_the_plain_model_gives_them(path: str) -> None:
-    seen: dict[nn.Module, list[Tensor]] = {}
-    models = twins()
-    for model in models:
-        model(X)
-        seen[model] = []
-        model.get_submodule(path).register_forward_hook(lambda m, i, o, model=model: seen[model].append(o))
-        model.get_submodule(path).register_forward_pre_hook(lambda m, i, model=model: seen[model].append(i[0]))
-    check_against(models[0](X), models[1], X)
-    fused, plain = (seen[model][:2] for model in models)
-    torch.testing.assert_close(fused, plain)
-    assert len(seen[models[0]]) == 2
-
-
-def test_backward_hooks_and_hooks_for_all_modules() -> None:
-    fused, _ = twins()
-    seen: list[str] = []
-    fused.blocks[1][0].fn[1].register_full_backward_hook(lambda m, gi, go: seen.append("inner"))
-    fused.blocks[0].register_full_backward_hook(lambda m, gi, go: seen.append("block"))
-    fused(X).sum().backward()
-    assert seen == ["inner", "block"]
-    names: list[str] = []
-    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: names.append(type(m).__name__))
-    with torch.no_grad():
-        fused(X)
-    handle.remove()
-    assert names.count("Conv2d") == 7
-
-
-REPLACED: dict[str, Callable[[nn.Module], Any]] = {
-    "weight_norm": lambda m: parametrizations.weight_norm(m.blocks[1][0].fn[0]).parametrizations.weight.original0.mul_(
-        2
-    ),
-    "old weight_norm": lambda m: nn.utils.weight_norm(m.blocks[1][1]).weight_g.mul_(2),
-    "spectral_norm": lambda m: parametrizations.spectral_norm(m.blocks[1][1]),
-    "pruning": lambda m: prune.l1_unstructured(m.blocks[0][1], "weight", 0.5),
-    "another class": lambda m: setattr(m.blocks[2][1], "__class__", type("Conv2d", (nn.Conv2d,), {"forward": doubled})),
-    "another forward": lambda m: setattr(m.blocks[2][1], "forward", types.MethodType(doubled, m.blocks[2][1])),
-    "another block forward": lambda m: setattr(m.blocks[1], "forward", lambda x: x),
-    "another activation": lambda m: m.blocks[0].__setitem__(2, nn.Tanh()),
-    "a block less": lambda m: m.blocks.__delitem__(1),
-    "a block more": lambda m: m.blocks.append(copy.deepcopy(m.blocks[0])),
-    "a norm in training mode": lambda m: m.blocks[1][3].train(),
-    "no pool": lambda m: setattr(m, "global_pool", nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())),
-    "two heads": lambda m: setattr(m, "head", nn.Sequential(nn.Linear(32, 5), nn.Linear(5, 10))),
-    "eps": lambda m: setattr(m.blocks[1][3], "eps", 0.5),
-    "tanh": lambda m: setattr(m.blocks[1][2], "approximate", "tanh"),
-    "a removed bias": lambda m: setattr(m.blocks[1][1], "bias", None),
-}
-
-
-def doubled(self: nn.Conv2d, x: Tensor) -> Tensor:
-    return 2 * nn.Conv2d.forward(self, x)
-
-
-@pytest.mark.parametrize("name", REPLACED)
-@torch.no_grad()
-def test_changes_of_the_modules_are_followed(name: str) -> None:
-    """After a call, so that the packed form of what is changed exists."""
-    fused, plain = twins()
-    before = fused(X)
-    for model in (fused, plain):
-        torch.manual_seed(3)
-        REPLACED[name](model)
-    out = fused(X)
-    check_against(out, plain, X)
-    assert not torch.allclose(out, before)

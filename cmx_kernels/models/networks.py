@@ -92,8 +92,10 @@ class FusedConvMixer(FusedNetwork):
         return self._plain_forward_features(x) if y is None else y
 
     def stack(self) -> Stack:
-        if type(self.stem) is not Stem or not isinstance(self.blocks, nn.Sequential) or not len(self.blocks):
+        if type(self.stem) is not Stem or not len(self.blocks):
             raise Refusal("it has no fused stem, or no blocks")
+        if type(self.blocks).forward not in (nn.Sequential.forward, FusedSequence.forward):
+            raise Refusal(f"its blocks are in a {type(self.blocks).__name__} with a forward of its own")
         pool = _known(type(self.global_pool), *_POOLS) and _averages(children(self.global_pool))
         bypassed: list[nn.Module] = [self.stem, self.blocks]
         if pool:

@@ -1,7 +1,6 @@
 """The fused form of a stem and a run of blocks, and what must not have changed since it was made for it to be used."""
 
 import copy
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from operator import contains, itemgetter
@@ -22,6 +21,9 @@ from cmx_kernels.ops.checks import autocast
 STATE = "_cmx"  # the one entry a fused module has in its __dict__
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _LEAVES = frozenset((nn.ReLU, nn.Identity))
+# Private, so a torch without them is taken as one without transforms at work
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 _SETTINGS: dict[type, tuple[str, ...]] = {
@@ -39,7 +41,7 @@ def plain_is_wanted(x: Any) -> bool:
         return True
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.jit.is_tracing() or _dispatch_modes() > 0
 
 
 def check_call(x: Tensor) -> None:
@@ -48,7 +50,7 @@ def check_call(x: Tensor) -> None:
         raise Refusal(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
     if torch.compiler.is_compiling():
         return
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if _transforms() is not None or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
         raise Refusal("a torch.func transform or forward-mode differentiation is at work")
     if any(getattr(module_globals, hooks, None) for hooks in _GLOBAL_HOOKS):
         raise Refusal("a hook for all modules is registered")
@@ -99,7 +101,6 @@ class Stack:
         pool: an average pool follows.
         span: in an nn.Sequential, the first child that is replaced and the next that is not.
         """
-        self.owner = weakref.ref(owner)
         self.children = dict(owner._modules)
         self.stem, self.blocks, self.pool, self.span = stem, list(blocks), pool, span
         self.units = ([stem] if stem else []) + [unit for block in blocks for unit in block]
@@ -114,7 +115,7 @@ class Stack:
 
     def tensors(self, owner: nn.Module) -> list[Tensor] | None:
         """Parameters and running statistics; None unless the modules are still the same, plain and in the same mode."""
-        if self.owner() is not owner or owner.__dict__["_modules"] != self.children:
+        if owner.__dict__["_modules"] != self.children:
             return None
         for modules, kinds, states, read, expected in self.watched:
             if list(map(type, modules)) != kinds or any(map(contains, states, repeat("forward"))):

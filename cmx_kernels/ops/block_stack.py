@@ -122,9 +122,10 @@ def block_stack(x: Tensor, packed: PackedStack, pool: bool = False) -> Tensor:
 class PackedCache:
     """The packed form of some parameters, made again when one of them, or the key, has changed.
 
-    Identity is (address, version): every in-place operation that PyTorch counts is seen. Writes through ``.data`` are
-    not counted; on the CPU they are seen where they change one of the values that are sampled at the beginning and in
-    the middle of each tensor. Holding the tensors keeps an address from being given to another one meanwhile.
+    Identity is (address, version): every in-place operation that PyTorch counts is seen. It counts neither writes
+    through ``.data`` nor the steps of optimizers with fused=True; on the CPU these are seen where they change one of
+    the values sampled at the beginning, in the middle and at the end of each tensor. Holding the tensors keeps an
+    address from being given to another one meanwhile.
     """
 
     def __init__(self) -> None:
@@ -154,9 +155,10 @@ _SAMPLE = 64  # bytes
 
 
 def _samples(tensor: Tensor) -> list[Any]:
-    """Views of the memory of a tensor: its first bytes, and some from its middle if it is contiguous."""
+    """Views of the memory of a tensor: its first bytes, and if it is contiguous some from the middle and the end."""
     size = tensor.numel() * tensor.element_size() if tensor.is_contiguous() else tensor.element_size()
     if tensor.device.type != "cpu" or tensor.numel() == 0:
         return []
-    at = [0] if size <= _SAMPLE else [0, min(size // 2, size - _SAMPLE)]
+    last = max(size - _SAMPLE, 0)
+    at = sorted({0, min(size // 2, last), last})
     return [(ctypes.c_char * min(size, _SAMPLE)).from_address(tensor.data_ptr() + offset) for offset in at]
