@@ -177,18 +177,16 @@ def _python(code: str, package: Path = PACKAGE, **environment: str) -> subproces
 @pytest.mark.parametrize(
     ("environment", "selected"),
     (
-        ({}, "cpu" if HAS_C else "reference"),
-        ({"CMX_BACKEND": ""}, "cpu" if HAS_C else "reference"),
         ({"CMX_BACKEND": "reference"}, "reference"),
         ({"CMX_FUSED": "0"}, "reference"),
-        ({"CMX_FUSED": "1", "CMX_STRICT": "0"}, "cpu" if HAS_C else "reference"),
+        ({"CMX_BACKEND": "", "CMX_FUSED": "1", "CMX_STRICT": "0"}, "cpu" if HAS_C else "reference"),
     ),
     ids=str,
 )
 def test_environment(environment: dict[str, str], selected: str) -> None:
-    done = _python(SELECT, **environment)
+    done = _python(f"{SELECT}; print(registry.isa_level())", **environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == selected
+    assert done.stdout.split() == [selected, registry.C.isa_levels()[-1] if HAS_C else "None"]
 
 
 def test_environment_forces_a_refusal() -> None:
@@ -219,7 +217,7 @@ def _plant(package: Path, kind: str) -> None:
         (package / "_C.py").write_text(f"raise {kind}('undefined symbol: x')\n")
 
 
-@pytest.mark.parametrize("kind", ("garbage", "no module", "OSError", "ImportError"))
+@pytest.mark.parametrize("kind", ("garbage", "no module", "OSError"))
 def test_library_that_does_not_load(tmp_path: Path, kind: str) -> None:
     """A warning with the cause and the way out, and the reference runs; never a failed import."""
     package = _copy(tmp_path)
@@ -229,7 +227,8 @@ def test_library_that_does_not_load(tmp_path: Path, kind: str) -> None:
     assert f"the native library does not load in torch {torch.__version__}: " in done.stderr
     assert "rebuild with `pip install .`" in done.stderr
     assert "depthwise_block runs in plain PyTorch" in done.stderr
-    assert done.stdout == _python(CALL, CMX_BACKEND="reference").stdout
+    with backends.use("reference"):
+        assert done.stdout.strip() == str(ops.depthwise_block(torch.ones(1, 4, 5, 5), torch.ones(4, 1, 5, 5)).sum())
 
 
 def test_library_that_needs_a_missing_module(tmp_path: Path) -> None:
@@ -253,13 +252,11 @@ def test_no_library(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not HAS_C, reason=str(registry.WHY_NO_C))
 def test_instruction_sets(isa: str) -> None:
-    """Set and read back; an unknown name is refused and changes nothing; the default is the best level."""
+    """Set and read back; an unknown name is refused and changes nothing."""
     assert registry.isa_level() == isa
     with pytest.raises(ValueError, match=f"got 'avx1024', wanted one of {', '.join(registry.C.isa_levels())}"):
         registry.C.set_isa_level("avx1024")
     assert registry.isa_level() == isa
-    best = _python("from cmx_kernels import registry; print(registry.isa_level())").stdout.strip()
-    assert best == registry.C.isa_levels()[-1]
 
 
 @pytest.mark.skipif(not HAS_C, reason=str(registry.WHY_NO_C))

@@ -65,13 +65,10 @@ def test_every_width(backend: Runner, width: int) -> None:
         check(backend(op, *args), expected, f"{op} {shape}")
 
 
-@pytest.mark.parametrize("residual", (True, False))
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=cases.name)
 @pytest.mark.parametrize("act", cases.ACTS)
-@pytest.mark.parametrize("op", BLOCKS)
+@pytest.mark.parametrize(("op", "residual"), ((*((op, False) for op in BLOCKS), ("depthwise_block", True))))
 def test_activations(backend: Runner, op: str, act: str, dtype: torch.dtype, residual: bool) -> None:
-    if residual and op != "depthwise_block":
-        residual = False
     args, expected = cases.problem(op, RAGGED[op], dtype, act, None, residual)
     check(backend(op, *args), expected)
 
