@@ -17,6 +17,8 @@ from cmx_kernels import backends, ops, registry
 
 LEVELS = registry.C.isa_levels() if registry.C is not None else []
 THREADS = 2
+# without CUDA, torch.manual_seed stores a stack trace a call in case CUDA is started later
+_seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 
 hypothesis.settings.register_profile(
     "cmx", derandomize=True, database=None, deadline=timedelta(seconds=20), print_blob=True
@@ -47,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     """Every test starts from one seed and thread count, and memory nobody has written reads as NaN."""
-    torch.manual_seed(0)
+    _seed(0)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
