@@ -48,20 +48,40 @@ Dtype dtype_of(const Tensor& t, const char* name) {
 View view_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": wanted a CPU tensor");
   STD_TORCH_CHECK(t.dim() == 4, name, ": got shape ", shape_of(t), ", wanted 4 dimensions");
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(t, name), t.size(0), t.size(1), t.size(2), t.size(3),
-          t.stride(0), t.stride(1), t.stride(2), t.stride(3), false};
+  return {const_cast<void*>(t.const_data_ptr()),
+          dtype_of(t, name),
+          t.size(0),
+          t.size(1),
+          t.size(2),
+          t.size(3),
+          t.stride(0),
+          t.stride(1),
+          t.stride(2),
+          t.stride(3),
+          false};
 }
 
 // A weight as the packing functions want it: its output channels are the View's channels.
 View weight_view(const Tensor& w, int64_t rows, int64_t columns, const char* name) {
   const int64_t c = w.size(0);
-  return {const_cast<void*>(w.const_data_ptr()), dtype_of(w, name), 1, c, rows, columns, 0, rows * columns, columns, 1, false};
+  return {const_cast<void*>(w.const_data_ptr()),
+          dtype_of(w, name),
+          1,
+          c,
+          rows,
+          columns,
+          0,
+          rows * columns,
+          columns,
+          1,
+          false};
 }
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 void check_activations(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.size(1) >= 1, "x: got shape ", shape_of(x), ", wanted [N, C, H, W] with at least one channel, on the CPU");
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.size(1) >= 1, "x: got shape ", shape_of(x),
+                  ", wanted [N, C, H, W] with at least one channel, on the CPU");
 }
 
 void check_weight(const Tensor& x, const Tensor& w, bool fits, const char* wanted) {
@@ -82,10 +102,12 @@ double element(const Tensor& t, int64_t i) {
 std::vector<double> values(const Optional& v, const char* name, int64_t count, double missing) {
   std::vector<double> out(count, missing);
   if (!v) return out;
-  STD_TORCH_CHECK(v->is_cpu() && v->dim() == 1 && v->size(0) == count, name, ": got shape ", shape_of(*v), ", wanted [", count, "] on the CPU");
+  STD_TORCH_CHECK(v->is_cpu() && v->dim() == 1 && v->size(0) == count, name, ": got shape ", shape_of(*v), ", wanted [",
+                  count, "] on the CPU");
   const ScalarType t = v->scalar_type();
-  STD_TORCH_CHECK(t == ScalarType::Double || t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16,
-                  name, ": wanted a floating point dtype");
+  STD_TORCH_CHECK(
+      t == ScalarType::Double || t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16, name,
+      ": wanted a floating point dtype");
   for (int64_t i = 0; i < count; i++) out[i] = element(*v, i);
   return out;
 }
@@ -95,7 +117,8 @@ struct ConstantsBuffer {
   int64_t padded;
   std::vector<float> data;
   explicit ConstantsBuffer(int64_t channels) : padded(round_up(channels, cpu_kernels().lanes)), data(3 * padded) {}
-  ConstantsBuffer(const Optional& bias, const Optional& scale, const Optional& shift, int64_t channels) : ConstantsBuffer(channels) {
+  ConstantsBuffer(const Optional& bias, const Optional& scale, const Optional& shift, int64_t channels)
+      : ConstantsBuffer(channels) {
     fill(0, values(bias, "bias", channels, 0));
     fill(1, values(scale, "scale", channels, 1));
     fill(2, values(shift, "shift", channels, 0));
@@ -117,7 +140,8 @@ bool is_channels_last(const Tensor& t) {
 }
 
 Tensor output_like(const Tensor& x, int64_t c, int64_t h, int64_t w) {
-  const auto format = is_channels_last(x) ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  const auto format =
+      is_channels_last(x) ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
   return torch::stable::empty({x.size(0), c, h, w}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format);
 }
 
@@ -168,7 +192,8 @@ void run_stage(Stage& s) {
 }
 
 Tensor pack_pointwise(const Tensor& given) {
-  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 2 && given.numel() > 0, "weight: got shape ", shape_of(given), ", wanted [C, Cin] on the CPU");
+  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 2 && given.numel() > 0, "weight: got shape ", shape_of(given),
+                  ", wanted [C, Cin] on the CPU");
   const CpuKernels& k = cpu_kernels();
   const Tensor w = dense(given);
   const View view = weight_view(w, 1, w.size(1), "weight");
@@ -181,13 +206,16 @@ Tensor pack_pointwise(const Tensor& given) {
 }
 
 Tensor pack_depthwise(const Tensor& given) {
-  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 4 && given.size(0) >= 1 && given.size(1) == 1, "weight: got shape ", shape_of(given), ", wanted [C, 1, kh, kw] on the CPU");
-  STD_TORCH_CHECK(given.size(2) >= 1 && given.size(3) >= 1 && given.size(2) <= kMaxKernel && given.size(3) <= kMaxKernel,
-                  "weight: got a ", given.size(2), "x", given.size(3), " kernel, wanted 1 to ", kMaxKernel, " on each side");
+  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 4 && given.size(0) >= 1 && given.size(1) == 1, "weight: got shape ",
+                  shape_of(given), ", wanted [C, 1, kh, kw] on the CPU");
+  STD_TORCH_CHECK(
+      given.size(2) >= 1 && given.size(3) >= 1 && given.size(2) <= kMaxKernel && given.size(3) <= kMaxKernel,
+      "weight: got a ", given.size(2), "x", given.size(3), " kernel, wanted 1 to ", kMaxKernel, " on each side");
   const CpuKernels& k = cpu_kernels();
   const Tensor w = dense(given);
   const View view = weight_view(w, w.size(2), w.size(3), "weight");
-  Tensor out = torch::stable::empty({k.packed_depthwise_bytes(view.dtype, view.c, view.h, view.w) / 4}, ScalarType::Float);
+  Tensor out =
+      torch::stable::empty({k.packed_depthwise_bytes(view.dtype, view.c, view.h, view.w) / 4}, ScalarType::Float);
   void* const to = out.mutable_data_ptr();
   run(ceil_div(view.c, k.lanes), 0, [&](int64_t block, char*) { k.pack_depthwise(view, block, to); });
   return out;
@@ -198,25 +226,49 @@ Tensor pack_depthwise(const Tensor& given) {
 Tensor direct(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift,
               const std::string& act, int64_t stride_h, int64_t stride_w, bool depthwise, bool residual) {
   const int64_t c = weight.size(0), kh = weight.size(2), kw = weight.size(3);
-  Tensor y = output_like(x, c, depthwise ? x.size(2) : x.size(2) / stride_h, depthwise ? x.size(3) : x.size(3) / stride_w);
+  Tensor y =
+      output_like(x, c, depthwise ? x.size(2) : x.size(2) / stride_h, depthwise ? x.size(3) : x.size(3) / stride_w);
   const Tensor w = dense(weight);
-  DirectConv p{(const double*)x.const_data_ptr(), (const double*)w.const_data_ptr(), (double*)y.mutable_data_ptr(),
-               x.size(0), x.size(1), x.size(2), x.size(3), c, y.size(2), y.size(3), kh, kw, stride_h, stride_w,
-               depthwise ? (kh - 1) / 2 : 0, depthwise ? (kw - 1) / 2 : 0, x.strides().data(), y.strides().data(),
-               values(bias, "bias", c, 0), values(scale, "scale", c, 1), values(shift, "shift", c, 0), depthwise, residual, act_of(act)};
+  DirectConv p{(const double*)x.const_data_ptr(),
+               (const double*)w.const_data_ptr(),
+               (double*)y.mutable_data_ptr(),
+               x.size(0),
+               x.size(1),
+               x.size(2),
+               x.size(3),
+               c,
+               y.size(2),
+               y.size(3),
+               kh,
+               kw,
+               stride_h,
+               stride_w,
+               depthwise ? (kh - 1) / 2 : 0,
+               depthwise ? (kw - 1) / 2 : 0,
+               x.strides().data(),
+               y.strides().data(),
+               values(bias, "bias", c, 0),
+               values(scale, "scale", c, 1),
+               values(shift, "shift", c, 0),
+               depthwise,
+               residual,
+               act_of(act)};
   torch::stable::parallel_for(0, p.n * c, 1, [&](int64_t begin, int64_t end) { direct_conv(p, begin, end); });
   return y;
 }
 
 // patch_embed and pointwise_block: a product behind two different producers
-Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift,
-                     const std::string& act, Stage::Producer producer) {
+Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
+                     const Optional& shift, const std::string& act, Stage::Producer producer) {
   check_activations(x);
   const bool patches = producer == Stage::Producer::patches;
-  const bool fits = weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) >= 1 && weight.size(3) >= 1 && weight.size(0) >= 1;
-  check_weight(x, weight, fits && (patches || (weight.size(2) == 1 && weight.size(3) == 1)), patches ? "[C, Cin, p, q]" : "[C, Cin, 1, 1]");
+  const bool fits = weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) >= 1 && weight.size(3) >= 1 &&
+                    weight.size(0) >= 1;
+  check_weight(x, weight, fits && (patches || (weight.size(2) == 1 && weight.size(3) == 1)),
+               patches ? "[C, Cin, p, q]" : "[C, Cin, 1, 1]");
   const int64_t c = weight.size(0), p = weight.size(2), q = weight.size(3);
-  STD_TORCH_CHECK(!patches || (x.size(2) >= p && x.size(3) >= q), "x: got an image of ", x.size(2), "x", x.size(3), ", wanted at least one patch of ", p, "x", q);
+  STD_TORCH_CHECK(!patches || (x.size(2) >= p && x.size(3) >= q), "x: got an image of ", x.size(2), "x", x.size(3),
+                  ", wanted at least one patch of ", p, "x", q);
   if (x.scalar_type() == ScalarType::Double) return direct(x, weight, bias, scale, shift, act, p, q, false, false);
   const View in = view_of(x, "x");
   const ConstantsBuffer constants(bias, scale, shift, c);
@@ -232,17 +284,23 @@ Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias
   return y;
 }
 
-Tensor patch_embed(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift, std::string act) {
+Tensor patch_embed(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
+                   const Optional& shift, std::string act) {
   return product_block(x, weight, bias, scale, shift, act, Stage::Producer::patches);
 }
 
-Tensor pointwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift, std::string act) {
+Tensor pointwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
+                       const Optional& shift, std::string act) {
   return product_block(x, weight, bias, scale, shift, act, Stage::Producer::copy);
 }
 
-Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift, std::string act, bool residual) {
+Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
+                       const Optional& shift, std::string act, bool residual) {
   check_activations(x);
-  check_weight(x, weight, weight.dim() == 4 && weight.size(2) >= 1 && weight.size(3) >= 1 && weight.size(0) == x.size(1) && weight.size(1) == 1, "[C, 1, kh, kw]");
+  check_weight(x, weight,
+               weight.dim() == 4 && weight.size(2) >= 1 && weight.size(3) >= 1 && weight.size(0) == x.size(1) &&
+                   weight.size(1) == 1,
+               "[C, 1, kh, kw]");
   if (x.scalar_type() == ScalarType::Double) return direct(x, weight, bias, scale, shift, act, 1, 1, true, residual);
   const View in = view_of(x, "x");
   const ConstantsBuffer constants(bias, scale, shift, in.c);
@@ -251,7 +309,11 @@ Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bi
   if (!y.numel()) return y;
   const CpuKernels& k = cpu_kernels();
   const int64_t blocks = ceil_div(in.c, k.lanes);
-  DepthwiseStage s{in, view_of(y, "y"), {packed.const_data_ptr(), constants.get(), weight.size(2), weight.size(3), residual}, act_of(act), 0};
+  DepthwiseStage s{in,
+                   view_of(y, "y"),
+                   {packed.const_data_ptr(), constants.get(), weight.size(2), weight.size(3), residual},
+                   act_of(act),
+                   0};
   s.rows = band_rows(in.n * blocks, in.h, l2_bytes() / 4 / (in.w * k.lanes * 4) + weight.size(2));
   const int64_t bands = ceil_div(in.h, s.rows);
   run(in.n * blocks * bands, k.depthwise_scratch_bytes(s), [&](int64_t task, char* scratch) {
@@ -281,7 +343,8 @@ Tensor pool_head(const Tensor& x, const Tensor& weight, const Optional& bias) {
         double sum = 0;
         for (int64_t c = 0; c < x.size(1); c++)
           for (int64_t i = 0; i < x.size(2); i++)
-            for (int64_t j = 0; j < x.size(3); j++) sum += xp[n * s[0] + c * s[1] + i * s[2] + j * s[3]] * wp[k * x.size(1) + c];
+            for (int64_t j = 0; j < x.size(3); j++)
+              sum += xp[n * s[0] + c * s[1] + i * s[2] + j * s[3]] * wp[k * x.size(1) + c];
         ((double*)y.mutable_data_ptr())[n * w.size(0) + k] = sum / (x.size(2) * x.size(3)) + b[k];
       }
     return y;
@@ -291,22 +354,23 @@ Tensor pool_head(const Tensor& x, const Tensor& weight, const Optional& bias) {
   const PoolHead p{view_of(x, "x"), pooled.data(), w.const_data_ptr(), bias32.data(), w.size(0), y.mutable_data_ptr()};
   pool(p);
   const int64_t step = 8;  // classes a task
-  run(ceil_div(p.classes, step), 0, [&](int64_t task, char*) {
-    cpu_kernels().classify(p, task * step, std::min((task + 1) * step, p.classes));
-  });
+  run(ceil_div(p.classes, step), 0,
+      [&](int64_t task, char*) { cpu_kernels().classify(p, task * step, std::min((task + 1) * step, p.classes)); });
   return y;
 }
 
 // ---- a stem and a stack of blocks
 
 void check_packed(const Tensor& t, int64_t bytes, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.numel() * (int64_t)t.element_size() == bytes, "packed: got ", t.numel() * (int64_t)t.element_size(),
-                  " bytes for ", name, ", wanted ", bytes, ": pack it on this machine, for x's dtype");
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.numel() * (int64_t)t.element_size() == bytes, "packed: got ",
+                  t.numel() * (int64_t)t.element_size(), " bytes for ", name, ", wanted ", bytes,
+                  ": pack it on this machine, for x's dtype");
 }
 
 // bias, scale and shift of a packed stack, one row each
 ConstantsBuffer packed_constants(const Tensor& t, int64_t c) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == 3 && t.size(1) == c,
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Float && t.dim() == 2 &&
+                      t.size(0) == 3 && t.size(1) == c,
                   "packed: got constants of ", shape_of(t), ", wanted float32 [3, ", c, "]");
   ConstantsBuffer buffer(c);
   for (int64_t row = 0; row < 3; row++) {
@@ -316,7 +380,9 @@ ConstantsBuffer packed_constants(const Tensor& t, int64_t c) {
   return buffer;
 }
 
-View blocked(void* data, Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w) { return {data, dtype, n, c, h, w, 0, 0, 0, 0, true}; }
+View blocked(void* data, Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return {data, dtype, n, c, h, w, 0, 0, 0, 0, true};
+}
 
 View images(View v, int64_t first, int64_t count) {
   v.data = (char*)v.data + first * v.sn * size_of(v.dtype);
@@ -324,19 +390,24 @@ View images(View v, int64_t first, int64_t count) {
   return v;
 }
 
-Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels, std::vector<int64_t> patch, std::vector<int64_t> kernel,
-                   std::string act_name, bool want_pool) {
+Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels, std::vector<int64_t> patch,
+                   std::vector<int64_t> kernel, std::string act_name, bool want_pool) {
   const CpuKernels& k = cpu_kernels();
   check_activations(x);
   const View in = view_of(x, "x");
   const Act act = act_of(act_name);
   const bool stem = !patch.empty();
-  const int64_t first = stem ? 2 : 0, depth = ((int64_t)packed.size() - first) / 4, ph = stem ? patch[0] : 1, pw = stem ? patch.back() : 1;
-  STD_TORCH_CHECK((stem ? patch.size() == 2 && ph > 0 && pw > 0 : depth > 0) && (int64_t)packed.size() == first + 4 * depth && depth >= 0 && channels > 0,
+  const int64_t first = stem ? 2 : 0, depth = ((int64_t)packed.size() - first) / 4, ph = stem ? patch[0] : 1,
+                pw = stem ? patch.back() : 1;
+  STD_TORCH_CHECK((stem ? patch.size() == 2 && ph > 0 && pw > 0 : depth > 0) &&
+                      (int64_t)packed.size() == first + 4 * depth && depth >= 0 && channels > 0,
                   "packed: got ", packed.size(), " tensors, wanted 2 for a stem and 4 for every block");
-  STD_TORCH_CHECK(!depth || (kernel.size() == 2 && std::min(kernel[0], kernel[1]) >= 1 && std::max(kernel[0], kernel[1]) <= kMaxKernel), "kernel: wanted two sizes from 1 to ", kMaxKernel);
+  STD_TORCH_CHECK(!depth || (kernel.size() == 2 && std::min(kernel[0], kernel[1]) >= 1 &&
+                             std::max(kernel[0], kernel[1]) <= kMaxKernel),
+                  "kernel: wanted two sizes from 1 to ", kMaxKernel);
   STD_TORCH_CHECK(stem || in.c == channels, "x: got ", in.c, " channels, wanted ", channels);
-  STD_TORCH_CHECK(!stem || (in.h >= ph && in.w >= pw), "x: got an image of ", in.h, "x", in.w, ", wanted at least one patch of ", ph, "x", pw);
+  STD_TORCH_CHECK(!stem || (in.h >= ph && in.w >= pw), "x: got an image of ", in.h, "x", in.w,
+                  ", wanted at least one patch of ", ph, "x", pw);
   const int64_t h = in.h / ph, w = in.w / pw;
 
   std::vector<ConstantsBuffer> constants;
@@ -344,7 +415,9 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
   for (int64_t i = 0; i < (int64_t)packed.size(); i += 2) {
     const bool depthwise = i >= first && (i - first) % 4 == 0;
     const int64_t c_in = i < first ? in.c * ph * pw : channels;
-    check_packed(packed[i], depthwise ? k.packed_depthwise_bytes(in.dtype, channels, kernel[0], kernel[1]) : k.packed_pointwise_bytes(in.dtype, channels, c_in),
+    check_packed(packed[i],
+                 depthwise ? k.packed_depthwise_bytes(in.dtype, channels, kernel[0], kernel[1])
+                           : k.packed_pointwise_bytes(in.dtype, channels, c_in),
                  depthwise ? "a depthwise weight" : "a pointwise weight");
     constants.push_back(packed_constants(packed[i + 1], channels));
   }
@@ -372,7 +445,8 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
   const View out = want_pool ? View{} : view_of(y, "y");
   // depth first: so many images go through all blocks that their activations stay in the cache
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t chunk = std::max<int64_t>({1, 1024 / std::max<int64_t>(1, h * w), ceil_div(4 * threads, std::max<int64_t>(1, h))});
+  const int64_t chunk =
+      std::max<int64_t>({1, 1024 / std::max<int64_t>(1, h * w), ceil_div(4 * threads, std::max<int64_t>(1, h))});
   const int64_t most = std::min(chunk, in.n), size = most * round_up(channels, k.lanes) * h * w * size_of(in.dtype);
   const Tensor memory[2] = {bytes(size), bytes(stages.size() > 2 || want_pool ? size : 0)};
   for (int64_t n = 0; n < in.n; n += chunk) {
@@ -381,7 +455,8 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
     for (size_t i = 0; i < stages.size(); i++) {
       Stage& s = stages[i];
       s.in = from;
-      s.out = i + 1 < stages.size() || want_pool ? blocked(aligned(memory[i % 2]), in.dtype, count, channels, h, w) : images(out, n, count);
+      s.out = i + 1 < stages.size() || want_pool ? blocked(aligned(memory[i % 2]), in.dtype, count, channels, h, w)
+                                                 : images(out, n, count);
       s.act = act;
       run_stage(s);
       from = s.out;

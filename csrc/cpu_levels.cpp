@@ -7,9 +7,9 @@
 
 namespace cmx {
 
-#define X(level)                \
-  namespace level {             \
-  const CpuKernels& kernels();  \
+#define X(level)               \
+  namespace level {            \
+  const CpuKernels& kernels(); \
   }
 CMX_FOR_EACH_ISA(X)
 #undef X

@@ -31,8 +31,8 @@ struct CpuKernels {
   double (*peak_flop)(Dtype, int64_t rounds);  // runs that many FLOP on registers alone and returns their number
 };
 
-const CpuKernels& cpu_kernels();              // the level in use
-const std::vector<std::string>& cpu_levels(); // compiled and runnable here, slowest first
-void set_cpu_level(const std::string& name);  // throws std::invalid_argument
+const CpuKernels& cpu_kernels();               // the level in use
+const std::vector<std::string>& cpu_levels();  // compiled and runnable here, slowest first
+void set_cpu_level(const std::string& name);   // throws std::invalid_argument
 
 }  // namespace cmx

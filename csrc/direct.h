@@ -10,7 +10,7 @@
 namespace cmx {
 
 struct DirectConv {
-  const double *x, *weight;                // any strides for x, weight contiguous
+  const double *x, *weight;  // any strides for x, weight contiguous
   double* y;
   int64_t n, c_in, h, w, c_out, h_out, w_out, kh, kw, stride_h, stride_w, top, left;
   const int64_t *sx, *sy;                  // strides of x and y

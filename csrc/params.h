@@ -40,7 +40,7 @@ struct Depthwise {
 struct Pointwise {
   const void* weight;  // packed by pack_pointwise
   Constants constants;
-  const void* next;    // the weights that will be read after these, or null
+  const void* next;  // the weights that will be read after these, or null
 };
 
 // One pass over the activations, in bands of rows: a producer fills a panel [pixel][channel], a product consumes it.
@@ -51,8 +51,8 @@ struct Stage {
   Depthwise depthwise;  // producer depthwise
   Pointwise pointwise;
   Act act;
-  int64_t rows;         // output rows of a band
-  int64_t part;         // pixels of the panel that one sweep over the weights takes: they stay in L2
+  int64_t rows;  // output rows of a band
+  int64_t part;  // pixels of the panel that one sweep over the weights takes: they stay in L2
 };
 
 struct DepthwiseStage {
@@ -68,7 +68,7 @@ struct PoolHead {
   const void* weight;  // [classes, c] contiguous, in the dtype of `in`
   const float* bias;   // [classes] or null
   int64_t classes;
-  void* out;           // [n, classes] in the dtype of `in`
+  void* out;  // [n, classes] in the dtype of `in`
 };
 
 }  // namespace cmx

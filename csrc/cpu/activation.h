@@ -77,14 +77,15 @@ struct BlockConstants {
 
 // acc [count][VL] -> out, `step` elements from pixel to pixel
 template <class Residual, class Out>
-static __attribute__((noinline)) void epilogue(const float* acc, int64_t count, const Constants& constants, int64_t channel,
-                                               Act act, const float* residual, int64_t residual_step, Out* out,
-                                               int64_t step) {
+static __attribute__((noinline)) void epilogue(const float* acc, int64_t count, const Constants& constants,
+                                               int64_t channel, Act act, const float* residual, int64_t residual_step,
+                                               Out* out, int64_t step) {
   const BlockConstants c(constants, channel);
   auto run = [&](auto activation) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < count; i++)
-      store(out + i * step, activation(load(acc + i * VL) + c.bias) * c.scale + c.shift + Residual::at(residual, residual_step, i));
+      store(out + i * step,
+            activation(load(acc + i * VL) + c.bias) * c.scale + c.shift + Residual::at(residual, residual_step, i));
   };
   switch (act) {
     case Act::relu: return run([](vf x) __attribute__((always_inline)) { return activate<Act::relu>(x); });

@@ -19,13 +19,13 @@ CMX_INLINE bool pairs_depthwise(Dtype d, int64_t kw) { return kBf16Products && d
 
 // What one call of a tap loop needs. `in` points at the first column of the block in the first row of taps.
 struct Taps {
-  const float* in;     // float32 [VL] a pixel, or bfloat16 pairs [VL][2]
-  int64_t step, pitch; // floats from pixel (or pair) to pixel, from row to row
-  const float* weight; // of the first row of taps
-  int64_t weight_row;  // vectors
+  const float* in;      // float32 [VL] a pixel, or bfloat16 pairs [VL][2]
+  int64_t step, pitch;  // floats from pixel (or pair) to pixel, from row to row
+  const float* weight;  // of the first row of taps
+  int64_t weight_row;   // vectors
   int64_t rows, kw;
-  int64_t lo, hi;      // columns lo <= i < hi around the block lie in the image
-  const char* ahead;   // to be prefetched, `lines` cache lines a row
+  int64_t lo, hi;     // columns lo <= i < hi around the block lie in the image
+  const char* ahead;  // to be prefetched, `lines` cache lines a row
   int64_t lines;
 };
 
@@ -132,9 +132,13 @@ struct RowPlan {
   bool float_vectors;     // whole vectors of float32 channels lie side by side: most blocks are read where they are
   int64_t margin, width;  // of a converted row, in vectors
   RowPlan(const View& in, int64_t kw)
-      : pairs(pairs_depthwise(in.dtype, kw)), general(!unrolled(kw)),
-        float_vectors(in.dtype == Dtype::float32 && !general && (in.blocked || in.sc == 1)), margin(general ? before(kw) : 0),
-        width(general ? round_up(in.w, CB) + kw - 1 : pairs ? ceil_div(in.w, 2) : in.w) {}
+      : pairs(pairs_depthwise(in.dtype, kw)),
+        general(!unrolled(kw)),
+        float_vectors(in.dtype == Dtype::float32 && !general && (in.blocked || in.sc == 1)),
+        margin(general ? before(kw) : 0),
+        width(general ? round_up(in.w, CB) + kw - 1
+              : pairs ? ceil_div(in.w, 2)
+                      : in.w) {}
   bool direct(const View& in, int64_t block) const { return float_vectors && (in.blocked || (block + 1) * VL <= in.c); }
   int64_t scratch_vectors(const View& in, int64_t rows, int64_t kh) const {
     return float_vectors && in.blocked ? 0 : least(in.h, rows + kh - 1) * width + (pairs ? in.w + 1 : 0);
@@ -226,8 +230,8 @@ CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, int64_t n, in
 
 // act(...) * scale + shift (+ x) of one run of columns, out of the sums of a tap loop
 template <class Out>
-CMX_INLINE void depthwise_epilogue(const float* acc, int64_t count, const Depthwise& d, int64_t block, Act act, bool pairs,
-                                   const float* residual, int64_t residual_step, Out* out, int64_t step) {
+CMX_INLINE void depthwise_epilogue(const float* acc, int64_t count, const Depthwise& d, int64_t block, Act act,
+                                   bool pairs, const float* residual, int64_t residual_step, Out* out, int64_t step) {
   const int64_t channel = block * VL;
   if (!residual) return epilogue<NoResidual>(acc, count, d.constants, channel, act, residual, 0, out, step);
   if (kBf16Products && pairs)

@@ -1,3 +1,4 @@
+// clang-format off
 // Written by gelu_table.py: Phi(-a), segment = round(a * kGeluScale), powers of the distance to it.
 #pragma once
 

@@ -36,7 +36,8 @@ struct StagePlan {
   }
   static constexpr int64_t kCopy = 64;  // pixels converted at a time
   int64_t bytes() const {
-    return round_up(rows_pixels * pitch * sizeof(P), 64) + round_up(row_scratch * 4, 64) + round_up(out_scratch * 4, 64) + 64;
+    return round_up(rows_pixels * pitch * sizeof(P), 64) + round_up(row_scratch * 4, 64) +
+           round_up(out_scratch * 4, 64) + 64;
   }
 };
 
@@ -45,14 +46,17 @@ CMX_INLINE void store_as(bfloat16* to, const float* from) { store(to, load(from)
 
 // panel[pixel][channel] = x, for the rows [y0, y0 + rows)
 template <class P>
-static void fill_copy(const Stage& s, const StagePlan<P>& plan, int64_t n, int64_t y0, int64_t rows, P* panel, float* some) {
+static void fill_copy(const Stage& s, const StagePlan<P>& plan, int64_t n, int64_t y0, int64_t rows, P* panel,
+                      float* some) {
   for_rows(s.in, y0, rows, [&](int64_t y, int64_t, int64_t count, int64_t before) {
     for (int64_t x = 0; x < count; x += plan.kCopy)
       for (int64_t c = 0; c < plan.channels; c += VL) {
         const int64_t step = least(plan.kCopy, count - x);
         P* to = panel + (before + x) * plan.pitch + c;
-        if (c < s.in.c) gather(s.in, n, c, y, x, step, some, VL);
-        else memset(some, 0, step * VL * 4);
+        if (c < s.in.c)
+          gather(s.in, n, c, y, x, step, some, VL);
+        else
+          memset(some, 0, step * VL * 4);
         for (int64_t i = 0; i < step; i++) store_as(to + i * plan.pitch, some + i * VL);
       }
   });
@@ -135,7 +139,8 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
           for (int64_t m = m0, count; m < m1; m += count) {
             const int64_t pixel = y0 * out.w + m;
             count = least(m1 - m, flat.w - pixel % flat.w);
-            scatter(flat, n, (block + j) * VL, pixel / flat.w, pixel % flat.w, count, sums + (j * plan.part + m - m0) * VL, VL);
+            scatter(flat, n, (block + j) * VL, pixel / flat.w, pixel % flat.w, count,
+                    sums + (j * plan.part + m - m0) * VL, VL);
           }
         if (block + blocks == ceil_div(out.c, VL)) part_begin = m1;
       });
@@ -163,7 +168,8 @@ static void depthwise_band(const DepthwiseStage& s, int64_t n, int64_t block, in
       depthwise_rows(s.in, s.depthwise, n, block, y0, rows, row_scratch,
                      [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual, int64_t step) {
                        auto* to = address<decltype(t)>(s.out, n, block * VL, y, x);
-                       depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, step, to, s.out.sw);
+                       depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, step, to,
+                                          s.out.sw);
                      });
     });
     return;
@@ -188,8 +194,10 @@ static int64_t depthwise_scratch_bytes(const DepthwiseStage& s) {
 
 const CpuKernels& kernels() {
   static constexpr CpuKernels table = {
-      CMX_NAME(CMX_ISA), VL,
-      NR * VL,           kBf16Products,
+      CMX_NAME(CMX_ISA),
+      VL,
+      NR * VL,
+      kBf16Products,
       [](Dtype d, int64_t kw) { return pairs_depthwise(d, kw); },
       packed_depthwise_bytes,
       packed_pointwise_bytes,

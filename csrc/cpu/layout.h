@@ -17,8 +17,8 @@ CMX_INLINE T* address(const View& v, int64_t n, int64_t c, int64_t y, int64_t x)
 }
 
 template <class T>
-static __attribute__((noinline)) void gather_as(const View& v, int64_t n, int64_t c, int64_t y, int64_t x, int64_t count,
-                                                float* out, int64_t step) {
+static __attribute__((noinline)) void gather_as(const View& v, int64_t n, int64_t c, int64_t y, int64_t x,
+                                                int64_t count, float* out, int64_t step) {
   const int64_t lanes = least(VL, v.c - c);
   const T* p = address<const T>(v, n, c, y, x);
   if (v.sc == 1 || v.c == 1) {
@@ -38,19 +38,22 @@ static __attribute__((noinline)) void gather_as(const View& v, int64_t n, int64_
 }
 
 // Pixels x .. x + count of row y, channels c .. c + VL, as float32; channels beyond v.c are zero.
-CMX_INLINE void gather(const View& v, int64_t n, int64_t c, int64_t y, int64_t x, int64_t count, float* out, int64_t step) {
+CMX_INLINE void gather(const View& v, int64_t n, int64_t c, int64_t y, int64_t x, int64_t count, float* out,
+                       int64_t step) {
   with_dtype(v.dtype, [&](auto t) { gather_as<decltype(t)>(v, n, c, y, x, count, out, step); });
 }
 
 template <class T>
-static __attribute__((noinline)) void scatter_as(const View& v, int64_t n, int64_t c, int64_t y, int64_t x, int64_t count,
-                                                 const float* in, int64_t step) {
+static __attribute__((noinline)) void scatter_as(const View& v, int64_t n, int64_t c, int64_t y, int64_t x,
+                                                 int64_t count, const float* in, int64_t step) {
   const int64_t lanes = least(VL, v.c - c);
   T* p = address<T>(v, n, c, y, x);
   if (v.sc == 1 || v.c == 1) {
     for (int64_t i = 0; i < count; i++)
-      if (lanes == VL) store(p + i * v.sw, load(in + i * step));
-      else store_some(p + i * v.sw, 1, lanes, load(in + i * step));
+      if (lanes == VL)
+        store(p + i * v.sw, load(in + i * step));
+      else
+        store_some(p + i * v.sw, 1, lanes, load(in + i * step));
     return;
   }
   int64_t i = 0;

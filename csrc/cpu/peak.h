@@ -8,22 +8,22 @@ namespace cmx::CMX_ISA {
 #if defined(__AVX512F__)
 // 24 sums hide the latency of vdpbf16ps, 12 would not
 #define CMX_ONE(op, i) op " %%zmm30, %%zmm31, %%zmm" #i "\n"
-#define CMX_SUMS(op)                                                                                                       \
-  asm volatile(CMX_ONE(op, 0) CMX_ONE(op, 1) CMX_ONE(op, 2) CMX_ONE(op, 3) CMX_ONE(op, 4) CMX_ONE(op, 5) CMX_ONE(op, 6)    \
-                   CMX_ONE(op, 7) CMX_ONE(op, 8) CMX_ONE(op, 9) CMX_ONE(op, 10) CMX_ONE(op, 11) CMX_ONE(op, 12)            \
-                       CMX_ONE(op, 13) CMX_ONE(op, 14) CMX_ONE(op, 15) CMX_ONE(op, 16) CMX_ONE(op, 17) CMX_ONE(op, 18)     \
-                           CMX_ONE(op, 19) CMX_ONE(op, 20) CMX_ONE(op, 21) CMX_ONE(op, 22) CMX_ONE(op, 23)::               \
-                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",     \
-                     "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22",    \
-                     "xmm23", "xmm30", "xmm31")
+#define CMX_SUMS(op)                                                                                                   \
+  asm volatile(CMX_ONE(op, 0) CMX_ONE(op, 1) CMX_ONE(op, 2) CMX_ONE(op, 3) CMX_ONE(op, 4) CMX_ONE(op, 5) CMX_ONE(      \
+                   op, 6) CMX_ONE(op, 7) CMX_ONE(op, 8) CMX_ONE(op, 9) CMX_ONE(op, 10) CMX_ONE(op, 11) CMX_ONE(op, 12) \
+                   CMX_ONE(op, 13) CMX_ONE(op, 14) CMX_ONE(op, 15) CMX_ONE(op, 16) CMX_ONE(op, 17) CMX_ONE(op, 18)     \
+                       CMX_ONE(op, 19) CMX_ONE(op, 20) CMX_ONE(op, 21) CMX_ONE(op, 22) CMX_ONE(op, 23)::               \
+                           : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",  \
+                             "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", \
+                             "xmm21", "xmm22", "xmm23", "xmm30", "xmm31")
 constexpr int kSums = 24;
 #elif defined(__AVX2__)
 #define CMX_ONE(op, i) op " %%ymm14, %%ymm15, %%ymm" #i "\n"
-#define CMX_SUMS(op)                                                                                                     \
-  asm volatile(CMX_ONE(op, 0) CMX_ONE(op, 1) CMX_ONE(op, 2) CMX_ONE(op, 3) CMX_ONE(op, 4) CMX_ONE(op, 5) CMX_ONE(op, 6)  \
-                   CMX_ONE(op, 7) CMX_ONE(op, 8) CMX_ONE(op, 9) CMX_ONE(op, 10) CMX_ONE(op, 11)::                        \
-                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",   \
-                     "xmm14", "xmm15")
+#define CMX_SUMS(op)                                                                                              \
+  asm volatile(CMX_ONE(op, 0) CMX_ONE(op, 1) CMX_ONE(op, 2) CMX_ONE(op, 3) CMX_ONE(op, 4) CMX_ONE(op, 5)          \
+                   CMX_ONE(op, 6) CMX_ONE(op, 7) CMX_ONE(op, 8) CMX_ONE(op, 9) CMX_ONE(op, 10) CMX_ONE(op, 11)::  \
+                       : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
+                         "xmm11", "xmm14", "xmm15")
 constexpr int kSums = 12;
 #else
 constexpr int kSums = 8;

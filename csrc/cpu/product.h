@@ -19,7 +19,7 @@ constexpr int64_t kChannelsAtOnce = sizeof(P) == 4 ? 1 : 2;
 template <class P>
 struct Tile {
   const P* panel;
-  int64_t pitch;      // elements from pixel to pixel
+  int64_t pitch;  // elements from pixel to pixel
   const P* weight;
   int64_t channels;   // even
   const char* ahead;  // one line prefetched for every k
@@ -46,8 +46,10 @@ static __attribute__((noinline)) void product_tile(const Tile<P>& a, float* out)
         const vf uv = broadcast((const float*)(u + i * pitch));
 #pragma GCC unroll 4
         for (int64_t j = 0; j < R; j++)
-          if constexpr (S == 1) acc[i][j] += uv * wv[j];
-          else acc[i][j] = dot(acc[i][j], bits(uv), bits(wv[j]));
+          if constexpr (S == 1)
+            acc[i][j] += uv * wv[j];
+          else
+            acc[i][j] = dot(acc[i][j], bits(uv), bits(wv[j]));
       }
     }
 #pragma GCC unroll 4
@@ -72,8 +74,8 @@ CMX_INLINE TileLoop<P> tile_loop(int64_t m, int64_t r, std::integer_sequence<int
 // f(m, count, block, acc) gets the sums of `count` pixels for one block of VL output channels;
 // done(m0, m1, block, blocks) says that all pixels of a part have been given for these blocks.
 template <class P, class F, class Done>
-CMX_INLINE void product(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, int64_t c_out, const Pointwise& p,
-                        int64_t part, F f, Done done) {
+CMX_INLINE void product(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, int64_t c_out,
+                        const Pointwise& p, int64_t part, F f, Done done) {
   const int64_t blocks = ceil_div(c_out, VL);
   alignas(64) float acc[MR * NR * VL];
   for (int64_t m0 = 0; m0 < pixels; m0 += part) {
@@ -129,8 +131,10 @@ static void pack_pointwise(const View& weight, int64_t panel, void* out) {
       for (int64_t i = count; i < step; i++) store(some + i * VL, vf{});
       for (int64_t i = 0; i < step; i += 1 + pairs) {
         float* at = to + (k + i) * width / (1 + pairs) + j;
-        if (pairs) *(vu*)at = pack_pair(load(some + i * VL), load(some + (i + 1) * VL));
-        else store(at, load(some + i * VL));
+        if (pairs)
+          *(vu*)at = pack_pair(load(some + i * VL), load(some + (i + 1) * VL));
+        else
+          store(at, load(some + i * VL));
       }
     }
 }

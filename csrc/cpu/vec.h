@@ -72,7 +72,7 @@ CMX_INLINE vf widen_fp16(vh h) {
   return (vf)_mm256_cvtph_ps((__m128i)h);
 #else
   vu u = __builtin_convertvector(h, vu), magnitude = (u & 0x7fff) << 13;
-  vf scaled = (vf)magnitude * 0x1p112f;  // also right for denormals
+  vf scaled = (vf)magnitude * 0x1p112f;                                             // also right for denormals
   vu wide = (magnitude >= 0x0f800000u) ? (magnitude | 0x7f800000u) : bits(scaled);  // inf and NaN
   return (vf)(wide | (u & 0x8000) << 16);
 #endif
@@ -85,8 +85,8 @@ CMX_INLINE vh narrow_fp16(vf v) {
   return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
   vu u = bits(v), sign = (u >> 16) & 0x8000, m = u & 0x7fffffff;
-  vu denormal = bits((vf)m + 0.5f) - 0x3f000000u;                      // below 2^-14: the adder rounds
-  vu normal = (m - 0x38000000u + 0xfff + ((m >> 13) & 1)) >> 13;      // rebias 127 -> 15, round to nearest even
+  vu denormal = bits((vf)m + 0.5f) - 0x3f000000u;                 // below 2^-14: the adder rounds
+  vu normal = (m - 0x38000000u + 0xfff + ((m >> 13) & 1)) >> 13;  // rebias 127 -> 15, round to nearest even
   vu nan_or_inf = (m > 0x7f800000u) ? (vu{} + 0x7e00u) : (vu{} + 0x7c00u);
   vu r = (m < 0x38800000u) ? denormal : normal;
   return __builtin_convertvector(((m >= 0x47800000u) ? nan_or_inf : r) | sign, vh);
