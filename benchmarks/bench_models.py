@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
+from benchmarks.peers import PROVIDERS
 from benchmarks.race import Arena, Row
 from benchmarks.recording import CLOCK
 
@@ -15,7 +16,9 @@ def bench_model(benchmark: Any, arena: Arena, row: Row) -> None:
     if result.status == "absent":
         pytest.skip(result.note)
     if result.status != "timed":
-        pytest.fail(f"{row} is {result.status}, and was not timed: {result.note}", pytrace=False)
+        # a peer's failure is news and stands in the table, but only ours is a failure of the run
+        end = pytest.fail if PROVIDERS[row.provider].kind == "fused" else pytest.xfail
+        end(f"{row}, not timed: {result.status}, {result.note}")
     benchmark.group = f"{row.model} b{row.batch}"
     benchmark.extra_info.update(report.record(result, arena.results))
     CLOCK.into(benchmark, result.seconds)

@@ -73,7 +73,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
     mine = report.nodeid.startswith(f"{RESULTS.parent.name}/")
     told = report.when == "call" or report.skipped
-    return (report.outcome, "", report.outcome.upper()) if mine and told else None
+    outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
+    return (outcome, "", outcome.upper()) if mine and told else None
 
 
 @pytest.fixture(scope="session")

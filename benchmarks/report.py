@@ -1,6 +1,7 @@
 """Results as a table in the terminal, as Markdown and as JSON."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -78,8 +79,12 @@ def record(result: Result, results: Mapping[Row, Result]) -> dict[str, Any]:
     found |= {"status": result.status, "note": result.note, "backend": result.settings.get("backend", "")}
     if result.status == "absent" or result.status == "failed":
         return found
-    found |= {"error": result.error, "allowed": result.allowed, "top1": "{}/{}".format(*result.top1)}
-    found |= {"settings": result.settings}
+    found |= {
+        "error": result.error if math.isfinite(result.error) else None,
+        "allowed": result.allowed,
+        "top1": "{}/{}".format(*result.top1),
+    }
+    found |= {"layout": result.settings.get("layout", ""), "settings": result.settings}
     if result.status != "timed":
         return found
     seconds = result.median / row.batch
