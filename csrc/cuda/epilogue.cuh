@@ -1,0 +1,94 @@
+// Numbers in and out of float32, and the activations.
+#pragma once
+
+#include "../params.h"
+#include "ptx.cuh"
+
+namespace cmx {
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(fp16 v) { return __half2float(v); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float v) {
+  if constexpr (sizeof(T) == 4)
+    return v;
+  else if constexpr (is_bf16<T>)
+    return __float2bfloat16_rn(v);
+  else
+    return __float2half_rn(v);
+}
+
+// Two 16-bit numbers in a word, `low` at the lower address
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t word;
+  if constexpr (is_bf16<T>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&word, &pair, 4);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&word, &pair, 4);
+  }
+  return word;
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t word) {
+  if constexpr (is_bf16<T>) {
+    __nv_bfloat162 pair;
+    memcpy(&pair, &word, 4);
+    return __bfloat1622float2(pair);
+  } else {
+    __half2 pair;
+    memcpy(&pair, &word, 4);
+    return __half22float2(pair);
+  }
+}
+
+// gelu(v) = v Phi(v), Phi the normal distribution
+__device__ __forceinline__ float gelu_exact(float v) { return 0.5f * v * (1.f + erff(v * 0.70710678f)); }
+
+// The same for a 16-bit result, in 12 instructions: max(v, 0) - |v| 2^P(|v|), where P = log2 Phi(-|v|) to degree 7 on
+// [0, 5.6] and falls on beyond. Off by 2.4e-7 at most, and for v >= -5 by 1.6e-5 of the result: 0.02 ulp of fp16.
+// NaN stays NaN, and -inf gives NaN as v Phi(v) does.
+__device__ __forceinline__ float gelu_16bit(float v) {
+  const float t = fminf(fabsf(v), 16.f);
+  float p = fmaf(-1.5450897e-6f, t, 5.6756748e-5f);
+  p = fmaf(p, t, -9.006022e-4f);
+  p = fmaf(p, t, 8.425818e-3f);
+  p = fmaf(p, t, -5.387164e-2f);
+  p = fmaf(p, t, -0.45846742f);
+  p = fmaf(p, t, -1.15129f);
+  p = fmaf(p, t, -0.999985f);
+  return fmaf(-fmaxf(t, -v), exp2_approx(p), max0_or_nan(v));
+}
+
+// v (1 + tanh u) / 2 = v / (1 + exp(-2u)), u = sqrt(2/pi) (v + 0.044715 v^3)
+__device__ __forceinline__ float gelu_tanh(float v) {
+  const float minus_2u_log2e = v * fmaf(-0.10294324f, v * v, -2.3022082f);
+  return v * reciprocal_approx(1.f + exp2_approx(minus_2u_log2e));
+}
+
+// N numbers in place, for a result of type T
+template <class T, int N>
+__device__ __forceinline__ void activate(float* v, Act act) {
+  switch (act) {
+    case Act::none: break;
+    case Act::relu:
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] = max0_or_nan(v[i]);
+      break;
+    case Act::gelu:
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] = sizeof(T) == 4 ? gelu_exact(v[i]) : gelu_16bit(v[i]);
+      break;
+    case Act::gelu_tanh:
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] = gelu_tanh(v[i]);
+      break;
+  }
+}
+
+}  // namespace cmx

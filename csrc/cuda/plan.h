@@ -1,0 +1,206 @@
+// Tile plans of the CUDA kernels: the only place with tuned numbers. Plain host C++, so that every machine can ask.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace cmx {
+
+struct DepthwiseShape {
+  int n, c, h, w, kh, kw;
+  Dtype dtype;
+};
+
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+// What a plan and a prediction need to know of a GPU
+struct Gpu {
+  int arch;  // 90 for compute capability 9.0
+  int multiprocessors;
+  int shared_bytes;      // that one block may have
+  double ghz, tb_per_s;  // sustained clock, memory bandwidth (read and written bytes counted)
+};
+
+// What a plan needs to know of the memory of x and y
+struct Memory {
+  int x_alignment, y_alignment;  // bytes, up to 16, that divide the address and the strides n, c and h
+  bool x_rows, y_rows;           // neighbours in a row are neighbours in memory
+  bool x_planes, y_planes;       // and rows follow each other without a gap
+  bool channels_last;            // x and y: neighbouring channels are neighbours in memory
+};
+
+inline int alignment_of(const void* address, const Strides& s, int64_t element) {
+  int64_t bits = reinterpret_cast<intptr_t>(address) | s.n * element | s.c * element | s.h * element | 16;
+  return static_cast<int>(bits & -bits);
+}
+
+inline Memory memory_of(const void* x, const Strides& xs, const void* y, const Strides& ys, const DepthwiseShape& s) {
+  const int64_t element = size_of(s.dtype);
+  Memory m{};
+  m.x_alignment = alignment_of(x, xs, element), m.y_alignment = alignment_of(y, ys, element);
+  m.x_rows = xs.w == 1, m.y_rows = ys.w == 1;
+  m.x_planes = m.x_rows && (xs.h == s.w || s.h == 1), m.y_planes = m.y_rows && (ys.h == s.w || s.h == 1);
+  m.channels_last = s.c > 1 && xs.c == 1 && ys.c == 1 && !(m.x_rows && m.y_rows);
+  return m;
+}
+
+// ---- float32 pipes: depthwise_fwd_ffma.cu
+
+struct FfmaPlan {
+  static constexpr int kRows = 4, kColumns = 8;  // of the patch that a thread computes
+  static constexpr int kThreads = 128;           // of a block, or fewer
+  static constexpr int kShared = 48 << 10;       // bytes a block takes, more only where one channel needs it
+
+  int channels, patches_y, patches_x;  // of a block
+  int tiles_y, tiles_x, groups;        // blocks along the plane, and along the channels
+  int64_t items;                       // tiles in all
+  int blocks;
+  int tile_rows, pitch, channel_pitch;  // the tile in shared memory, in numbers
+  int left, skip;  // its columns before the outputs; of them, those before the first tap: less than 4
+  int weight_pitch, weight_channel_pitch;
+  int load_lanes;       // threads side by side along a row of the tile
+  bool channels_first;  // neighbouring threads take neighbouring channels
+  bool vector_loads, vector_stores;
+  int shared_bytes;
+};
+
+inline bool ffma_layout(FfmaPlan& p, const DepthwiseShape& s) {
+  p.skip = (4 - (s.kw - 1) / 2 % 4) % 4;
+  p.left = static_cast<int>(round_up((s.kw - 1) / 2, 4));
+  p.tile_rows = p.patches_y * FfmaPlan::kRows + s.kh - 1;
+  p.pitch = static_cast<int>(round_up(p.patches_x * FfmaPlan::kColumns + p.skip + s.kw - 1, 4));
+  p.channel_pitch = p.tile_rows * p.pitch;
+  p.weight_pitch = static_cast<int>(round_up(p.skip + s.kw, 4));
+  p.weight_channel_pitch = s.kh * p.weight_pitch;
+  if (p.channels_first) {  // 4 modulo 32: eight lanes then read eight different groups of four banks
+    p.channel_pitch = static_cast<int>(round_up(p.channel_pitch - 4, 32)) + 4;
+    p.weight_channel_pitch = static_cast<int>(round_up(p.weight_channel_pitch - 4, 32)) + 4;
+  }
+  p.shared_bytes = 4 * p.channels * (p.channel_pitch + p.weight_channel_pitch);
+  return p.shared_bytes <= FfmaPlan::kShared;
+}
+
+inline FfmaPlan ffma_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu) {
+  FfmaPlan p{};
+  const int along_x = static_cast<int>(ceil_div(s.w, FfmaPlan::kColumns)),
+            along_y = static_cast<int>(ceil_div(s.h, FfmaPlan::kRows));
+  p.channels_first = m.channels_last;
+  if (p.channels_first) {
+    p.channels = std::min<int>(s.c, s.dtype == Dtype::float32 ? 16 : 32);  // 64 bytes a pixel
+    p.patches_x = std::min(along_x, 2);
+    p.patches_y = std::clamp(FfmaPlan::kThreads / (p.channels * p.patches_x), 1, std::min(along_y, 4));
+  } else {
+    p.patches_x = std::min(along_x, 4);
+    p.patches_y = std::min(along_y, 8);
+    p.channels = std::clamp(FfmaPlan::kThreads / (p.patches_x * p.patches_y), 1, s.c);
+  }
+  while (!ffma_layout(p, s) && p.channels > (p.channels_first ? 8 : 1)) p.channels = std::max(1, p.channels / 2);
+  while (!ffma_layout(p, s) && p.patches_y > 1 && p.shared_bytes > gpu.shared_bytes) p.patches_y /= 2;
+  while (!ffma_layout(p, s) && p.channels > 1 && p.shared_bytes > gpu.shared_bytes) p.channels /= 2;
+
+  p.tiles_x = static_cast<int>(ceil_div(along_x, p.patches_x));
+  p.tiles_y = static_cast<int>(ceil_div(along_y, p.patches_y));
+  p.groups = static_cast<int>(ceil_div(s.c, p.channels));
+  p.items = static_cast<int64_t>(s.n) * p.groups * p.tiles_y * p.tiles_x;
+  p.blocks = static_cast<int>(std::min<int64_t>(p.items, 1 << 30));
+  const int threads = p.channels * p.patches_x * p.patches_y;
+  p.load_lanes = std::max(1, std::min(p.pitch / 4, threads / (p.channels_first ? p.channels : 1)));
+  const int four = static_cast<int>(4 * size_of(s.dtype));
+  p.vector_loads = m.x_rows && m.x_alignment % four == 0;
+  p.vector_stores = m.y_rows && m.y_alignment == 16;
+  return p;
+}
+
+// ---- tensor cores: depthwise_fwd_mma.cu and, for whole planes of 16x16 and 32x32, depthwise_fwd_mma_plane.cu
+
+struct MmaPlan {
+  static constexpr int kWarps = 4;   // of a block, or fewer; each has its own tile
+  static constexpr int kStages = 2;  // tiles of a warp in shared memory: one computed, the rest on their way
+  static constexpr int kPlaneStages = 3;
+  static constexpr int kBlocksPerSm = 4;   // what registers and shared memory allow for the planes
+  static constexpr int kWaves = 4;         // so many rounds of blocks even out their ends, where there is work enough
+  static constexpr int kUnitsOfAWarp = 4;  // fewer do not pay for reading and expanding the filter
+
+  int blocks, splits, warps;          // blocks = channels * splits
+  int window;                         // blocks of 8 columns that 8 outputs and their taps lie in: 2 to 5
+  int column_tiles;                   // 8 columns each: 4, or 2 where two images of 16x16 share a tile
+  int tiles_y, tiles_x, units;        // tiles of a channel
+  int rows, half_plane, stage_bytes;  // of a tile in shared memory
+  int load_bytes, store_bytes;        // of one access
+  int shared_bytes;
+
+  int tile_rows() const { return 8 * column_tiles; }
+  int images() const { return 4 / column_tiles; }
+  int pitch() const { return ((column_tiles + window - 1) | 1) * 16; }
+};
+
+constexpr bool mma_plane_kernel(int kh, int kw) { return kh == kw && (kh == 7 || kh == 9); }
+
+inline int common_bytes(int a, int b) { return std::min(a & -a, b & -b); }
+
+// Enough blocks for the GPU, enough work for each
+inline void split_units(MmaPlan& p, const DepthwiseShape& s, const Gpu& gpu) {
+  p.warps = std::min(MmaPlan::kWarps, p.units);
+  const int64_t wanted = ceil_div(int64_t(MmaPlan::kWaves) * MmaPlan::kBlocksPerSm * gpu.multiprocessors, s.c);
+  const int64_t most = std::max<int64_t>(1, p.units / (p.warps * MmaPlan::kUnitsOfAWarp));
+  const int64_t at_least =
+      ceil_div(gpu.multiprocessors, s.c);  // few channels: rather short blocks than idle multiprocessors
+  p.splits = static_cast<int>(
+      std::clamp<int64_t>(std::min(wanted, most), at_least, std::max<int64_t>(at_least, ceil_div(p.units, p.warps))));
+  p.splits = static_cast<int>(std::min<int64_t>(p.splits, ceil_div(p.units, p.warps)));
+  p.blocks = s.c * p.splits;
+}
+
+inline bool mma_basics(const DepthwiseShape& s, const Memory& m) {
+  return s.dtype != Dtype::float32 && m.x_rows && m.y_rows &&
+         int64_t(s.n) * ceil_div(s.h, 16) * ceil_div(s.w, 16) < 1 << 30 && int64_t(s.c) * s.n < 1 << 30;
+}
+
+// blocks == 0: not for these kernels
+inline MmaPlan mma_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu) {
+  MmaPlan p{};
+  if (!mma_basics(s, m)) return p;
+  p.window = std::max(2, static_cast<int>(ceil_div(s.kw + 7, 8)));
+  p.column_tiles = s.h <= 16 && s.w <= 16 ? 2 : 4;
+  p.tiles_y = static_cast<int>(ceil_div(s.h, p.tile_rows())),
+  p.tiles_x = static_cast<int>(ceil_div(s.w, 8 * p.column_tiles));
+  p.units = static_cast<int>(ceil_div(s.n, p.images())) * p.tiles_y * p.tiles_x;
+  const int pairs = (s.kh + 1) / 2;
+  p.rows = p.tile_rows() + 2 * pairs - 1;
+  p.half_plane = static_cast<int>(round_up((2 * ((p.rows - 1) / 4) + 2) * p.pitch(), 128));
+  p.stage_bytes = p.images() * 2 * p.half_plane;
+  // a tile starts 4 (window - 1) columns left of its outputs: for an even window in the middle of 16 bytes
+  const int width = 2 * s.w;
+  p.load_bytes = std::min({p.window % 2 ? 16 : 8, m.x_alignment, common_bytes(width, 16)});
+  p.store_bytes = std::min(m.y_alignment, common_bytes(width, 16));
+  split_units(p, s, gpu);
+  const int filter_bytes = pairs * p.window * 256;
+  while ((p.shared_bytes = filter_bytes + p.warps * MmaPlan::kStages * p.stage_bytes) > gpu.shared_bytes && p.warps > 1)
+    --p.warps;
+  if (p.shared_bytes > gpu.shared_bytes) p.blocks = 0;
+  return p;
+}
+
+inline MmaPlan mma_plane_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu) {
+  MmaPlan p{};
+  const bool fits = (s.h == 32 && s.w == 32) || (s.h == 16 && s.w == 16);
+  if (!mma_basics(s, m) || !fits || !mma_plane_kernel(s.kh, s.kw) || !m.x_planes || !m.y_planes) return p;
+  if (m.x_alignment != 16 || m.y_alignment != 16) return p;
+  p.window = 2;
+  p.column_tiles = s.h / 8;
+  p.tiles_y = p.tiles_x = 1;
+  p.units = static_cast<int>(ceil_div(s.n, p.images()));
+  p.load_bytes = p.store_bytes = 16;
+  p.rows = p.tile_rows() + s.kh - 1;
+  p.half_plane = static_cast<int>(round_up((2 * ((p.rows - 1) / 4) + 2) * (p.column_tiles | 1) * 16, 128));
+  p.stage_bytes = p.images() * 2 * p.half_plane;
+  split_units(p, s, gpu);
+  p.shared_bytes = p.warps * MmaPlan::kPlaneStages * p.stage_bytes;
+  return p;
+}
+
+}  // namespace cmx

@@ -1,0 +1,144 @@
+"""Builds csrc/cuda for the CPU (tests/emulator) and calls its kernels on torch CPU tensors."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmx_kernels import _build_info
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = "-std=c++20 -fno-strict-aliasing -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-class-memaccess -DCMX_EMULATED"
+MODES = {
+    "library": "-O1",
+    "program": "-O1",
+    "address": "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "thread": "-O1 -g1 -fsanitize=thread",
+}
+KERNELS = ("ffma", "mma", "mma_plane")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ACTS = ("none", "relu", "gelu", "gelu_tanh")
+ORDERS = range(6)  # forward, reverse, random; then the same with cp.async arriving at once
+
+
+@functools.cache
+def cuda_include() -> Path:
+    """The folder of cuda_bf16.h and its like, or a skip."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the emulator switches stacks with x86-64 instructions")
+    try:
+        return _build_info.find_cuda(_build_info.find_compiler())[1]
+    except _build_info.LeftOut as why:
+        pytest.skip(f"the emulator needs g++ and CUDA's headers: {why}")
+
+
+@functools.cache
+def build(mode: str, *sources: str) -> Path:
+    """Compiles and links sources (paths from the repository), each once per content: a shared library, or a program."""
+    include = cuda_include()
+    headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
+    headers += ROOT.glob("tests/emulator/*.h")
+    flags = [*FLAGS.split(), *MODES[mode].split()]
+    folders = ["-Icsrc", "-Icsrc/cuda", "-Itests/emulator", "-isystem", str(include)]
+    common = " ".join([*flags, *(header.read_text() for header in sorted(headers))])
+    cache = ROOT / "build" / "emulator"
+    cache.mkdir(parents=True, exist_ok=True)
+
+    def name(*texts: str) -> str:
+        return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+
+    def make(target: Path, *arguments: str) -> Path:
+        if not target.exists():
+            subprocess.run(["g++", *flags, *folders, *arguments, "-o", f"{target}.new"], cwd=ROOT, check=True)
+            os.replace(f"{target}.new", target)
+        return target
+
+    def compile_one(source: str) -> Path:
+        return make(cache / f"{name(common, (ROOT / source).read_text())}.o", "-x", "c++", "-c", source)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(map(str, pool.map(compile_one, sources)))
+    library = mode == "library"
+    return make(cache / f"{name(*objects)}{'.so' if library else ''}", *(["-shared"] if library else []), *objects)
+
+
+SOURCES = (
+    "csrc/cuda/depthwise_fwd_mma.cu",  # the longest first
+    "csrc/cuda/depthwise_fwd_mma_plane.cu",
+    "csrc/cuda/depthwise_fwd_ffma.cu",
+    "tests/emulator/depthwise.cpp",
+)
+
+
+class _Call(ctypes.Structure):
+    """struct Call of tests/emulator/depthwise.cpp"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "y", "bias", "scale", "shift", "in_scale", "in_shift")),
+        ("shape", ctypes.c_int * 7),
+        ("strides", ctypes.c_int64 * 8),
+        ("act", ctypes.c_int),
+        ("residual", ctypes.c_bool),
+        ("gpu", ctypes.c_int * 3),
+        ("speed", ctypes.c_double * 2),
+        ("kernel", ctypes.c_int),
+        ("order", ctypes.c_int),
+        ("seed", ctypes.c_uint),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build("library", *SOURCES)))
+
+
+class NoPlan(Exception):
+    """This kernel does not take this shape."""
+
+
+def depthwise(
+    kernel: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: str = "none",
+    residual: bool = False,
+    *,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    out: Tensor | None = None,
+    order: int = 0,
+    multiprocessors: int = 1,
+) -> Tensor:
+    """One kernel on CPU tensors. ``out`` may have strides of its own; vectors are float32."""
+    y = torch.full_like(x, torch.nan) if out is None else out
+    pointers = [None if t is None else t.data_ptr() for t in (x, weight, y, bias, scale, shift, in_scale, in_shift)]
+    call = _Call(
+        *pointers,
+        (*x.shape, *weight.shape[2:], DTYPES.index(x.dtype)),
+        (*x.stride(), *y.stride()),
+        ACTS.index(act),
+        residual,
+        (90, multiprocessors, 227 << 10),
+        (1.755, 4.3),
+        KERNELS.index(kernel),
+        order,
+        order + 1,
+    )
+    message = ctypes.create_string_buffer(1000)
+    result = _library().cmx_emulate(ctypes.byref(call), message, ctypes.c_size_t(len(message)))
+    if result == -1:
+        raise NoPlan
+    if result:
+        raise RuntimeError(message.value.decode() or f"cudaError {result}")
+    return y

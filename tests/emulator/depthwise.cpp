@@ -1,0 +1,34 @@
+// The depthwise kernels on the CPU, for ctypes: one function per kernel would repeat fifteen arguments, so one with a name.
+#include <cstdio>
+#include <cstring>
+
+#include "cuda/depthwise.h"
+#include "cuda/platform.cuh"
+
+using namespace cmx;
+
+struct Call {  // as in tests/emulator/__init__.py
+  DepthwiseForward p;
+  Gpu gpu;
+  int kernel;  // 0 ffma, 1 mma, 2 mma_plane
+  int order;   // 0 forward, 1 reverse, 2 random; + 3: copies arrive at once
+  unsigned seed;
+};
+
+// 0, a cudaError, -1: no plan, -2: `message` says what the emulator found
+extern "C" __attribute__((visibility("default"))) int cmx_emulate(const Call* call, char* message, size_t size) {
+  emulator::machine.order = static_cast<emulator::Machine::Order>(call->order % 3);
+  emulator::machine.copies_arrive_at_once = call->order >= 3;
+  emulator::machine.seed = call->seed;
+  const DepthwiseForward& p = call->p;
+  const Memory m = memory_of(p.x, p.x_stride, p.y, p.y_stride, p.shape);
+  try {
+    if (call->kernel == 0) return depthwise_fwd_ffma(p, ffma_plan(p.shape, m, call->gpu), nullptr);
+    const MmaPlan plan = call->kernel == 1 ? mma_plan(p.shape, m, call->gpu) : mma_plane_plan(p.shape, m, call->gpu);
+    if (!plan.blocks) return -1;
+    return call->kernel == 1 ? depthwise_fwd_mma(p, plan, nullptr) : depthwise_fwd_mma_plane(p, plan, nullptr);
+  } catch (const std::exception& e) {
+    std::snprintf(message, size, "%s", e.what());
+    return -2;
+  }
+}

@@ -1,0 +1,91 @@
+// The kernels under a sanitizer: buffers of exactly the right size, ragged shapes, every thread order, right values.
+// Arguments: kernel names (ffma, mma, mma_plane); all of them if none. Ends with 1 where a value is wrong.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+
+#include "cuda/depthwise.h"
+#include "cuda/platform.cuh"
+
+using namespace cmx;
+
+struct Case {
+  int n, c, h, w, kh, kw;
+};
+
+// The formula without scale, bias and activation, on small integers: exact in every type
+template <class T>
+static int wrong(const char* kernel, const Case& k, Dtype dtype, int order) {
+  const DepthwiseShape s{k.n, k.c, k.h, k.w, k.kh, k.kw, dtype};
+  const int64_t plane = int64_t(k.h) * k.w, count = k.n * k.c * plane;
+  const std::unique_ptr<T[]> x(new T[count]), weight(new T[k.c * k.kh * k.kw]), y(new T[count]);
+  std::mt19937 dice(7);
+  for (int64_t i = 0; i < count; ++i) x[i] = T(float(int(dice() % 5) - 2)), y[i] = T(NAN);
+  for (int i = 0; i < k.c * k.kh * k.kw; ++i) weight[i] = T(float(int(dice() % 3) - 1));
+  const Strides strides{k.c * plane, plane, k.w, 1};
+  DepthwiseForward p{};
+  p.x = x.get(), p.weight = weight.get(), p.y = y.get();
+  p.shape = s, p.x_stride = p.y_stride = strides, p.act = Act::none, p.residual = true;
+
+  emulator::machine.order = static_cast<emulator::Machine::Order>(order % 3);
+  emulator::machine.copies_arrive_at_once = order >= 3;
+  const Gpu gpu{90, 1, 227 << 10, 1.755, 4.3};
+  const Memory m = memory_of(p.x, strides, p.y, strides, s);
+  if (!std::strcmp(kernel, "ffma")) {
+    FfmaPlan plan = ffma_plan(s, m, gpu);
+    plan.blocks = static_cast<int>(std::min<int64_t>(plan.items, 2));  // several tiles a block
+    depthwise_fwd_ffma(p, plan, nullptr);
+  } else if (!std::strcmp(kernel, "mma"))
+    depthwise_fwd_mma(p, mma_plan(s, m, gpu), nullptr);
+  else
+    depthwise_fwd_mma_plane(p, mma_plane_plan(s, m, gpu), nullptr);
+
+  int bad = 0;
+  for (int64_t nc = 0; nc < int64_t(k.n) * k.c; ++nc)
+    for (int i = 0; i < k.h; ++i)
+      for (int j = 0; j < k.w; ++j) {
+        float sum = float(x[nc * plane + i * k.w + j]);
+        for (int ky = 0; ky < k.kh; ++ky)
+          for (int kx = 0; kx < k.kw; ++kx) {
+            const int r = i + ky - (k.kh - 1) / 2, q = j + kx - (k.kw - 1) / 2;
+            if (r >= 0 && r < k.h && q >= 0 && q < k.w)
+              sum += float(weight[(nc % k.c * k.kh + ky) * k.kw + kx]) * float(x[nc * plane + r * k.w + q]);
+          }
+        bad += !(float(y[nc * plane + i * k.w + j]) == float(T(sum)));
+      }
+  if (bad)
+    std::printf("%s %dx%dx%dx%d kernel %dx%d order %d: %d wrong\n", kernel, k.n, k.c, k.h, k.w, k.kh, k.kw, order, bad);
+  return bad;
+}
+
+static int all_wrong(const char* kernel) {
+  // more tiles than the stages of four warps, too
+  const Case ragged[] = {{1, 2, 5, 7, 3, 4},   {3, 1, 17, 19, 7, 7}, {1, 1, 34, 36, 9, 5}, {3, 1, 9, 14, 5, 12},
+                         {1, 1, 6, 33, 2, 20}, {1, 1, 3, 24, 1, 31}, {10, 1, 9, 33, 3, 3}};
+  const Case planes[] = {{3, 1, 16, 16, 7, 7}, {30, 1, 16, 16, 9, 9}, {1, 1, 32, 32, 9, 9}, {14, 1, 32, 32, 7, 7}};
+  int bad = 0;
+  for (int order = 0; order < 6; ++order) {
+    if (!std::strcmp(kernel, "mma_plane")) {
+      for (const Case& k : planes) bad += wrong<bf16>(kernel, k, Dtype::bfloat16, order);
+    } else {
+      for (const Case& k : ragged) bad += wrong<bf16>(kernel, k, Dtype::bfloat16, order);
+      if (!std::strcmp(kernel, "ffma"))
+        for (const Case& k : ragged) bad += wrong<float>(kernel, k, Dtype::float32, order);
+    }
+  }
+  return bad;
+}
+
+int main(int count, char** names) {
+  const char* all[] = {"", "ffma", "mma", "mma_plane"};
+  int bad = 0;
+  try {
+    for (int i = 1; i < (count > 1 ? count : 4); ++i) bad += all_wrong(count > 1 ? names[i] : all[i]);
+  } catch (const std::exception& e) {
+    std::printf("%s\n", e.what());
+    return 1;
+  }
+  return bad != 0;
+}

@@ -1,0 +1,94 @@
+"""The CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer, and with planted bugs, which must be caught.
+
+A planted bug is an edit of the product's own source: one that no longer applies fails, and wants a new place.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import emulated
+import pytest
+
+CUDA = "csrc/cuda"
+MAIN = "tests/emulator/sanitized.cpp"
+KERNEL_FILES = {kernel: f"{CUDA}/depthwise_fwd_{kernel}.cu" for kernel in emulated.KERNELS}
+ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1 report_bugs=1"}
+
+
+def run(program: Path, *kernels: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *kernels], capture_output=True, text=True, env=ENVIRONMENT)
+
+
+@pytest.mark.parametrize("mode", ("address", "thread"))
+def test_clean(mode: str) -> None:
+    done = run(emulated.build(mode, *KERNEL_FILES.values(), MAIN))
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+    assert done.stdout + done.stderr == ""
+
+
+LOADED = "    __syncthreads();\n    const int y"
+SYNC_LOADED = "    }\n    __syncwarp();\n\n    const uint32_t at = shared_address(tile);"
+REFILL = "    __syncwarp();  // the stage is free\n"
+FILTER = "  __syncthreads();\n\n  const ChannelConstants"
+MINE = "const float* const mine = tile +"
+INSIDE = "row_inside && column >= 0 && column < s.w;"
+PLANTED = {  # what: kernel, old, new, checker, what it says
+    "no barrier after the load": ("ffma", LOADED, LOADED[21:], "thread", "data race"),
+    "no barrier after the load, values": ("ffma", LOADED, LOADED[21:], "values", "wrong"),
+    "no barrier before the next load": (
+        "ffma",
+        "    __syncthreads();  // the tile is free\n",
+        "",
+        "thread",
+        "data race",
+    ),
+    "barrier in a branch": ("ffma", LOADED, f"    if (threadIdx.x)\n{LOADED}", "values", "__syncthreads"),
+    "shared memory, a row too far": (
+        "ffma",
+        MINE,
+        f"{MINE} plan.tile_rows * plan.pitch +",
+        "address",
+        "use-after-poison",
+    ),
+    "stores below the last row": ("ffma", "        if (y + i >= s.h) break;\n", "", "address", "heap-buffer-overflow"),
+    "loads beyond the last column": (
+        "mma",
+        INSIDE,
+        INSIDE.replace(" && column < s.w", ""),
+        "address",
+        "heap-buffer-overflow",
+    ),
+    "no warp barrier after the wait": (
+        "mma_plane",
+        SYNC_LOADED,
+        SYNC_LOADED.replace("__syncwarp();", ""),
+        "thread",
+        "data race",
+    ),
+    "no warp barrier before the refill": ("mma", REFILL, "", "thread", "data race"),
+    "no warp barrier before the refill, values": ("mma", REFILL, "", "values", "wrong"),
+    "waits for one group too few": (
+        "mma_plane",
+        "wait_for_copies<STAGES - 1>();",
+        "wait_for_copies<STAGES>();",
+        "values",
+        "wrong",
+    ),
+    "does not wait at the end": ("mma", "  wait_for_copies<0>();\n", "", "values", "cp.async in flight"),
+    "no barrier after the filter": ("mma", FILTER, FILTER[19:], "thread", "data race"),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
+    kernel, old, new, checker, says = PLANTED[bug]
+    source = (emulated.ROOT / KERNEL_FILES[kernel]).read_text()
+    assert source.count(old) == 1, f"{KERNEL_FILES[kernel]} has {source.count(old)} places for this bug, wanted one"
+    planted = tmp_path / f"{kernel}.cu"
+    planted.write_text(source.replace(old, new))
+    others = [file for name, file in KERNEL_FILES.items() if name != kernel]
+    program = emulated.build("program" if checker == "values" else checker, str(planted), *others, MAIN)
+    done = run(program, kernel)
+    assert done.returncode != 0, "nothing was noticed"
+    assert says in done.stdout + done.stderr, (done.stdout + done.stderr)[:4000]
