@@ -1,0 +1,103 @@
+"""What a depthwise block must cost on a GPU, and what its kernel is predicted to take: csrc/cuda/cost.h, for Python.
+
+    python -m cmx_kernels.cost_model [GPU]
+
+``floor_us`` is the compulsory traffic over the bandwidth; the other ``_us`` are the predicted time and its terms.
+Predictions come from instruction counts and published rates, not from measurements.
+"""
+
+import ctypes
+import functools
+import sys
+from dataclasses import dataclass
+
+from cmx_kernels import registry
+
+KERNELS = ("ffma", "mma", "mma_plane")
+DTYPES = ("float32", "float16", "bfloat16")
+TERMS = ("memory", "issue", "tensor", "ffma", "shared")
+ACTS = ("none", "relu", "gelu", "gelu_tanh")
+
+
+class _Prediction(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("kernel", "blocks", "threads", "shared_bytes")),
+        *((name, ctypes.c_double) for name in ("bytes", "flop", "floor_us", "predicted_us")),
+        *((f"{term}_us", ctypes.c_double) for term in TERMS),
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+    bytes: float
+    flop: float
+    floor_us: float
+    predicted_us: float
+    memory_us: float
+    issue_us: float
+    tensor_us: float
+    ffma_us: float
+    shared_us: float
+
+    @property
+    def bound_by(self) -> str:
+        return max(TERMS, key=lambda term: getattr(self, f"{term}_us"))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    if registry.C is None:
+        raise RuntimeError(registry.WHY_NO_C)
+    library = ctypes.CDLL(registry.C.__file__)
+    library.cmx_cost_gpu.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
+def gpus() -> tuple[str, ...]:
+    """The GPUs whose numbers the model has."""
+    names = []
+    while (name := _library().cmx_cost_gpu(len(names))) is not None:
+        names.append(name.decode())
+    return tuple(names)
+
+
+def depthwise(
+    gpu: str,
+    shape: tuple[int, int, int, int],
+    kernel_size: tuple[int, int],
+    dtype: str = "bfloat16",
+    act: str = "gelu",
+    channels_last: bool = False,
+) -> Prediction:
+    """The plan that would run for x of ``shape`` on ``gpu``, and its cost."""
+    if gpu not in gpus():
+        raise ValueError(f"gpu: got {gpu!r}, wanted one of {', '.join(gpus())}")
+    numbers = (*shape, *kernel_size, DTYPES.index(dtype), ACTS.index(act))
+    out = _Prediction()
+    _library().cmx_cost_depthwise(gpu.encode(), (ctypes.c_int * 8)(*numbers), int(channels_last), ctypes.byref(out))
+    values = {name: getattr(out, name) for name, _ in out._fields_}
+    return Prediction(**{**values, "kernel": KERNELS[out.kernel]})
+
+
+def main() -> None:
+    gpu = sys.argv[1] if len(sys.argv) > 1 else "H200"
+    print(f"{gpu}, predicted, GELU and residual. Times in us; 'of floor' is floor / predicted.")
+    print(f"{'shape':>20} {'k':>3} {'dtype':>9} {'kernel':>10} {'floor':>8} {'predicted':>9} {'of floor':>8}  bound by")
+    for n, c, size in ((64, 1536, 32), (64, 768, 32), (64, 1024, 16), (64, 384, 56), (1, 1536, 32)):
+        for k in (3, 7, 9, 13, 31):
+            for dtype in ("bfloat16", "float32"):
+                p = depthwise(gpu, (n, c, size, size), (k, k), dtype)
+                share = f"{100 * p.floor_us / p.predicted_us:.0f} %"
+                print(
+                    f"{f'{n}x{c}x{size}x{size}':>20} {k:>3} {dtype:>9} {p.kernel:>10} {p.floor_us:8.1f} "
+                    f"{p.predicted_us:9.1f} {share:>8}  {p.bound_by}"
+                )
+
+
+if __name__ == "__main__":
+    main()

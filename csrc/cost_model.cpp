@@ -1,0 +1,50 @@
+// The cost model for Python, through ctypes (cmx_kernels/cost_model.py): on every machine, with or without CUDA.
+#include <cstring>
+
+#include "cuda/cost.h"
+
+using namespace cmx;
+
+#define CMX_EXPORT extern "C" __attribute__((visibility("default")))
+
+// As in cmx_kernels/cost_model.py
+struct DepthwisePrediction {
+  int kernel, blocks, threads, shared_bytes;
+  double bytes, flop, floor_us, predicted_us, memory_us, issue_us, tensor_us, ffma_us, shared_us;
+};
+
+CMX_EXPORT const char* cmx_cost_gpu(int index) {
+  return index < static_cast<int>(std::size(kGpus)) ? kGpus[index].name : nullptr;
+}
+
+// `shape`: n c h w kh kw dtype act. 0, or 1 for a GPU that is not in the table
+CMX_EXPORT int cmx_cost_depthwise(const char* gpu_name, const int* shape, int channels_last, DepthwisePrediction* out) {
+  const NamedGpu* found = nullptr;
+  for (const NamedGpu& g : kGpus)
+    if (!std::strcmp(g.name, gpu_name)) found = &g;
+  if (!found) return 1;
+  const Gpu& gpu = found->gpu;
+  const DepthwiseShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], static_cast<Dtype>(shape[6])};
+  const int64_t plane = int64_t(s.h) * s.w;
+  const Strides strides =
+      channels_last ? Strides{plane * s.c, 1, int64_t(s.w) * s.c, s.c} : Strides{plane * s.c, plane, s.w, 1};
+  const DepthwiseChoice choice =
+      choose_depthwise(s, memory_of(nullptr, strides, nullptr, strides, s), gpu, static_cast<Act>(shape[7]));
+  const bool ffma = choice.kernel == DepthwiseKernel::ffma;
+  const double us = 1e6 / (gpu.multiprocessors * gpu.ghz * 1e9);
+  const Cost& c = choice.cost;
+  *out = {static_cast<int>(choice.kernel),
+          ffma ? choice.ffma.blocks : choice.mma.blocks,
+          ffma ? choice.ffma.channels * choice.ffma.patches_x * choice.ffma.patches_y : 32 * choice.mma.warps,
+          ffma ? choice.ffma.shared_bytes : choice.mma.shared_bytes,
+          bytes_of(s),
+          flop_of(s),
+          floor_seconds(s, gpu) * 1e6,
+          c.seconds(gpu) * 1e6,
+          c.memory * us,
+          c.idle * c.issue * us,
+          c.idle * c.tensor * us,
+          c.idle * c.ffma * us,
+          c.idle * c.shared * us};
+  return 0;
+}

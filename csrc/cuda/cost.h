@@ -1,0 +1,152 @@
+// The cost of the depthwise kernels: what a call must move and compute, what a plan makes of it, and the cheapest plan.
+// Every term is a number of cycles of one multiprocessor; the predicted time is the largest, as if the rest were hidden.
+// Instruction counts are those of the compiled kernels (tests/cuda_facts.json); rates are published or assumed, see rates_of.
+#pragma once
+
+#include <cmath>
+#include <string_view>
+
+#include "plan.h"
+
+namespace cmx {
+
+// Of one multiprocessor, per cycle
+struct Rates {
+  double tensor;  // m16n8k16 products
+  double k8;      // an m16n8k8 product, in m16n8k16
+  double ffma;    // warps' instructions
+};
+
+inline Rates rates_of(const Gpu& gpu) {
+  switch (gpu.arch) {
+    case 80: return {0.5, 0.5, 2};    // 1024 MAC per cycle
+    case 86: return {0.125, 0.5, 4};  // with float32 sums, on GeForce
+    case 89: return {0.25, 0.5, 4};
+    case 90: return {0.62, 0.75, 4};  // mma.sync reaches 62 % of 2048 MAC (arXiv 2501.12084); k8 is a guess
+    default: return {0.25, 0.5, 4};   // not known: the lowest of a server GPU
+  }
+}
+
+struct NamedGpu {
+  const char* name;
+  Gpu gpu;
+};
+
+// Sustained clocks; bandwidth as a device-to-device copy reaches it
+inline constexpr NamedGpu kGpus[] = {
+    {"H200", {90, 132, 227 << 10, 1.755, 4.3}},   {"H100", {90, 132, 227 << 10, 1.755, 3.0}},
+    {"A100", {80, 108, 163 << 10, 1.41, 1.75}},   {"L40S", {89, 142, 99 << 10, 2.2, 0.78}},
+    {"RTX 4090", {89, 128, 99 << 10, 2.4, 0.92}},
+};
+
+enum class DepthwiseKernel : int { ffma, mma, mma_plane };
+
+// Cycles of one multiprocessor for the whole call, had it all of the work: memory, issue slots, pipes
+struct Cost {
+  double memory, issue, tensor, ffma, shared;
+  double idle;  // factor: the last round of blocks does not fill the GPU
+  double cycles() const {
+    return std::fmax(memory, idle * std::fmax(std::fmax(issue, tensor), std::fmax(ffma, shared)));
+  }
+  double seconds(const Gpu& gpu) const {
+    return cycles() / (gpu.multiprocessors * gpu.ghz * 1e9) + 2e-6;
+  }  // and a launch
+};
+
+inline double outputs_of(const DepthwiseShape& s) { return double(s.n) * s.c * s.h * s.w; }
+inline double bytes_of(const DepthwiseShape& s) {  // x once, y once, the filters
+  return double(size_of(s.dtype)) * (2 * outputs_of(s) + double(s.c) * s.kh * s.kw);
+}
+inline double flop_of(const DepthwiseShape& s) { return 2 * outputs_of(s) * s.kh * s.kw; }
+inline double floor_seconds(const DepthwiseShape& s, const Gpu& gpu) { return bytes_of(s) / (gpu.tb_per_s * 1e12); }
+
+inline double memory_cycles(const DepthwiseShape& s, const Gpu& gpu) {
+  return floor_seconds(s, gpu) * gpu.multiprocessors * gpu.ghz * 1e9;
+}
+
+inline double activation_instructions(Act act, Dtype dtype) {
+  switch (act) {
+    case Act::none: return 0;
+    case Act::relu: return 1;
+    case Act::gelu: return dtype == Dtype::float32 ? 22 : 12;
+    case Act::gelu_tanh: return 7;
+  }
+  return 0;
+}
+
+// Blocks come in rounds of what the GPU holds; the last round may be short.
+inline double idle_factor(double blocks, double at_once) { return std::ceil(blocks / at_once) * at_once / blocks; }
+
+// Terms of one warp: 32 patches of 4 rows x 8 columns
+inline Cost ffma_cost(const DepthwiseShape& s, Act act, const FfmaPlan& p, const Gpu& gpu) {
+  const Rates rates = rates_of(gpu);
+  const double rows = FfmaPlan::kRows + s.kh - 1, chunks = std::ceil((p.skip + s.kw) / 4.0), outputs = 32;
+  const double threads = p.channels * p.patches_x * p.patches_y, warps = p.items * std::ceil(threads / 32);
+  const double loads = p.channels * p.tile_rows * (p.pitch / 4) / threads;  // chunks of four that a thread brings
+  const double fma = outputs * s.kh * s.kw, lds_rows = rows * (1 + chunks), lds_weights = s.kh * 4 * chunks;
+  const double per_load = (p.vector_loads ? 14 : 34), per_store = p.vector_stores ? 4 * 4 : 4 * 8 * 3;
+  const double other = rows * 12 + outputs * (activation_instructions(act, s.dtype) + 3) + per_store + 60;
+  Cost c{};
+  c.memory = memory_cycles(s, gpu);
+  c.issue = warps * (fma + lds_rows + lds_weights + loads * per_load + other) / 4;
+  c.ffma = warps * (fma + outputs * activation_instructions(act, s.dtype)) / rates.ffma;
+  c.shared =
+      warps * (lds_rows * 8 + lds_weights * (p.channels_first ? 4 : 1) + loads * 4);  // rows: two-way bank conflicts
+  const double at_once =
+      gpu.multiprocessors * std::fmax(1, std::fmin(std::floor((gpu.shared_bytes + 1024.) / (p.shared_bytes + 1024)),
+                                                   std::floor(512 / threads)));
+  c.idle = idle_factor(double(p.blocks), at_once);
+  return c;
+}
+
+// Terms of one tile of 1024 outputs (two images of 256 where they are small)
+inline Cost mma_cost(const DepthwiseShape& s, Act act, const MmaPlan& p, bool plane, const Gpu& gpu) {
+  const Rates rates = rates_of(gpu);
+  const int pairs = (s.kh + 1) / 2, blocks = plane ? p.column_tiles : p.column_tiles + p.window - 1;
+  const double tiles = double(s.c) * p.units, values = 8.0 * p.column_tiles;  // a lane's outputs
+  const bool lone = plane && s.kh % 2;
+  const double k16 = 2.0 * p.column_tiles * p.window * (pairs - lone);
+  const double k8 = 2.0 * p.column_tiles * (lone * p.window + 2);  // and the residual
+  const double ldsm = blocks * (pairs + (lone ? 0.5 : 1)) + blocks, filter = plane ? 0 : pairs * p.window;
+  const double pieces = plane ? values / 8 : std::ceil(p.rows * p.images() / 4.0) * 16 / p.load_bytes;
+  const double stores = values / 8 * 16 / p.store_bytes;
+  const double index = plane ? 75 : 160 + pieces * 7 + stores * 6;
+  const double sts = values / 2;
+  Cost c{};
+  c.memory = memory_cycles(s, gpu);
+  c.issue = tiles *
+            (k16 + k8 + ldsm + filter + pieces + stores + values / 8 + sts + values / 2 + index +
+             values * (activation_instructions(act, s.dtype) + 1)) /
+            4;
+  c.tensor = tiles * (k16 + k8 * rates.k8) / rates.tensor;
+  c.shared = tiles * (ldsm * 4 + filter * 2 + sts + (values / 8) * 8 + pieces * p.load_bytes / 4);
+  const double per_sm =
+      std::fmax(1, std::fmin(std::floor((gpu.shared_bytes + 1024.) / (p.shared_bytes + 1024)), 16. / p.warps));
+  c.idle = idle_factor(p.blocks, gpu.multiprocessors * per_sm) * double(int64_t(p.splits) * p.warps) *
+           std::ceil(double(p.units) / (p.splits * p.warps)) / p.units;
+  return c;
+}
+
+struct DepthwiseChoice {
+  DepthwiseKernel kernel;
+  FfmaPlan ffma;
+  MmaPlan mma;
+  Cost cost;
+};
+
+// The kernel that is predicted to be fastest. The prediction is all there is until timings replace it.
+inline DepthwiseChoice choose_depthwise(const DepthwiseShape& s, const Memory& m, const Gpu& gpu, Act act = Act::gelu) {
+  DepthwiseChoice best{DepthwiseKernel::ffma, ffma_plan(s, m, gpu), {}, {}};
+  best.cost = ffma_cost(s, act, best.ffma, gpu);
+  for (const bool plane : {false, true}) {
+    const MmaPlan plan = plane ? mma_plane_plan(s, m, gpu) : mma_plan(s, m, gpu);
+    if (!plan.blocks) continue;
+    const Cost cost = mma_cost(s, act, plan, plane, gpu);
+    if (cost.cycles() > best.cost.cycles() * (plane ? 1.0001 : 1)) continue;
+    best.kernel = plane ? DepthwiseKernel::mma_plane : DepthwiseKernel::mma;
+    best.mma = plan, best.cost = cost;
+  }
+  return best;
+}
+
+}  // namespace cmx
