@@ -81,8 +81,10 @@ def write_ninja(folder, cxx, torch, pybind11, report):
         (folder / "cmx_isa_levels.h").write_text(header)
     here = folder.relative_to(ROOT)
     common = [*FLAGS.split(), *shlex.split(os.environ.get("CXXFLAGS", "")), "-Icsrc", f"-I{here}"]
+    with_torch = ["-DTORCH_TARGET_VERSION=0x020b000000000000", *headers("torch", f"{torch}/include")]
     extra = {
-        "bind.cpp": ["-DTORCH_TARGET_VERSION=0x020b000000000000", *headers("torch", f"{torch}/include")],
+        "bind.cpp": with_torch,
+        "bind_cuda.cpp": with_torch,
         "module.cpp": [*headers("pybind11", pybind11), *headers("python", sysconfig.get_path("include"))],
     }
     lines, objects = [f"builddir = {here}", RULES.format(cxx=cxx, nvcc=nvcc)], []

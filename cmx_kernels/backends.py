@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmx_kernels import registry
+from cmx_kernels import cuda, registry
 from cmx_kernels.activations import ACTIVATIONS
 
 FUSED = os.environ.get("CMX_FUSED", "1") != "0"
@@ -30,7 +30,13 @@ class Backend:
 def _why_not_cuda(op: str, x: Tensor, act: str) -> str | None:
     if x.device.type != "cuda":
         return f"x is on {x.device.type}, the cuda backend wants a CUDA tensor"
-    return f"this release has no CUDA kernel for {op}"
+    if op not in cuda.OPS:
+        return f"this release has no CUDA kernel for {op}"
+    if x.dtype not in cuda.DTYPES:
+        return f"x is {x.dtype}, the CUDA kernels take float32, float16 and bfloat16"
+    if act not in _CPU_ACTIVATIONS:
+        return f"no CUDA kernel for the activation {act!r}"
+    return cuda.why_not(x.device.index or 0)
 
 
 def _why_not_triton(op: str, x: Tensor, act: str) -> str | None:

@@ -1,0 +1,41 @@
+"""Whether the CUDA kernels of ``_C`` run on a device, and if not, why: answered by the CUDA runtime inside ``_C``."""
+
+import ctypes
+from typing import Any
+
+import torch
+
+from cmx_kernels import _build_info, registry
+
+OPS = ("depthwise_block",)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _load() -> tuple[Any, str | None]:
+    """The library, or None and the reason."""
+    if registry.C is None:
+        return None, registry.WHY_NO_C
+    library = ctypes.CDLL(registry.C.__file__)
+    if not hasattr(library, "cmx_cuda_why_not"):
+        try:
+            why = _build_info.read().get("missing", {}).get("CUDA kernels", "there was no nvcc")
+        except ValueError:
+            why = "the build record is damaged"
+        return None, f"the native library was built without CUDA kernels ({why})"
+    library.cmx_cuda_why_not.restype = ctypes.c_char_p
+    return library, None
+
+
+_LIBRARY, WHY_NOT_BUILT = _load()
+
+
+@torch.compiler.assume_constant_result
+def why_not(device: int) -> str | None:
+    """None where the kernels run on this device, else a sentence. Asked once a device, then remembered.
+
+    With a driver the first call initialises CUDA: only ask for a device that has a tensor.
+    """
+    if _LIBRARY is None:
+        return WHY_NOT_BUILT
+    answer = _LIBRARY.cmx_cuda_why_not(device)
+    return None if answer is None else answer.decode()
