@@ -7,6 +7,7 @@ import pytest
 import torch
 from plain_models import NATIVE, check_against, needs_kernels, paper, short, timms, trained
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import cmx_kernels
 from cmx_kernels import (
@@ -164,6 +165,15 @@ def test_what_the_layer_leaves_to_pytorch(kw: dict[str, Any], monkeypatch: pytes
         ours(x)
 
 
+class AtenOnly(TwoTensor):
+    """As quantised weights are: a subclass that knows PyTorch's operators and no others."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *args: Any) -> Any:
+        assert func.namespace != "cmx"
+        return super().__torch_dispatch__(func, *args)
+
+
 @torch.no_grad()
 def test_the_layer_in_other_hands() -> None:
     ours, plain = conv_pair(7)
@@ -174,6 +184,13 @@ def test_the_layer_in_other_hands() -> None:
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     check_against(compiled(x), plain, x)
     check_against(copy.deepcopy(ours)(x), plain, x)
+    tangents = [torch.func.jvp(layer, (x,), (x,))[1] for layer in (ours, plain)]
+    torch.testing.assert_close(*tangents)
+    torch.testing.assert_close(ours(AtenOnly(x, x.clone())).a, plain(x))
+    weight = ours.weight
+    ours._parameters["weight"] = nn.Parameter(AtenOnly(weight.detach(), weight.detach().clone()))
+    torch.testing.assert_close(ours(x).a, plain(x))
+    ours.weight = weight
     nn.utils.parametrizations.weight_norm(ours).parametrizations.weight.original0.mul_(2)
     torch.testing.assert_close(ours(x) - ours.bias[:, None, None], 2 * (plain(x) - plain.bias[:, None, None]))
     if NATIVE:
