@@ -25,6 +25,10 @@ _CPU_ACTIVATIONS = frozenset(registry.C.activations()) if registry.C is not None
 class Backend:
     name: str
     why_not: Callable[[str, Tensor, str], str | None]
+    only_forced: str | None = None  # why it is never chosen unless it is asked for by name
+
+    def reason(self, op: str, x: Tensor, act: str) -> str | None:
+        return self.why_not(op, x, act) or (None if _forced == self.name else self.only_forced)
 
 
 def _why_not_cuda(op: str, x: Tensor, act: str) -> str | None:
@@ -62,7 +66,11 @@ def _why_not_reference(op: str, x: Tensor, act: str) -> str | None:
 
 
 BACKENDS = (
-    Backend("cuda", _why_not_cuda),
+    Backend(
+        "cuda",
+        _why_not_cuda,
+        "only compiled and emulated so far, never run on a GPU; use('cuda') runs it",
+    ),
     Backend("triton", _why_not_triton),
     Backend("cpu", _why_not_cpu),
     Backend("reference", _why_not_reference),
@@ -92,7 +100,7 @@ def use(name: str) -> Iterator[None]:
 
 def refusals(op: str, x: Tensor, act: str) -> dict[str, str]:
     """Every backend that does not take this call, with its reason."""
-    found = {backend.name: backend.why_not(op, x, act) for backend in BACKENDS}
+    found = {backend.name: backend.reason(op, x, act) for backend in BACKENDS}
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
@@ -101,18 +109,23 @@ def select(op: str, x: Tensor, act: str, quiet: bool = False) -> str:
     if _forced is not None:
         for backend in BACKENDS:
             if backend.name == _forced:
-                reason = backend.why_not(op, x, act)
+                reason = backend.reason(op, x, act)
                 if reason is not None:
                     raise RuntimeError(f"{op}: the forced backend {_forced!r} refuses: {reason}; {_listed(op, x, act)}")
                 return _forced
     if not FUSED:
         return "reference"
     for backend in BACKENDS:
-        if backend.why_not(op, x, act) is None:
+        if backend.reason(op, x, act) is None:
             if backend.name == "reference" and x.dtype != torch.float64 and not quiet:
                 say_once(f"{op} runs in plain PyTorch: {_listed(op, x, act)}")
             return backend.name
     raise AssertionError("the reference takes everything")
+
+
+def has_kernel(op: str, x: Tensor, act: str) -> bool:
+    """Whether anything better than the reference runs ``op`` on ``x``."""
+    return select(op, x, act) != "reference"
 
 
 def _listed(op: str, x: Tensor, act: str) -> str:

@@ -1,4 +1,4 @@
-"""BatchNorm in eval mode: scale * a + shift, scale = gamma / sqrt(var + eps), shift = beta - mean * scale, in float32."""
+"""Eval-mode BatchNorm in float32: scale * a + shift, scale = gamma / sqrt(var + eps), shift = beta - mean * scale."""
 
 import torch
 from torch import Tensor, nn

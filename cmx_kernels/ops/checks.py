@@ -79,6 +79,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
+def in_format(y: Tensor, wanted: torch.memory_format) -> Tensor:
+    """``y`` in a layout, with the strides of a new tensor also where a size of 1 leaves them open."""
+    y = y.contiguous(memory_format=wanted)
+    new = torch.empty(y.shape, dtype=y.dtype, device="meta").to(memory_format=wanted)
+    return y if y.stride() == new.stride() else y.clone(memory_format=wanted)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float32 accumulation for everything up to 32 bits."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -126,5 +126,5 @@ def run(op: ConvOp, x: Tensor, weight: Tensor, bias: Any, scale: Any, shift: Any
         with torch.autocast(x.device.type, enabled=False):
             return run(op, x, weight, bias, scale, shift, act, *extra)
     op.check(x, weight, bias, scale, shift, act)
-    call = op.reference if backends.select(op.name, x, act) == "reference" else op.compiled
+    call = op.compiled if backends.has_kernel(op.name, x, act) else op.reference
     return call(x, weight, bias, scale, shift, act, *extra)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmx_kernels.ops import conv_block
-from cmx_kernels.ops.checks import check_kernel, check_weight, memory_format
+from cmx_kernels.ops.checks import check_kernel, check_weight, in_format, memory_format
 from cmx_kernels.ops.conv_block import ConvOp, Geometry
 from cmx_kernels.registry import define
 
@@ -40,7 +40,7 @@ def reference(
 ) -> Tensor:
     _check(x, weight, bias, scale, shift, act)
     y = conv_block.forward(x, weight, bias, scale, shift, act, _geometry(weight), residual)
-    return y.contiguous(memory_format=memory_format(x))
+    return in_format(y, memory_format(x))
 
 
 def _fake(

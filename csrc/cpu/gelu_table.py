@@ -1,12 +1,12 @@
-"""Writes gelu_table.h: Phi(-a) on [0, 5.6] as 32 segments of degree 3 around their middles, exactly 0 at the end."""
+"""Writes gelu_table.h: Phi(-a) on [0, 6] as segments of degree 3 around their middles, exactly 0 at the end."""
 
 import math
 from pathlib import Path
 
 import numpy as np
 
-SEGMENTS, DEGREE, END = 32, 3, 5.6
-SCALE = (SEGMENTS - 1) / END  # segment = round(a * SCALE), d = a * SCALE - segment in [-1/2, 1/2]
+SEGMENTS, DEGREE = 32, 3
+END, SCALE = 6.0, 5.0  # segment = round(a * SCALE), d = a * SCALE - segment; the product of both is exact: d = 0 at END
 
 
 def table() -> np.ndarray:
@@ -18,7 +18,7 @@ def table() -> np.ndarray:
         fit = np.polynomial.chebyshev.cheb2poly(np.polynomial.chebyshev.chebfit(z, phi, DEGREE))
         columns.append(fit * 2.0 ** np.arange(DEGREE + 1))
     found = np.array(columns).T.astype(np.float32)
-    found[0, -1] = 0  # the end is the middle of the last segment; Phi(-5.6) is 1e-8
+    found[0, round(END * SCALE)] = 0  # Phi(-6) is 1e-9
     return found
 
 
