@@ -145,7 +145,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("cmx_kernels against plain PyTorch and its peers")
     lines = [*report.header(about), ""]
     if rows:
-        lines += [*report.LEGEND, "", *report.plain_text(report.table(rows)), ""]
+        lines += [*report.LEGEND, "", *report.plain_text(report.table(rows)), "", *report.remarks(rows)]
     for line in [*lines, *report_ops.summary(ops)]:
         terminalreporter.write_line(line)
     path = report.write(RESULTS, config.getoption("results"), about, rows, ops)

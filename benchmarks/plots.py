@@ -115,7 +115,7 @@ def _bars(axes: Axes, rows: Iterable[Row], providers: Sequence[str], batches: Se
             axes.text(*place, f"{rate:#.3g}", va="center", fontsize=8, fontweight=weight, bbox=behind, zorder=4)
     limits = [row["limit_images_per_s"] for row in found.values() if "limit_images_per_s" in row]
     if limits:
-        axes.axvline(sum(limits) / len(limits), color="#222222", linestyle="--", linewidth=1.2, zorder=3)
+        axes.axvline(max(limits), color="#222222", linestyle="--", linewidth=1.2, zorder=3)
     axes.set_yticks(range(len(providers)), reversed(providers))
     for label in axes.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() == "fused" else "normal")
