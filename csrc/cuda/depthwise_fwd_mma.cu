@@ -13,6 +13,7 @@ template <int NT, int WINDOW>
 struct Tile {
   static constexpr int ROWS = 8 * NT, IMAGES = 32 / ROWS, LEFT = 4 * (WINDOW - 1);
   static constexpr int BLOCKS = NT + WINDOW - 1, PITCH = (BLOCKS | 1) * 16;
+  static constexpr int FOUR_ROWS = 2 * PITCH;  // bytes from a row to the fourth below it, in the same half-plane
   // the blocks that hold the outputs' own columns start at block LEFT / 8, column LEFT % 8 of it
   static constexpr int OWN = LEFT / 8, OFFSET = LEFT % 8, OWN_BLOCKS = NT + (OFFSET ? 1 : 0);
 };
@@ -32,10 +33,13 @@ __device__ __forceinline__ void each_block(unsigned char* stage, const Where& at
                                            const MmaPlan& plan, int lane, const F& f) {
   const int block = lane % 8, x = at.x - G::LEFT + 8 * block;
   if (block >= G::BLOCKS) return;
-  for (int image = 0; image < G::IMAGES; ++image)
-    for (int r = lane / 8; r < plan.rows; r += 4)
-      f(stage + image * 2 * plan.half_plane + row_offset(r, plan.half_plane, G::PITCH) + 16 * block, at.n + image,
-        at.y + r - (s.kh - 1) / 2, x);
+#pragma unroll 1  // the code is already long
+  for (int image = 0; image < G::IMAGES; ++image) {
+    unsigned char* to =
+        stage + image * 2 * plan.half_plane + row_offset(lane / 8, plan.half_plane, G::PITCH) + 16 * block;
+#pragma unroll 2
+    for (int r = lane / 8; r < plan.rows; r += 4, to += G::FOUR_ROWS) f(to, at.n + image, at.y + r - (s.kh - 1) / 2, x);
+  }
 }
 
 template <class T, class G, int BYTES>
@@ -106,7 +110,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
   unsigned char* const ring = shared + pairs * WINDOW * 256 + warp * (MmaPlan::kStages * plan.stage_bytes);
 
   const int first = split * warps + warp, step = plan.splits * warps;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < MmaPlan::kStages; ++i) {
     if (first + i * step < plan.units)
       load<T, G>(ring + i * plan.stage_bytes, first + i * step, channel, p, plan, lane);
@@ -213,15 +217,15 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
 
     T* const to = static_cast<T*>(p.y) + c * p.y_stride.c;
 #pragma unroll
-    for (int i = 0; i < G::IMAGES; ++i)
-#pragma unroll 4
-      for (int r = lane / NT; r < G::ROWS; r += 32 / NT) {
-        const uint4 v = get<uint4>(tile + i * 2 * plan.half_plane + row_offset(r + before, plan.half_plane, G::PITCH) +
-                                   lane % NT * 16);
+    for (int i = 0; i < G::IMAGES; ++i) {
+      const unsigned char* from =
+          tile + i * 2 * plan.half_plane + row_offset(lane / NT + before, plan.half_plane, G::PITCH) + lane % NT * 16;
+#pragma unroll 2
+      for (int r = lane / NT; r < G::ROWS; r += 32 / NT, from += 8 / NT * G::FOUR_ROWS)
         if (at.n + i < s.n && at.y + r < s.h)
-          store8(to + (at.n + i) * p.y_stride.n + (at.y + r) * p.y_stride.h, at.x + lane % NT * 8, s.w, v,
-                 plan.store_bytes);
-      }
+          store8(to + (at.n + i) * p.y_stride.n + (at.y + r) * p.y_stride.h, at.x + lane % NT * 8, s.w,
+                 get<uint4>(from), plan.store_bytes);
+    }
     __syncwarp();  // the stage is free
     if (unit + MmaPlan::kStages * step < plan.units)
       load<T, G>(tile, unit + MmaPlan::kStages * step, channel, p, plan, lane);

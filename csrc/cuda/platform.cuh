@@ -12,7 +12,7 @@
 #include <cstring>
 
 // The shared memory whose size the launch names
-#define CMX_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#define CMX_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define CMX_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 #endif

@@ -1,10 +1,13 @@
 // The kernels under a sanitizer: buffers of exactly the right size, ragged shapes, every thread order, right values.
+// Compiled with g++ -DCMX_EMULATED for AddressSanitizer and ThreadSanitizer, with nvcc for compute-sanitizer.
 // Arguments: kernel names (ffma, mma, mma_plane); all of them if none. Ends with 1 where a value is wrong.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <random>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/depthwise.h"
 #include "cuda/platform.cuh"
@@ -15,12 +18,44 @@ struct Case {
   int n, c, h, w, kh, kw;
 };
 
+#ifdef CMX_EMULATED
+template <class T>
+using Buffer = std::unique_ptr<T[]>;
+template <class T>
+static Buffer<T> allocate(int64_t count) {
+  return Buffer<T>(new T[count]);
+}
+static void prepare(int order) {
+  emulator::machine.order = static_cast<emulator::Machine::Order>(order % 3);
+  emulator::machine.copies_arrive_at_once = order >= 3;
+}
+static cudaError_t finish() { return cudaSuccess; }
+#else
+struct Free {
+  void operator()(void* p) const { cudaFree(p); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+template <class T>
+static Buffer<T> allocate(int64_t count) {
+  void* p = nullptr;
+  if (cudaError_t error = cudaMallocManaged(&p, count * sizeof(T))) throw std::runtime_error(cudaGetErrorString(error));
+  return Buffer<T>(static_cast<T*>(p));
+}
+static void prepare(int) {}
+static cudaError_t finish() { return cudaDeviceSynchronize(); }
+#endif
+
+static void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error("CUDA error " + std::to_string(static_cast<int>(error)));
+}
+
 // The formula without scale, bias and activation, on small integers: exact in every type
 template <class T>
 static int wrong(const char* kernel, const Case& k, Dtype dtype, int order) {
   const DepthwiseShape s{k.n, k.c, k.h, k.w, k.kh, k.kw, dtype};
   const int64_t plane = int64_t(k.h) * k.w, count = k.n * k.c * plane;
-  const std::unique_ptr<T[]> x(new T[count]), weight(new T[k.c * k.kh * k.kw]), y(new T[count]);
+  const Buffer<T> x = allocate<T>(count), weight = allocate<T>(k.c * k.kh * k.kw), y = allocate<T>(count);
   std::mt19937 dice(7);
   for (int64_t i = 0; i < count; ++i) x[i] = T(float(int(dice() % 5) - 2)), y[i] = T(NAN);
   for (int i = 0; i < k.c * k.kh * k.kw; ++i) weight[i] = T(float(int(dice() % 3) - 1));
@@ -29,18 +64,19 @@ static int wrong(const char* kernel, const Case& k, Dtype dtype, int order) {
   p.x = x.get(), p.weight = weight.get(), p.y = y.get();
   p.shape = s, p.x_stride = p.y_stride = strides, p.act = Act::none, p.residual = true;
 
-  emulator::machine.order = static_cast<emulator::Machine::Order>(order % 3);
-  emulator::machine.copies_arrive_at_once = order >= 3;
+  prepare(order);
   const Gpu gpu{90, 1, 227 << 10, 1.755, 4.3};
   const Memory m = memory_of(p.x, strides, p.y, strides, s);
   if (!std::strcmp(kernel, "ffma")) {
     FfmaPlan plan = ffma_plan(s, m, gpu);
     plan.blocks = static_cast<int>(std::min<int64_t>(plan.items, 2));  // several tiles a block
-    depthwise_fwd_ffma(p, plan, nullptr);
-  } else if (!std::strcmp(kernel, "mma"))
-    depthwise_fwd_mma(p, mma_plan(s, m, gpu), nullptr);
-  else
-    depthwise_fwd_mma_plane(p, mma_plane_plan(s, m, gpu), nullptr);
+    check(depthwise_fwd_ffma(p, plan, nullptr));
+  } else if (!std::strcmp(kernel, "mma")) {
+    check(depthwise_fwd_mma(p, mma_plan(s, m, gpu), nullptr));
+  } else {
+    check(depthwise_fwd_mma_plane(p, mma_plane_plan(s, m, gpu), nullptr));
+  }
+  check(finish());
 
   int bad = 0;
   for (int64_t nc = 0; nc < int64_t(k.n) * k.c; ++nc)
