@@ -1,0 +1,117 @@
+"""What the CUDA kernels are as compiled: registers, spills and instructions, read from the cubins of every arch.
+
+python tests/cuda_facts.py > tests/cuda_facts.txt      after a change that is meant
+"""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cmx_kernels import _build_info
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = Path(__file__).with_suffix(".txt")
+ARCHS = ("sm_80", "sm_89", "sm_90a")
+COLUMNS = {  # of the table, after registers, stack, static shared memory: instructions whose SASS matches
+    "code": r".*",
+    "local": r"LDL|STL",  # spills, and arrays with a computed index
+    "HMMA": r"HMMA",
+    "LDSM": r"LDSM",
+    "copy16": r"LDGSTS\S*\.128",  # cp.async
+    "load16": r"LDG\.\S*128",
+    "store16": r"STG\S*\.128",
+    "FFMA": r"FFMA",
+    "MUFU": r"MUFU",
+}
+_NAME = re.compile(r"(depthwise_fwd_[a-z_]+)_kernelI(f|6__half|13__nv_bfloat16)((?:Li\d+E)+)E")
+_TYPES = {"f": "float", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+
+
+class Missing(Exception):
+    """A tool is not here."""
+
+
+@functools.cache
+def nvcc() -> tuple[str, str]:
+    """nvcc, and its release."""
+    try:
+        path = _build_info.find_cuda(_build_info.find_compiler())[0]
+    except _build_info.LeftOut as why:
+        raise Missing(str(why)) from None
+    return path, re.search(r"release ([\d.]+)", subprocess.check_output([path, "--version"], text=True))[1]
+
+
+@functools.cache
+def cuobjdump() -> str:
+    """The toolkit's, or one from PyPI (nvidia-cuda-cuobjdump, or inside triton)."""
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(Path(nvcc()[0]).parent))
+    for package, place in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        spec = None if found else importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            found = found or shutil.which("cuobjdump", path=f"{folder}/{place}")
+    if not found:
+        raise Missing("no cuobjdump: a whole CUDA toolkit has it, or pip's nvidia-cuda-cuobjdump with -nvdisasm")
+    if not shutil.which("nvdisasm", path=f"{Path(found).parent}{os.pathsep}{os.environ.get('PATH', '')}"):
+        raise Missing("no nvdisasm, which cuobjdump calls: a whole CUDA toolkit has it, or pip's nvidia-cuda-nvdisasm")
+    return found
+
+
+def _compile(job: tuple[Path, str]) -> Path:
+    """The cubin of one source for one arch, made once per content."""
+    source, arch = job
+    read = [source, *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
+    key = hashlib.sha256("".join(file.read_text() for file in read).encode() + f"{arch}{nvcc()}".encode())
+    out = ROOT / "build" / "cubin" / f"{source.stem}-{arch}-{key.hexdigest()[:16]}.cubin"
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc()[0], "-std=c++20", "-O3", f"-arch={arch}", "-Icsrc", "-cubin", str(source), "-o", f"{out}.new"]
+        subprocess.run(command, check=True, cwd=ROOT)
+        os.replace(f"{out}.new", out)
+    return out
+
+
+def _facts(cubin: Path) -> dict[str, str]:
+    """Kernel -> its numbers."""
+    path = os.pathsep.join([str(Path(cuobjdump()).parent), os.environ.get("PATH", "")])  # of nvdisasm, which it calls
+    command = [cuobjdump(), "-sass", "-res-usage", str(cubin)]
+    dump = subprocess.check_output(command, text=True, env={**os.environ, "PATH": path})
+    found: dict[str, list[int]] = {}
+    for function, usage in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", dump):
+        numbers = dict(part.split(":") for part in usage.split() if part.count(":") == 1)
+        found[function] = [int(numbers[key]) for key in ("REG", "STACK", "SHARED")]
+    for part in dump.split("Function : ")[1:]:
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", part)
+        found[part.split()[0]] += [sum(bool(re.match(p, i)) for i in code) for p in COLUMNS.values()]
+    rows = {}
+    for function, numbers in found.items():
+        match = _NAME.search(function)
+        if match:
+            arguments = ", ".join([_TYPES[match[2]], *re.findall(r"Li(\d+)E", match[3])])
+            rows[f"{match[1]}<{arguments}>"] = "".join(f"{n:>8}" for n in numbers)
+    return rows
+
+
+def table() -> list[str]:
+    """The header with the release of nvcc, then a line for every kernel and arch."""
+    sources = sorted(ROOT.glob("csrc/cuda/depthwise_fwd_*.cu"))
+    jobs = [(source, arch) for source in sources for arch in ARCHS]
+    cuobjdump()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        cubins = list(pool.map(_compile, jobs))
+    rows = [
+        f"{arch:<7}{kernel:<38}{numbers}"
+        for (_, arch), cubin in zip(jobs, cubins, strict=True)
+        for kernel, numbers in _facts(cubin).items()
+    ]
+    columns = "".join(f"{name:>8}" for name in ("regs", "stack", "shared", *COLUMNS))
+    return [f"nvcc {nvcc()[1]}", f"{'arch':<7}{'kernel':<38}{columns}", *sorted(rows)]
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
