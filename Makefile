@@ -15,7 +15,7 @@ ARGS ?=
 SOURCES := setup.py pyproject.toml cmx_kernels/_build_info.py $(shell find csrc -type f)
 BUILD := -m pip install --no-build-isolation --no-deps --verbose -e .
 
-.PHONY: test bench wheel lint clean
+.PHONY: test bench gpu-check wheel lint clean
 .DELETE_ON_ERROR:
 
 ifeq ($(strip $(VENV)),)
@@ -36,6 +36,10 @@ test: $(READY)
 
 bench: $(BENCH_READY)
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+
+# operator tests, memory and race checkers and timings on a GPU, into benchmarks/results/; under ten minutes, no network
+gpu-check: $(READY)
+	$(RUN) -m benchmarks.gpu_check
 
 wheel: $(READY)
 	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,0 +1,149 @@
+"""The CUDA kernels on a GPU: instruction models of the emulator against the hardware, then the operator.
+
+Skipped where there is no GPU; `make gpu-check` runs this first.
+"""
+
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+import cases
+import cuda_facts
+import emulated
+import pytest
+import torch
+from compare import check, check_equal
+from torch import Tensor
+
+from cmx_kernels import backends, cuda, ops
+
+WHY_NOT = "torch sees no CUDA device" if not torch.cuda.is_available() else cuda.why_not(0)
+on_gpu = pytest.mark.skipif(WHY_NOT is not None, reason=f"needs a GPU: {WHY_NOT}")
+pytestmark = pytest.mark.gpu
+DEVICE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _lines(program: Path) -> dict[str, list[int]]:
+    text = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    return {
+        name: [int(w, 16) for w in words.split()] for name, words in re.findall(r"^(.+?):((?: \w{8})+)$", text, re.M)
+    }
+
+
+def _emulated() -> dict[str, list[int]]:
+    return _lines(emulated.build("program", "tests/emulator/instructions.cpp"))
+
+
+def test_instructions_compile_and_run_emulated() -> None:
+    found = _emulated()
+    assert len(found) == 12
+    assert all(any(words) for words in found.values())
+
+
+@on_gpu
+def test_instruction_models(tmp_path: Path) -> None:
+    """Copies and ldmatrix bit for bit; arithmetic to the last places, in which sums and approximations may differ."""
+    try:
+        nvcc = cuda_facts.nvcc()[0]
+    except cuda_facts.Missing as why:
+        pytest.skip(f"needs nvcc: {why}")
+    program = tmp_path / "instructions"
+    command = [nvcc, "-std=c++20", "-O2", "-arch=native", "-Icsrc", "-x", "cu", "tests/emulator/instructions.cpp"]
+    subprocess.run([*command, "-o", str(program)], cwd=emulated.ROOT, check=True)
+    hardware, model = _lines(program), _emulated()
+    assert hardware.keys() == model.keys()
+    for name, words in model.items():
+        if name.startswith("cp.async"):
+            assert hardware[name] == words, name
+            continue
+        got, wanted = (
+            torch.tensor([struct.unpack("f", struct.pack("I", w))[0] for w in v], dtype=torch.float64)
+            for v in (hardware[name], words)
+        )
+        same = (got == wanted) | (got.isnan() & wanted.isnan())
+        close = (got - wanted).abs() <= 2e-6 * wanted.abs().clamp_min(1e-3 if name.startswith("ex2") else 8)
+        assert (same | close).all(), f"{name}: {got[~(same | close)][:4]} for {wanted[~(same | close)][:4]}"
+
+
+def run(args: tuple) -> Tensor:
+    moved = [a.cuda() if isinstance(a, Tensor) else a for a in args]
+    if isinstance(args[0], Tensor) and not args[0].is_contiguous():
+        moved[0] = args[0].cuda().as_strided(args[0].shape, args[0].cuda().stride())
+    with backends.use("cuda"):
+        return ops.depthwise_block(*moved).cpu()
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=cases.name)
+@pytest.mark.parametrize("shape", cases.DEPTHWISE, ids=cases.name)
+def test_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    args, expected = cases.problem("depthwise_block", shape, dtype)
+    check(run(args), expected)
+    last = args[0].contiguous(memory_format=torch.channels_last)
+    check(run((last, *args[1:])), expected, "channels_last")
+
+
+@on_gpu
+@pytest.mark.parametrize("k", range(1, 32))
+@pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=cases.name)
+def test_every_kernel_size(k: int, dtype: torch.dtype) -> None:
+    for kernel in ((k, k), (k, 32 - k)):
+        for size in ((1, 18, 9, 14), (5, 3, 36, 33)):
+            args, expected = cases.problem("depthwise_block", (*size, *kernel), dtype)
+            check(run(args), expected, f"{size} {kernel}")
+
+
+@on_gpu
+@pytest.mark.parametrize("residual", (True, False))
+@pytest.mark.parametrize("act", cases.ACTS)
+@pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=cases.name)
+def test_activations(dtype: torch.dtype, act: str, residual: bool) -> None:
+    for shape in ((7, 40, 32, 32, 9, 9), (7, 40, 16, 16, 7, 7), (2, 19, 9, 11, 5, 4)):
+        args, expected = cases.problem("depthwise_block", shape, dtype, act, None, residual)
+        check(run(args), expected, f"{shape}")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=cases.name)
+def test_integers_are_exact(dtype: torch.dtype) -> None:
+    for n, c, h, w, k in ((64, 64, 32, 32, 9), (64, 64, 16, 16, 7), (3, 33, 56, 56, 7), (2, 5, 70, 71, 31)):
+        x, weight = torch.randint(-3, 4, (n, c, h, w)).to(dtype), torch.randint(-2, 3, (c, 1, k, k)).to(dtype)
+        args = (x, weight, None, None, None, "relu", True)
+        check_equal(run(args), cases.formula(torch.float64, "depthwise_block", *args).to(dtype))
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_layouts(layout: str) -> None:
+    args = cases.inputs("depthwise_block", cases.RAGGED["depthwise_block"], torch.bfloat16)
+    x = cases.LAYOUTS[layout](args[0].cuda())
+    with backends.use("cuda"):
+        out = ops.depthwise_block(x, *(a.cuda() if isinstance(a, Tensor) else a for a in args[1:]))
+    check(out.cpu(), cases.expect("depthwise_block", (x.cpu(), *args[1:])))
+
+
+@on_gpu
+def test_streams_graphs_and_memory() -> None:
+    """Runs on the current stream, can be captured, and allocates its result only."""
+    args, expected = cases.problem("depthwise_block", (4, 16, 32, 32, 9, 9), torch.bfloat16)
+    moved = [
+        a.cuda().float() if i in (2, 3, 4) else a.cuda() if isinstance(a, Tensor) else a for i, a in enumerate(args)
+    ]
+    with backends.use("cuda"):
+        ops.depthwise_block(*moved)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        out = ops.depthwise_block(*moved)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + 1
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                out = ops.depthwise_block(*moved)
+        moved[0].zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+    zero = (torch.zeros_like(args[0]), *args[1:])
+    check(out.cpu(), cases.expect("depthwise_block", zero))
+    assert expected.dtype == out.dtype
