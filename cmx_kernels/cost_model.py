@@ -60,7 +60,7 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def gpus() -> tuple[str, ...]:
     """The GPUs whose numbers the model has."""
-    names = []
+    names: list[str] = []
     while (name := _library().cmx_cost_gpu(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)
@@ -80,7 +80,7 @@ def depthwise(
     numbers = (*shape, *kernel_size, DTYPES.index(dtype), ACTS.index(act))
     out = _Prediction()
     _library().cmx_cost_depthwise(gpu.encode(), (ctypes.c_int * 8)(*numbers), int(channels_last), ctypes.byref(out))
-    values = {name: getattr(out, name) for name, _ in out._fields_}
+    values = {name: getattr(out, name) for name in Prediction.__dataclass_fields__}
     return Prediction(**{**values, "kernel": KERNELS[out.kernel]})
 
 

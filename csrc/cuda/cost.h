@@ -1,6 +1,6 @@
 // The cost of the depthwise kernels: what a call must move and compute, what a plan makes of it, and the cheapest plan.
 // Every term is a number of cycles of one multiprocessor; the predicted time is the largest, as if the rest were hidden.
-// Instruction counts are those of the compiled kernels (tests/cuda_facts.json); rates are published or assumed, see rates_of.
+// Instruction counts are those of the compiled kernels (tests/cuda_facts.txt); rates are published or assumed, see rates_of.
 #pragma once
 
 #include <cmath>
