@@ -1,0 +1,38 @@
+"""The cost model of the CUDA kernels: floors from first principles, a plan that fits for every shape."""
+
+import cases
+import pytest
+
+from cmx_kernels import cost_model, registry
+
+pytestmark = pytest.mark.skipif(registry.C is None, reason=str(registry.WHY_NO_C))
+SHARED = {"H200": 227, "H100": 227, "A100": 163, "L40S": 99, "RTX 4090": 99}  # KB a block may have
+
+
+def test_floor() -> None:
+    """x read and y written once, over the bandwidth."""
+    p = cost_model.depthwise("H200", (64, 1536, 32, 32), (9, 9))
+    elements = 64 * 1536 * 32 * 32
+    assert p.bytes == 2 * (2 * elements + 1536 * 81)
+    assert p.flop == 2 * 81 * elements
+    assert p.floor_us == pytest.approx(p.bytes / 4.3e6)
+    assert p.predicted_us >= p.floor_us
+    assert p.kernel == "mma_plane"
+
+
+@pytest.mark.parametrize("gpu", SHARED)
+def test_every_shape_has_a_plan(gpu: str) -> None:
+    assert gpu in cost_model.gpus()
+    for n, c, h, w, kh, kw in (shape for shape in cases.DEPTHWISE if shape[0]):
+        for dtype in cost_model.DTYPES:
+            for last in (False, True):
+                p = cost_model.depthwise(gpu, (n, c, h, w), (kh, kw), dtype, channels_last=last)
+                assert p.blocks > 0
+                assert 0 < p.threads <= 256
+                assert p.shared_bytes <= SHARED[gpu] << 10
+                assert p.kernel == "ffma" or dtype != "float32"
+
+
+def test_unknown_gpu() -> None:
+    with pytest.raises(ValueError, match="gpu: got 'Voodoo'"):
+        cost_model.depthwise("Voodoo", (1, 1, 1, 1), (1, 1))
