@@ -53,6 +53,6 @@ def _backends() -> dict[str, str | None]:
             found[backend.name] = "torch sees no CUDA device"
             continue
         x = torch.empty(0, device="cuda" if on_gpu else "cpu")
-        reasons = [backend.why_not(op, x, "gelu") for op in _OPS]
+        reasons = [backend.reason(op, x, "gelu") for op in _OPS]
         found[backend.name] = None if None in reasons else reasons[0]
     return found

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmx_kernels import backends
+from cmx_kernels import ConvMixer, backends, fuse
 from cmx_kernels.ops import block_stack
 
 NATIVE = backends.registry.C is not None
@@ -72,6 +72,21 @@ FAMILY: dict[str, Callable[..., nn.Module]] = {
     "paper_symmetric": lambda dim, depth, kernel=9, *rest: paper(dim, depth, kernel, *rest, padding=kernel // 2),
     "short": short,
 }
+
+
+FUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
+    "ours": (lambda: ConvMixer(32, 3, 5, 7, 10), lambda: ConvMixer(32, 3, 5, 7, 10, fused=False)),
+    "timm": (lambda: fuse(timms(32, 3, 5, 7, 10)), lambda: timms(32, 3, 5, 7, 10)),
+    "paper": (lambda: fuse(paper(32, 3, 5, 7, 10)), lambda: paper(32, 3, 5, 7, 10)),
+}
+
+
+def fused_and_plain(name: str) -> tuple[nn.Module, nn.Module]:
+    """A fused model and its equal that never was fused."""
+    make_fused, make_plain = FUSED[name]
+    fused, plain = trained(make_fused()), make_plain().eval()
+    plain.load_state_dict(fused.state_dict())
+    return fused, plain
 
 
 def trained(model: nn.Module, seed: int = 1) -> nn.Module:

@@ -4,6 +4,7 @@ A module becomes fused when its __class__ is set, and plain again when it is set
 asks again in every call whether everything is still as it was, and else runs the plain one.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,11 @@ class Block(Fused, nn.Sequential):
             return nn.Sequential.forward(self, x)
         x = run_unit("depthwise_block", parts.depthwise, x, residual=parts.residual)
         return run_unit("pointwise_block", parts.pointwise, x)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        with contextlib.suppress(Refusal):
+            block_parts(self)  # looks at the class of the residual now: torch.compile cannot
 
     def checked_parts(self) -> BlockParts:
         parts = block_parts(self)

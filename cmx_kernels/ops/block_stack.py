@@ -78,9 +78,9 @@ def why_not(x: Tensor, act: str) -> str | None:
 
 def _constants(conv: ConvParams) -> Tensor:
     """bias, scale and shift as float32 [3, C]"""
-    rows = torch.empty(3, conv.weight.shape[0])
+    rows = conv.weight.new_empty((3, conv.weight.shape[0]), dtype=torch.float32)
     for row, vector, missing in zip(rows, (conv.bias, conv.scale, conv.shift), (0.0, 1.0, 0.0), strict=True):
-        row.copy_(torch.tensor(missing) if vector is None else vector.detach())
+        row.fill_(missing) if vector is None else row.copy_(vector.detach())
     return rows
 
 
