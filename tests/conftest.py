@@ -57,18 +57,45 @@ def same_start() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def moved(t: Tensor, device: str) -> Tensor:
+    """A copy on another device with the same strides and, up to 16 elements, the same offset."""
+    if not t.numel():
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    offset = t.storage_offset() % 16
+    memory = torch.full((offset + span,), torch.nan, dtype=t.dtype, device=device)
+    memory[offset:] = t.detach().resolve_neg().as_strided((span,), (1,)).to(device)
+    return memory.as_strided(t.shape, t.stride(), offset)
+
+
 class Runner:
-    """Calls an operator by name on one backend and, for compiled kernels, one instruction set."""
+    """Calls an operator by name on one backend and, for compiled CPU kernels, one instruction set.
+
+    Tensors come from the CPU and the result goes back there, on a GPU backend too.
+    """
 
     def __init__(self, name: str, level: str | None = None) -> None:
         self.name, self.level = name, level
 
+    def _place(self, args: tuple[object, ...]) -> list[object]:
+        on_gpu = self.name in ("cuda", "triton")
+        return [moved(a, "cuda") if on_gpu and isinstance(a, Tensor) else a for a in args]
+
+    def why_not(self, op: str, *args: object) -> str | None:
+        """The reason of this backend against the call, None if it runs it."""
+        x, *rest = self._place(args)
+        act = next((a for a in rest if isinstance(a, str)), "none")
+        return backends.refusals(op, x, act).get(self.name)
+
     def __call__(self, op: str, *args: object) -> Tensor:
         x = args[0]
-        if self.name != "reference" and isinstance(x, Tensor) and x.dtype == torch.float64:
+        if self.name == "cpu" and isinstance(x, Tensor) and x.dtype == torch.float64:
             return getattr(torch.ops.cmx, op)(*args)  # the kernels serve float64 for gradcheck, the table prefers torch
+        if self.name in ("cuda", "triton") and self.why_not(op, *args) is not None:
+            pytest.skip(f"{self.name} refuses {op}: {self.why_not(op, *args)}")
         with backends.use(self.name):
-            return getattr(ops, op)(*args)
+            out = getattr(ops, op)(*self._place(args))
+        return moved(out, "cpu") if out.is_cuda else out
 
 
 def _at(level: str) -> Iterator[None]:
@@ -88,11 +115,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=["reference", *LEVELS])
+_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton") if torch.cuda.is_available()]
+
+
+@pytest.fixture(params=["reference", *LEVELS, *_GPU])
 def backend(request: pytest.FixtureRequest) -> Iterator[Runner]:
-    """The reference, then the compiled kernels at each instruction set."""
-    if request.param == "reference":
-        yield Runner("reference")
+    """The reference, the compiled CPU kernels at each instruction set, and where there is a GPU its backends."""
+    if request.param in backends.NAMES:
+        yield Runner(request.param)
         return
     for _ in _at(request.param):
         yield Runner("cpu", request.param)

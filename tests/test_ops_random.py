@@ -7,7 +7,7 @@ import torch
 from cases import LAYOUTS
 from compare import check, check_equal
 from conftest import Runner
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 _channels = st.one_of(st.integers(1, 20), st.integers(1, 140))
@@ -48,11 +48,12 @@ def _calls(draw: st.DrawFn) -> Call:
     return Call(op, shape, dtype, act, vectors, draw(st.booleans()), draw(st.sampled_from(sorted(LAYOUTS))))
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(call=_calls())
 @example(call=Call("depthwise_block", (1, 16, 1, 1, 31, 31)))
 def test_random_calls(backend: Runner, call: Call) -> None:
     args = call.args()
+    assume(backend.name not in ("cuda", "triton") or backend.why_not(call.op, *args) is None)
     out = backend(call.op, *args)
     check(out, cases.expect(call.op, args))
     check_equal(backend(call.op, *args), out, "the second time")
