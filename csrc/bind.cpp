@@ -1,49 +1,18 @@
-// The operators behind torch's stable ABI: checks, allocation, a params struct, a launch. The only file that knows torch.
+// The operators behind torch's stable ABI: checks, allocation, a params struct, a launch. Only bind*.{h,cpp} know torch.
 // Schemas are defined in Python (cmx_kernels/registry.py); the checks here keep a direct call from touching wrong memory.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <optional>
-#include <string>
 #include <vector>
 
+#include "bind.h"
 #include "cpu_levels.h"
 #include "direct.h"
 
 namespace cmx {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
 // ---- arguments
-
-std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); i++) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
-}
-
-Act act_of(const std::string& name) {
-#define X(a) \
-  if (name == #a) return Act::a;
-  CMX_FOR_EACH_ACTIVATION(X)
-#undef X
-  STD_TORCH_CHECK(false, "act: got '", name, "', wanted an activation with a kernel: none, relu, gelu, gelu_tanh");
-}
-
-Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    default: STD_TORCH_CHECK(false, name, ": wanted float32, float16 or bfloat16");
-  }
-}
 
 View view_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": wanted a CPU tensor");
@@ -76,8 +45,6 @@ View weight_view(const Tensor& w, int64_t rows, int64_t columns, const char* nam
           1,
           false};
 }
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 void check_activations(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.size(1) >= 1, "x: got shape ", shape_of(x),
@@ -128,16 +95,6 @@ struct ConstantsBuffer {
 };
 
 // ---- allocation
-
-bool is_channels_last(const Tensor& t) {
-  if (t.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int64_t d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
 
 Tensor output_like(const Tensor& x, int64_t c, int64_t h, int64_t w) {
   const auto format =

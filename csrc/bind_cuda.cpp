@@ -1,13 +1,8 @@
 // The operators on CUDA tensors, behind torch's stable ABI. In a torch without CUDA this loads and is never called.
 #ifdef CMX_WITH_CUDA
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <climits>
-#include <optional>
-#include <string>
 
+#include "bind.h"
 #include "cuda/depthwise.h"
 #include "cuda/device.h"
 #include "cuda/gpu.h"
@@ -21,43 +16,6 @@ extern "C" const char* cudaGetErrorString(cudaError_t);
 
 namespace cmx {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); i++) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
-}
-
-Act act_of(const std::string& name) {
-#define X(a) \
-  if (name == #a) return Act::a;
-  CMX_FOR_EACH_ACTIVATION(X)
-#undef X
-  STD_TORCH_CHECK(false, "act: got '", name, "', wanted an activation with a kernel: none, relu, gelu, gelu_tanh");
-}
-
-Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    default: STD_TORCH_CHECK(false, name, ": wanted float32, float16 or bfloat16");
-  }
-}
-
-bool is_channels_last(const Tensor& t) {
-  if (t.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int64_t d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
 
 class DeviceGuard {
  public:
@@ -86,8 +44,6 @@ void check_runs(int device) {
   const char* const why_not = cmx_cuda_why_not(device);
   STD_TORCH_CHECK(!why_not, "no CUDA kernel runs here: ", why_not);
 }
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // [channels] as dense float32; the tensor keeps its memory alive until the launch is enqueued
 struct Vector {

@@ -214,10 +214,10 @@ def test_rows_of_the_list_of_activations(act: str) -> None:
 @needs_sources
 @pytest.mark.parametrize("path", NATIVE_FILES, ids=_name)
 def test_native_includes(path: Path) -> None:
-    """Only bind*.cpp know torch, only module.cpp Python; kernels include the shared lists and their own folder."""
+    """Only bind*.{h,cpp} know torch, only module.cpp Python; kernels include the shared lists and their own folder."""
     includes = re.findall(r'#include\s*[<"]([^>"]+)[>"]', path.read_text())
     torch_headers = [i for i in includes if i.split("/")[0] in ("torch", "ATen", "c10")]
-    assert path.name in ("bind.cpp", "bind_cuda.cpp") or not torch_headers
+    assert path.name in ("bind.h", "bind.cpp", "bind_cuda.cpp") or not torch_headers
     assert path.name == "module.cpp" or not [i for i in includes if i.startswith("pybind11") or i == "Python.h"]
     if path.parent == CSRC:
         assert not [i for i in includes if i.startswith("cpu/")], "which level's?"
