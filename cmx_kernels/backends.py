@@ -98,6 +98,11 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The backend that use() or CMX_BACKEND asks for, if any."""
+    return _forced
+
+
 def refusals(op: str, x: Tensor, act: str) -> dict[str, str]:
     """Every backend that does not take this call, with its reason."""
     found = {backend.name: backend.reason(op, x, act) for backend in BACKENDS}

@@ -5,17 +5,16 @@ block  x + (depthwise conv k x k -> act -> bn), then conv 1x1 -> act -> bn
 head   global pool -> dropout -> linear
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cmx_kernels import checkpoints
 from cmx_kernels.models.conversion import convert
 from cmx_kernels.models.pooling import GlobalPool
+from cmx_kernels.models.training import recomputed
 from cmx_kernels.ops.checks import MAX_KERNEL
 
 Size = int | tuple[int, int]
@@ -96,7 +95,7 @@ class ConvMixer(nn.Module):
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             for block in self.blocks:
-                x = _recomputed(block, x)
+                x = recomputed(block, x)
             return x
         return self.blocks(x)
 
@@ -125,7 +124,7 @@ class ConvMixer(nn.Module):
         intermediates = []
         x = self.stem(x)
         for i, block in enumerate(list(self.blocks)[:stop]):
-            x = _recomputed(block, x) if self.grad_checkpointing else block(x)
+            x = recomputed(block, x) if self.grad_checkpointing else block(x)
             if i in wanted:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -189,26 +188,6 @@ def _block(dim: int, kernel_size: Size, act_layer: Callable[[], nn.Module], wher
         act_layer(),
         nn.BatchNorm2d(dim, **where),
     )
-
-
-def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """``block(x)`` whose activations are computed again in backward, without touching running statistics again."""
-    if torch.compiler.is_compiling():  # the compiler recomputes only what has no effects
-        return checkpoint(block, x, use_reentrant=False)
-    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(block)))
-
-
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm counts into copies of its running statistics."""
-    kept = [(module._buffers, dict(module._buffers)) for module in block.modules() if module._buffers]
-    for buffers, values in kept:
-        buffers.update({name: None if value is None else value.clone() for name, value in values.items()})
-    try:
-        yield
-    finally:
-        for buffers, values in kept:
-            buffers.update(values)
 
 
 def _classes(n_classes: int, num_classes: int | None) -> int:

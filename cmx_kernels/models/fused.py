@@ -15,12 +15,14 @@ from cmx_kernels import backends, ops
 from cmx_kernels.activations import name_of
 from cmx_kernels.models.stack import STATE, Stack, check_bypass, check_call, check_unit, current, plain_is_wanted
 from cmx_kernels.models.structure import BlockParts, Refusal, Unit, block_parts, children, stem_unit
-from cmx_kernels.ops.batchnorm import fold
+from cmx_kernels.ops.batchnorm import fold, why_not_fold
 from cmx_kernels.ops.checks import autocast, check_activations
 
 
 class Fused(nn.Module):
     """What all fused classes share: nothing in the state dict, and packed weights are dropped when parameters move."""
+
+    recompute_depthwise = False  # in backward, compute depthwise convolutions again: half the memory of activations
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.__dict__.pop(STATE, None)
@@ -52,6 +54,7 @@ class Stem(Fused, nn.Sequential):
                 if y is not None:
                     return y
                 unit = stack.units[0]
+            check_folds(unit)
         except Refusal as reason:
             backends.say_once(f"part of the model runs in plain PyTorch: {reason}")
             return nn.Sequential.forward(self, x)
@@ -91,6 +94,7 @@ class Block(Fused, nn.Sequential):
                 if y is not None:
                     return y
                 parts = block_parts(self)
+            check_folds(parts.depthwise, parts.pointwise)
         except Refusal as reason:
             backends.say_once(f"part of the model runs in plain PyTorch: {reason}")
             return nn.Sequential.forward(self, x)
@@ -113,6 +117,14 @@ class Block(Fused, nn.Sequential):
     def stack(self) -> Stack:
         parts = self.checked_parts()
         return Stack(self, None, [(parts.depthwise, parts.pointwise)], parts.wrappers)
+
+
+def check_folds(*units: Unit) -> None:
+    """Refuse operators one by one where a BatchNorm has no scale and shift before its batch is seen."""
+    for unit in units:
+        reason = why_not_fold(unit.norm)
+        if reason is not None:
+            raise Refusal(reason)
 
 
 def run_unit(op: str, unit: Unit, x: Tensor, residual: nn.Module | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from cmx_kernels import checkpoints
 from cmx_kernels.models.fused import Block, Fused, Stem
 from cmx_kernels.models.stack import Stack, check_call, check_unit, current, plain_is_wanted
 from cmx_kernels.models.structure import Refusal, Unit, children, stem_unit
+from cmx_kernels.models.training import recomputed
 
 _FORWARDS = ("forward", "forward_features", "forward_head")
 _POOLS = ("cmx_kernels.models.pooling", "timm.layers.adaptive_avgmax_pool")
@@ -32,13 +33,17 @@ class FusedNetwork(Fused):
 
     def ready(self, x: Any) -> tuple[Stack, list[Tensor]] | None:
         """The stack and its tensors, if fused. Reasons against it are said by the parts, which then run one by one."""
-        if plain_is_wanted(x) or torch.compiler.is_compiling():
+        if plain_is_wanted(x) or torch.compiler.is_compiling() or self.checkpoints():
             return None
         try:
             check_call(x)
             return current(self, self.stack)
         except Refusal:
             return None
+
+    def checkpoints(self) -> bool:
+        """Whether blocks keep no activations, and so have to be called one by one."""
+        return getattr(self, "grad_checkpointing", False) and torch.is_grad_enabled()
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's; takes the keys of timm and of the paper, ``module.`` prefixes and training wrappers too."""
@@ -87,6 +92,11 @@ class FusedConvMixer(FusedNetwork):
         return self._plain_forward(x)
 
     def _forward_features(self, x: Tensor) -> Tensor:
+        if self.checkpoints() and not plain_is_wanted(x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = recomputed(block, x)
+            return x
         found = self.ready(x)
         y = None if found is None else found[0].run(x, found[1])
         return self._plain_forward_features(x) if y is None else y

@@ -12,9 +12,10 @@ from torch.nn.modules import module as module_globals
 
 from cmx_kernels import backends
 from cmx_kernels.activations import name_of
+from cmx_kernels.models import training
 from cmx_kernels.models.structure import Refusal, Unit
 from cmx_kernels.ops import block_stack
-from cmx_kernels.ops.batchnorm import fold, why_not_fold
+from cmx_kernels.ops.batchnorm import fold
 from cmx_kernels.ops.block_stack import ConvParams, PackedCache, PackedStack
 from cmx_kernels.ops.checks import autocast
 
@@ -29,6 +30,7 @@ _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 _SETTINGS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: ("training", "eps"),
+    nn.SyncBatchNorm: ("training", "eps"),
     nn.GELU: ("approximate",),
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.Flatten: ("start_dim", "end_dim"),
@@ -67,9 +69,6 @@ def check_bypass(module: nn.Module) -> None:
 def check_unit(unit: Unit) -> None:
     for module in unit:
         check_bypass(module)
-    reason = why_not_fold(unit.norm)
-    if reason is not None:
-        raise Refusal(reason)
     conv, norm = unit.conv, unit.norm
     if "weight" not in conv._parameters:
         raise Refusal("the weight of its convolution is computed from something else, not a parameter")
@@ -102,6 +101,7 @@ class Stack:
         span: in an nn.Sequential, the first child that is replaced and the next that is not.
         """
         self.children = dict(owner._modules)
+        self.recompute = getattr(owner, "recompute_depthwise", False)
         self.stem, self.blocks, self.pool, self.span = stem, list(blocks), pool, span
         self.units = ([stem] if stem else []) + [unit for block in blocks for unit in block]
         self.act = name_of(self.units[0].act) or ""
@@ -138,13 +138,15 @@ class Stack:
         """A sentence if ``x``, in the dtype of autocast, cannot pass the whole stack in one call."""
         if self.why_not is not None:
             return self.why_not
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return "a gradient of the parameters is wanted, the stack is for inference"
         conv = self.units[0].conv
         size = conv.kernel_size if self.stem else (1, 1)
         if x.dim() != 4 or x.shape[1] != conv.in_channels or x.shape[2] < size[0] or x.shape[3] < size[1]:
             return f"x has shape {list(x.shape)}"  # the operators say what they want instead
-        return block_stack.why_not(x, self.act)
+        return (training if self.trains(x, tensors) else block_stack).why_not(x, self.act)
+
+    def trains(self, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+        """Whether this call needs a gradient or the statistics of its batch."""
+        return training.wanted(self.units, x, tensors)
 
     def run(self, x: Tensor, tensors: Sequence[Tensor], pool: bool = False) -> Tensor | None:
         """The whole stack in one call; None where its operators have to be called one by one.
@@ -154,6 +156,9 @@ class Stack:
         (x,) = autocast(x)
         if self.obstacle(x, tensors) is not None:
             return None
+        if self.trains(x, tensors):
+            y = training.run(self.stem, self.blocks, x, self.act, self.recompute)
+            return y.mean((2, 3)) if pool and y is not None else y
         mixed = torch.is_autocast_enabled(x.device.type)
         # Strides, because a transposed view may have the address and the version of what it shows
         key = (x.dtype, mixed, [conv["_parameters"]["weight"].stride() for conv, _ in self.stores])

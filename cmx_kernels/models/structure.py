@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cmx_kernels.activations import name_of
+from cmx_kernels.ops.batchnorm import KINDS
 from cmx_kernels.ops.checks import MAX_KERNEL
 
 
@@ -82,10 +83,8 @@ def _unit(modules: Sequence[nn.Module], why_not: Callable[[nn.Conv2d], str | Non
         raise Refusal(f"its convolution {reason}")
     if name_of(act) is None:
         raise Refusal(f"there is no fused form of its activation {type(act).__name__}")
-    if type(norm) is not nn.BatchNorm2d:
+    if type(norm) not in KINDS:
         raise Refusal(f"its normalisation is a {type(norm).__name__}, not nn.BatchNorm2d")
-    if norm.running_mean is None or norm.running_var is None:
-        raise Refusal("its BatchNorm keeps no running statistics (track_running_stats=False)")
     return Unit(conv, act, norm)
 
 

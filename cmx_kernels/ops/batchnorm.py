@@ -1,15 +1,30 @@
-"""Eval-mode BatchNorm in float32: scale * a + shift, scale = gamma / sqrt(var + eps), shift = beta - mean * scale."""
+"""BatchNorm per channel, in float32 (float64 for float64): with running statistics folded to a scale and a shift, and
+with the statistics of the batch, alone or over the processes of a group.
+
+    eval       scale * a + shift           scale = gamma / sqrt(var + eps)   shift = beta - mean * scale
+    training   (a - mean) * scale + beta   mean and var over N, H, W of all processes; the difference first, because
+               mean * scale may be large against what is left
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+KINDS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def uses_batch(bn: nn.Module) -> bool:
+    """Whether it normalises with the statistics of the batch: in training, and without running statistics always."""
+    return bn.training or bn.running_mean is None or bn.running_var is None
+
 
 def why_not_fold(bn: nn.Module) -> str | None:
     """A sentence if this BatchNorm uses the statistics of its batch, or is not a plain BatchNorm2d."""
-    if type(bn) is not nn.BatchNorm2d:
+    if type(bn) not in KINDS:
         return f"the normalisation is a {type(bn).__name__}, not nn.BatchNorm2d"
     if bn.training:
-        return "BatchNorm is in training mode: batch statistics are not fused in this release"
+        return "BatchNorm is in training mode: its statistics are those of the batch"
     if bn.running_mean is None or bn.running_var is None:
         return "BatchNorm keeps no running statistics (track_running_stats=False)"
     return None
@@ -31,3 +46,94 @@ def fold(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     if bn.bias is not None:
         shift = shift + bn.bias.to(dtype)
     return scale, shift
+
+
+class Norm(NamedTuple):
+    """How one call normalises: with the moments of the batch, over a process group if there is one, or ``fixed``."""
+
+    eps: float
+    fixed: Tensor | None = None  # [2, C] running mean and variance
+    group: Any = None
+
+
+class Affine(NamedTuple):
+    """``rows`` [3, C]: mean, scale, shift. ``count``: values per channel, of all processes."""
+
+    rows: Tensor
+    rstd: Tensor
+    moments: Tensor  # [2, C] mean and unbiased variance, as running statistics want them
+    count: int
+
+
+def norm_of(bn: nn.Module) -> Norm:
+    """The settings of a BatchNorm2d or SyncBatchNorm now."""
+    if not uses_batch(bn):
+        return Norm(bn.eps, torch.stack((bn.running_mean, bn.running_var)))
+    group = None
+    if type(bn) is nn.SyncBatchNorm and bn.training and torch.distributed.is_initialized():
+        group = bn.process_group or torch.distributed.group.WORLD
+        group = group if torch.distributed.get_world_size(group) > 1 else None
+    return Norm(bn.eps, None, group)
+
+
+def affine(a: Tensor, moments: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm) -> Affine:
+    """a: the pre-activation [N, C, H, W] that the moments are of."""
+    count = a.numel() // a.shape[1]
+    if norm.fixed is not None:
+        moments = norm.fixed.to(moments.dtype)
+    elif norm.group is not None:
+        moments, count = _gather(moments, count, norm.group)
+    if norm.fixed is None and count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {a.size()}")
+    mean, var = moments
+    rstd = torch.rsqrt(var + norm.eps)
+    scale = rstd if gamma is None else rstd * gamma
+    shift = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
+    unbiased = torch.stack((mean, var * (count / max(1, count - 1))))
+    return Affine(torch.stack((mean, scale, shift)), rstd, unbiased, count)
+
+
+def coefficients(sums: Tensor, rows: Tensor, rstd: Tensor, count: int, norm: Norm) -> Tensor:
+    """[4, C]: p, q, r, mean, with p * grad + q * (g - mean) + r the gradient of g = act(a).
+
+    sums [2, C]: sum(grad), sum(grad * (g - mean)), of this process.
+
+    dg = scale * (grad - sum(grad) / count - (g - mean) * rstd^2 * sum(grad * (g - mean)) / count)
+    """
+    mean, scale, _ = rows
+    if norm.fixed is not None:
+        return torch.stack((scale, torch.zeros_like(scale), torch.zeros_like(scale), mean))
+    if norm.group is not None:
+        sums = sums.clone()
+        torch.distributed.all_reduce(sums, group=norm.group)
+    total, centred = sums / count
+    return torch.stack((scale, -scale * rstd * rstd * centred, -scale * total, mean))
+
+
+def _gather(moments: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
+    """Moments over all processes, in the order of their ranks: the same bits in each of them."""
+    mine = torch.cat((moments.flatten().double(), moments.new_tensor([count], dtype=torch.float64)))
+    every = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(every, mine, group=group)
+    found = torch.stack(every)
+    counts = found[:, -1:]
+    means, variances = found[:, :-1].chunk(2, dim=1)
+    share = counts / counts.sum()
+    mean = torch.where(counts > 0, means * share, 0).sum(0)
+    var = torch.where(counts > 0, (variances + (means - mean) ** 2) * share, 0).sum(0)
+    return torch.stack((mean, var)).to(moments.dtype), int(counts.sum())
+
+
+@torch.no_grad()
+def update_running(bn: nn.Module, moments: Tensor) -> None:
+    """What nn.BatchNorm2d does to its buffers in a training step. moments [2, C]: mean and unbiased variance."""
+    if not (bn.training and bn.track_running_stats):
+        return
+    factor = bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        factor = 1.0 / float(bn.num_batches_tracked) if factor is None else factor
+    factor = factor or 0.0
+    for running, now in zip((bn.running_mean, bn.running_var), moments, strict=True):
+        if running is not None:
+            running.mul_(1 - factor).add_(now.to(running.dtype), alpha=factor)

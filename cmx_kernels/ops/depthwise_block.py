@@ -15,7 +15,7 @@ from cmx_kernels.ops.conv_block import ConvOp, Geometry
 from cmx_kernels.registry import define
 
 
-def _geometry(weight: Tensor) -> Geometry:
+def geometry(weight: Tensor) -> Geometry:
     kh, kw = weight.shape[2:]
     return Geometry(padding=((kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2), groups=weight.shape[0])
 
@@ -39,7 +39,7 @@ def reference(
     residual: bool = True,
 ) -> Tensor:
     _check(x, weight, bias, scale, shift, act)
-    y = conv_block.forward(x, weight, bias, scale, shift, act, _geometry(weight), residual)
+    y = conv_block.forward(x, weight, bias, scale, shift, act, geometry(weight), residual)
     return in_format(y, memory_format(x))
 
 
@@ -51,7 +51,7 @@ def _fake(
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*conv_block.backward(ctx, grad, _geometry(ctx.saved_tensors[1]), ctx.extra[0]), None, None)
+    return (*conv_block.backward(ctx, grad, geometry(ctx.saved_tensors[1]), ctx.extra[0]), None, None)
 
 
 _SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, str act, bool residual) -> Tensor"

@@ -15,7 +15,7 @@ from cmx_kernels.ops.conv_block import ConvOp, Geometry
 from cmx_kernels.registry import define
 
 
-def _geometry(weight: Tensor) -> Geometry:
+def geometry(weight: Tensor) -> Geometry:
     return Geometry(stride=(weight.shape[2], weight.shape[3]))
 
 
@@ -37,7 +37,7 @@ def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str = "gelu"
 ) -> Tensor:
     _check(x, weight, bias, scale, shift, act)
-    y = conv_block.forward(x, weight, bias, scale, shift, act, _geometry(weight))
+    y = conv_block.forward(x, weight, bias, scale, shift, act, geometry(weight))
     return in_format(y, memory_format(x))
 
 
@@ -51,7 +51,7 @@ def _fake(
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*conv_block.backward(ctx, grad, _geometry(ctx.saved_tensors[1]), residual=False), None)
+    return (*conv_block.backward(ctx, grad, geometry(ctx.saved_tensors[1]), residual=False), None)
 
 
 _SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, str act) -> Tensor"

@@ -1,0 +1,105 @@
+"""A stem and blocks with gradients and batch statistics: one autograd node a block, which keeps two pre-activations."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cmx_kernels import backends
+from cmx_kernels.models.structure import Unit
+from cmx_kernels.ops import batchnorm, training
+from cmx_kernels.ops.checks import autocast, memory_format
+from cmx_kernels.ops.differentiable import Block, Value
+from cmx_kernels.ops.differentiable import Unit as UnitFunction
+
+OPS = ("patch_embed_train", "depthwise_block_train", "pointwise_block_train")
+
+
+def wanted(units: Sequence[Unit], x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether this call needs a gradient or the statistics of its batch."""
+    if any(batchnorm.uses_batch(unit.norm) for unit in units):
+        return True
+    return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
+
+
+def why_not(x: Tensor, act: str) -> str | None:
+    """A sentence if no backend has the operators of training for ``x``, in the dtype of autocast."""
+    if x.numel() == 0:
+        return "the batch is empty"
+    if torch.is_inference(x):
+        return "x comes from torch.inference_mode()"
+    if all(backends.select(op, x, act, quiet=True) != "reference" for op in OPS) or backends.forced() == "reference":
+        return None
+    return f"no backend trains on {x.device.type} in {x.dtype}"
+
+
+def run(
+    stem: Unit | None, blocks: Sequence[tuple[Unit, Unit]], x: Tensor, act: str, recompute: bool = False
+) -> Tensor | None:
+    """[N, Cin, H, W] -> [N, C, H', W'] in the dtype of autocast; None where dtypes differ, as the modules would refuse.
+
+    Running statistics are updated as nn.BatchNorm2d updates them.
+    """
+    (x,) = autocast(x)
+    units = ([stem] if stem else []) + [unit for block in blocks for unit in block]
+    weights = [autocast(unit.conv.weight)[0] for unit in units]
+    if any(weight.dtype != x.dtype or weight.device != x.device for weight in weights):
+        return None
+    layout = memory_format(x)
+    if x.device.type == "cpu":
+        x = x.contiguous(memory_format=torch.channels_last)  # the CPU kernels read vectors of channels
+    with torch.autocast(x.device.type, enabled=False):
+        weight_of = iter(weights)
+        updates: list[tuple[nn.Module, Tensor]] = []
+        rows: Tensor | None = None
+        if stem:
+            forward = partial(_patch_embed, act=act)
+            backward = partial(_patch_embed_backward, act=act)
+            given = _parameters(stem, next(weight_of))
+            x, rows, moments = UnitFunction.apply(forward, backward, x, *given, batchnorm.norm_of(stem.norm))
+            updates.append((stem.norm, moments))
+        for depthwise, pointwise in blocks:
+            given = (*_parameters(depthwise, next(weight_of)), *_parameters(pointwise, next(weight_of)))
+            norms = [batchnorm.norm_of(unit.norm) for unit in (depthwise, pointwise)]
+            x, rows, moments1, moments2 = Block.apply(x, rows, *given, *norms, act, recompute)
+            updates += [(depthwise.norm, moments1), (pointwise.norm, moments2)]
+        y = Value.apply(x, rows, act)
+        for norm, moments in updates:
+            batchnorm.update_running(norm, moments)
+    return y.contiguous(memory_format=layout)
+
+
+def _parameters(unit: Unit, weight: Tensor) -> tuple[Any, ...]:
+    return weight, unit.conv.bias, unit.norm.weight, unit.norm.bias
+
+
+def _patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Any:
+    return training.patch_embed_train(x, weight, bias, act)
+
+
+def _patch_embed_backward(grad: Tensor, a: Tensor, k: Tensor, x: Tensor, weight: Tensor, *need: bool, act: str) -> Any:
+    return training.patch_embed_backward(grad, a, k, x, weight, act, *need)
+
+
+def recomputed(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``block(x)`` whose activations are computed again in backward, without touching running statistics again."""
+    if torch.compiler.is_compiling():  # the compiler recomputes only what has no effects
+        return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(block)))
+
+
+@contextmanager
+def _statistics_kept(block: Any) -> Iterator[None]:
+    """Inside, BatchNorm counts into copies of its running statistics."""
+    kept = [(module._buffers, dict(module._buffers)) for module in block.modules() if module._buffers]
+    for buffers, values in kept:
+        buffers.update({name: None if value is None else value.clone() for name, value in values.items()})
+    try:
+        yield
+    finally:
+        for buffers, values in kept:
+            buffers.update(values)

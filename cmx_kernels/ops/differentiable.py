@@ -1,0 +1,169 @@
+"""Gradients through the operators of training: autograd functions over pre-activations.
+
+Between two functions an activation X travels as two tensors (training.py): the pre-activation a and the affine rows
+[3, C]. Their gradients travel back the same way: in the place of a the gradient of X, in that of the rows the two sums
+over it that BatchNorm needs, which the consumer gets for nothing. Both add up over consumers, as autograd adds them.
+So X itself is never stored: a block keeps its two pre-activations and nothing else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from cmx_kernels.ops import batchnorm, training
+from cmx_kernels.ops.batchnorm import Norm
+from cmx_kernels.ops.checks import in_format, memory_format
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def _incoming(grad: Tensor, a: Tensor) -> Tensor:
+    """The gradient of an activation in the dtype and layout of its pre-activation."""
+    return in_format(grad.to(a.dtype), memory_format(a))
+
+
+def _as_rows(sums: Tensor, like: Tensor) -> Tensor:
+    """Sums [2, C] in the place of rows [3, C]"""
+    rows = torch.zeros_like(like)
+    rows[:2] = sums
+    return rows
+
+
+def _cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if grad is None or like is None else grad.to(like.dtype)
+
+
+def _wanted(grad: Tensor, want: bool) -> Tensor | None:
+    return grad if want else None
+
+
+class Unit(Function):
+    """conv -> act -> BatchNorm on a plain x: (a, rows, moments)"""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        norm: Norm,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        a, moments = forward(x, weight, bias)
+        found = batchnorm.affine(a, moments, gamma, beta, norm)
+        ctx.save_for_backward(x, weight, bias, gamma, beta, a, found.rows, found.rstd)
+        ctx.run, ctx.norm, ctx.count = backward, norm, found.count
+        ctx.mark_non_differentiable(found.moments)
+        return a, found.rows, found.moments
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, row_grads: Tensor, _: Tensor) -> Gradients:
+        x, weight, bias, gamma, beta, a, rows, rstd = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        sums = row_grads[:2]
+        k = batchnorm.coefficients(sums, rows, rstd, ctx.count, ctx.norm)
+        dx, dweight, dbias, _ = ctx.run(_incoming(grad, a), a, k, x, weight, need[2], need[3] or need[4])
+        return (
+            None,
+            None,
+            _wanted(dx, need[2]),
+            _cast(dweight, weight) if need[3] else None,
+            _cast(dbias, bias) if need[4] else None,
+            _cast(sums[1] * rstd, gamma),
+            _cast(sums[0], beta),
+            None,
+        )
+
+
+class Block(Function):
+    """A block on X = (x, rows): (a of the pointwise half, its rows, moments of both halves)
+
+    x without rows is plain. recompute: the depthwise pre-activation is computed again in backward, not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_rows: Tensor | None,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        gamma1: Tensor | None,
+        beta1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        gamma2: Tensor | None,
+        beta2: Tensor | None,
+        norm1: Norm,
+        norm2: Norm,
+        act: str,
+        recompute: bool,
+    ) -> tuple[Tensor, ...]:
+        a1, moments1 = training.depthwise_train(x, x_rows, weight1, bias1, act)
+        one = batchnorm.affine(a1, moments1, gamma1, beta1, norm1)
+        a2, moments2 = training.pointwise_train(a1, one.rows, x, x_rows, weight2, bias2, act)
+        two = batchnorm.affine(a2, moments2, gamma2, beta2, norm2)
+        ctx.save_for_backward(
+            *(x, x_rows, weight1, bias1, gamma1, beta1, weight2, bias2, gamma2, beta2),
+            *(None if recompute else a1, one.rows, one.rstd, a2, two.rows, two.rstd),
+        )
+        ctx.norms, ctx.counts, ctx.act = (norm1, norm2), (one.count, two.count), act
+        ctx.mark_non_differentiable(one.moments, two.moments)
+        return a2, two.rows, one.moments, two.moments
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, row_grads: Tensor, *_: Tensor) -> Gradients:
+        x, x_rows, weight1, bias1, gamma1, beta1, weight2, bias2, gamma2, beta2, *rest = ctx.saved_tensors
+        a1, rows1, rstd1, a2, rows2, rstd2 = rest
+        need = ctx.needs_input_grad
+        if a1 is None:
+            a1, _ = training.depthwise_train(x, x_rows, weight1, bias1, ctx.act)
+        sums2 = row_grads[:2]
+        k = batchnorm.coefficients(sums2, rows2, rstd2, ctx.counts[1], ctx.norms[1])
+        du, dweight2, dbias2, sums1 = training.pointwise_backward(
+            *(_incoming(grad, a2), a2, k, a1, rows1, x, x_rows, weight2, ctx.act),
+            *(any(need[:6]), need[6] or need[7]),
+        )
+        found: list[Tensor | None] = [None] * 6
+        if any(need[:6]):
+            k = batchnorm.coefficients(sums1, rows1, rstd1, ctx.counts[0], ctx.norms[0])
+            dx, dweight1, dbias1, sums = training.depthwise_backward(
+                *(du, a1, k, x, x_rows, weight1, ctx.act, True),
+                *(need[0] or need[1], need[2] or need[3]),
+            )
+            found = [
+                _wanted(dx, need[0]),
+                None if x_rows is None or not need[1] else _as_rows(sums, x_rows),
+                _cast(dweight1, weight1) if need[2] else None,
+                _cast(dbias1, bias1) if need[3] else None,
+                _cast(sums1[1] * rstd1, gamma1),
+                _cast(sums1[0], beta1),
+            ]
+        found += [_cast(dweight2, weight2) if need[6] else None, _cast(dbias2, bias2) if need[7] else None]
+        return (*found, _cast(sums2[1] * rstd2, gamma2), _cast(sums2[0], beta2), None, None, None, None)
+
+
+class Value(Function):
+    """X itself, in the dtype and layout of a."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, rows: Tensor, act: str) -> Tensor:
+        ctx.save_for_backward(a, rows)
+        ctx.act = act
+        return in_format(training.value(a, rows, act).to(a.dtype), memory_format(a))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        a, rows = ctx.saved_tensors
+        grad = _incoming(grad, a)
+        return grad, _as_rows(training.affine_sums(grad, a, rows, ctx.act), rows), None
