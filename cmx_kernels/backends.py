@@ -98,11 +98,6 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def forced() -> str | None:
-    """The backend that use() or CMX_BACKEND asks for, if any."""
-    return _forced
-
-
 def refusals(op: str, x: Tensor, act: str) -> dict[str, str]:
     """Every backend that does not take this call, with its reason."""
     found = {backend.name: backend.reason(op, x, act) for backend in BACKENDS}
@@ -128,9 +123,9 @@ def select(op: str, x: Tensor, act: str, quiet: bool = False) -> str:
     raise AssertionError("the reference takes everything")
 
 
-def has_kernel(op: str, x: Tensor, act: str) -> bool:
+def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False) -> bool:
     """Whether anything better than the reference runs ``op`` on ``x``."""
-    return select(op, x, act) != "reference"
+    return select(op, x, act, quiet) != "reference"
 
 
 def _listed(op: str, x: Tensor, act: str) -> str:

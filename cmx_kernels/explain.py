@@ -164,11 +164,15 @@ def _stack(part: Any, x: Tensor) -> tuple[Stack, str | None]:
         raise Refusal("fusion is off (CMX_FUSED=0), or the model is being traced")
     check_call(x)
     stack, tensors = current(part, part.stack)
-    return stack, stack.obstacle(autocast(x)[0], tensors)
+    x = autocast(x)[0]
+    return stack, stack.obstacle(x, stack.trains(x, tensors))
 
 
 def _stack_row(part: str, stack: Stack, x: Tensor) -> Row:
-    return Row(part, backends.select("block_stack", autocast(x)[0], stack.act, quiet=True), "block_stack")
+    x = autocast(x)[0]
+    trains = stack.trains(x, [p for module in stack.children.values() if module for p in module.parameters()])
+    op = "depthwise_block_train" if trains else "block_stack"
+    return Row(part, backends.select(op, x, stack.act, quiet=True), "training" if trains else op)
 
 
 def _network_rows(name: str, net: FusedNetwork, x: Tensor, stack: Stack | None) -> Iterator[Row]:

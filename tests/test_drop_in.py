@@ -177,5 +177,6 @@ def test_switches(models: tuple[nn.Module, nn.Module], monkeypatch: pytest.Monke
         fused(X)
     monkeypatch.setattr(backends, "STRICT", True)
     fused(X)
+    fused.train()(X)
     with pytest.raises(RuntimeError, match="training mode"):
-        fused.train()(X)
+        fused.double()(X.double())

@@ -29,8 +29,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 _SETTINGS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.BatchNorm2d: ("training", "eps"),
-    nn.SyncBatchNorm: ("training", "eps"),
+    nn.BatchNorm2d: ("eps",),  # and its mode, which is asked for in every call
+    nn.SyncBatchNorm: ("eps",),
     nn.GELU: ("approximate",),
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.Flatten: ("start_dim", "end_dim"),
@@ -134,7 +134,7 @@ class Stack:
             found += map(norm["_buffers"].get, ("running_mean", "running_var"))
         return found if _PLAIN.issuperset(map(type, found)) else [t for t in found if t is not None]
 
-    def obstacle(self, x: Tensor, tensors: Sequence[Tensor]) -> str | None:
+    def obstacle(self, x: Tensor, trains: bool) -> str | None:
         """A sentence if ``x``, in the dtype of autocast, cannot pass the whole stack in one call."""
         if self.why_not is not None:
             return self.why_not
@@ -142,7 +142,7 @@ class Stack:
         size = conv.kernel_size if self.stem else (1, 1)
         if x.dim() != 4 or x.shape[1] != conv.in_channels or x.shape[2] < size[0] or x.shape[3] < size[1]:
             return f"x has shape {list(x.shape)}"  # the operators say what they want instead
-        return (training if self.trains(x, tensors) else block_stack).why_not(x, self.act)
+        return (training if trains else block_stack).why_not(x, self.act)
 
     def trains(self, x: Tensor, tensors: Sequence[Tensor]) -> bool:
         """Whether this call needs a gradient or the statistics of its batch."""
@@ -154,9 +154,10 @@ class Stack:
         x: [N, Cin, H, W] -> [N, C, H', W'], or [N, C] with ``pool``; the dtype of autocast, if that is on.
         """
         (x,) = autocast(x)
-        if self.obstacle(x, tensors) is not None:
+        trains = self.trains(x, tensors)
+        if self.obstacle(x, trains) is not None:
             return None
-        if self.trains(x, tensors):
+        if trains:
             y = training.run(self.stem, self.blocks, x, self.act, self.recompute)
             return y.mean((2, 3)) if pool and y is not None else y
         mixed = torch.is_autocast_enabled(x.device.type)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cmx_kernels.activations import name_of
-from cmx_kernels.ops.batchnorm import KINDS
+from cmx_kernels.ops.batchnorm import KINDS, BatchNorm
 from cmx_kernels.ops.checks import MAX_KERNEL
 
 
@@ -26,7 +26,7 @@ class Refusal(Exception):
 class Unit(NamedTuple):
     conv: nn.Conv2d
     act: nn.Module
-    norm: nn.BatchNorm2d
+    norm: BatchNorm
 
 
 class BlockParts(NamedTuple):
@@ -83,7 +83,7 @@ def _unit(modules: Sequence[nn.Module], why_not: Callable[[nn.Conv2d], str | Non
         raise Refusal(f"its convolution {reason}")
     if name_of(act) is None:
         raise Refusal(f"there is no fused form of its activation {type(act).__name__}")
-    if type(norm) not in KINDS:
+    if not isinstance(norm, KINDS) or type(norm) not in KINDS:
         raise Refusal(f"its normalisation is a {type(norm).__name__}, not nn.BatchNorm2d")
     return Unit(conv, act, norm)
 

@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cmx_kernels import backends
 from cmx_kernels.models.structure import Unit
 from cmx_kernels.ops import batchnorm, training
+from cmx_kernels.ops.batchnorm import BatchNorm
 from cmx_kernels.ops.checks import autocast, memory_format
 from cmx_kernels.ops.differentiable import Block, Value
 from cmx_kernels.ops.differentiable import Unit as UnitFunction
@@ -32,7 +33,7 @@ def why_not(x: Tensor, act: str) -> str | None:
         return "the batch is empty"
     if torch.is_inference(x):
         return "x comes from torch.inference_mode()"
-    if all(backends.select(op, x, act, quiet=True) != "reference" for op in OPS) or backends.forced() == "reference":
+    if all(backends.has_kernel(op, x, act, quiet=True) for op in OPS):
         return None
     return f"no backend trains on {x.device.type} in {x.dtype}"
 
@@ -54,7 +55,7 @@ def run(
         x = x.contiguous(memory_format=torch.channels_last)  # the CPU kernels read vectors of channels
     with torch.autocast(x.device.type, enabled=False):
         weight_of = iter(weights)
-        updates: list[tuple[nn.Module, Tensor]] = []
+        updates: list[tuple[BatchNorm, Tensor]] = []
         rows: Tensor | None = None
         if stem:
             forward = partial(_patch_embed, act=act)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 KINDS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 
 
-def uses_batch(bn: nn.Module) -> bool:
+def uses_batch(bn: BatchNorm) -> bool:
     """Whether it normalises with the statistics of the batch: in training, and without running statistics always."""
     return bn.training or bn.running_mean is None or bn.running_var is None
 
@@ -30,7 +31,7 @@ def why_not_fold(bn: nn.Module) -> str | None:
     return None
 
 
-def fold(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def fold(bn: BatchNorm) -> tuple[Tensor, Tensor]:
     """(scale, shift) [C] in float32 (float64 for a float64 module); differentiable in gamma and beta."""
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError(
@@ -57,17 +58,18 @@ class Norm(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """``rows`` [3, C]: mean, scale, shift. ``count``: values per channel, of all processes."""
+    """``rows`` [3, C]: mean, scale, shift."""
 
     rows: Tensor
     rstd: Tensor
     moments: Tensor  # [2, C] mean and unbiased variance, as running statistics want them
-    count: int
+    values: int  # per channel, of all processes
 
 
-def norm_of(bn: nn.Module) -> Norm:
+def norm_of(bn: BatchNorm) -> Norm:
     """The settings of a BatchNorm2d or SyncBatchNorm now."""
     if not uses_batch(bn):
+        assert bn.running_mean is not None and bn.running_var is not None
         return Norm(bn.eps, torch.stack((bn.running_mean, bn.running_var)))
     group = None
     if type(bn) is nn.SyncBatchNorm and bn.training and torch.distributed.is_initialized():
@@ -125,7 +127,7 @@ def _gather(moments: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
 
 
 @torch.no_grad()
-def update_running(bn: nn.Module, moments: Tensor) -> None:
+def update_running(bn: BatchNorm, moments: Tensor) -> None:
     """What nn.BatchNorm2d does to its buffers in a training step. moments [2, C]: mean and unbiased variance."""
     if not (bn.training and bn.track_running_stats):
         return

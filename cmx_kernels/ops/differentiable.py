@@ -59,7 +59,7 @@ class Unit(Function):
         a, moments = forward(x, weight, bias)
         found = batchnorm.affine(a, moments, gamma, beta, norm)
         ctx.save_for_backward(x, weight, bias, gamma, beta, a, found.rows, found.rstd)
-        ctx.run, ctx.norm, ctx.count = backward, norm, found.count
+        ctx.run, ctx.norm, ctx.count = backward, norm, found.values
         ctx.mark_non_differentiable(found.moments)
         return a, found.rows, found.moments
 
@@ -115,7 +115,7 @@ class Block(Function):
             *(x, x_rows, weight1, bias1, gamma1, beta1, weight2, bias2, gamma2, beta2),
             *(None if recompute else a1, one.rows, one.rstd, a2, two.rows, two.rstd),
         )
-        ctx.norms, ctx.counts, ctx.act = (norm1, norm2), (one.count, two.count), act
+        ctx.norms, ctx.counts, ctx.act = (norm1, norm2), (one.values, two.values), act
         ctx.mark_non_differentiable(one.moments, two.moments)
         return a2, two.rows, one.moments, two.moments
 
