@@ -21,6 +21,18 @@ _CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CPU_ACTIVATIONS = frozenset(registry.C.activations()) if registry.C is not None else frozenset()
 
 
+TRANSFORMED = "a torch.func transform or forward-mode differentiation is at work, which only PyTorch's operators follow"
+# Private, so a torch without it is taken as one without transforms at work
+_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work. A kernel would lose the derivative, silently."""
+    if torch.compiler.is_compiling():
+        return False
+    return _transforms() is not None or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
 @dataclass(frozen=True)
 class Backend:
     name: str
@@ -28,6 +40,8 @@ class Backend:
     only_forced: str | None = None  # why it is never chosen unless it is asked for by name
 
     def reason(self, op: str, x: Tensor, act: str) -> str | None:
+        if transformed() and self.name != "reference":
+            return TRANSFORMED
         return self.why_not(op, x, act) or (None if _forced == self.name else self.only_forced)
 
 
@@ -96,6 +110,10 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def kernels_are_forced() -> bool:
+    return _forced not in (None, "reference")
 
 
 def refusals(op: str, x: Tensor, act: str) -> dict[str, str]:

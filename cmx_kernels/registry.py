@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from cmx_kernels.flops import count
+
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
@@ -20,8 +22,12 @@ def define(
     reference: Callable[..., Any] | None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Any:
-    """Define ``torch.ops.cmx.<name>``. ``reference``, if any, serves every device that has no kernel."""
+    """Define ``torch.ops.cmx.<name>``. ``reference``, if any, serves every device that has no kernel.
+
+    ``flops``: the formula for torch.utils.flop_counter, see flops.count.
+    """
     qualified = f"cmx::{name}"
     torch.library.define(qualified, schema, tags=_TAGS)
     torch.library.register_fake(qualified, fake)
@@ -29,7 +35,10 @@ def define(
         torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    return getattr(torch.ops.cmx, name)
+    operator = getattr(torch.ops.cmx, name)
+    if flops is not None:
+        count(operator, flops)
+    return operator
 
 
 def _load() -> tuple[Any, str | None]:

@@ -22,7 +22,8 @@ SKIPPED = {".git", "build", "dist", ".venv", "node_modules"}
 
 # A module imports from layers below its own, and from its own folder.
 LAYERS = (
-    {"registry", "activations", "_build_info"},
+    {"flops"},
+    {"registry", "activations", "_build_info", "profiling"},
     {"cuda", "cost_model"},
     {"backends", "triton_kernels", "checkpoints"},
     {"ops"},

@@ -24,7 +24,6 @@ _PLAIN = frozenset((Tensor, nn.Parameter))
 _LEAVES = frozenset((nn.ReLU, nn.Identity))
 # Private, so a torch without them is taken as one without transforms at work
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 _SETTINGS: dict[type, tuple[str, ...]] = {
@@ -38,22 +37,27 @@ _SETTINGS: dict[type, tuple[str, ...]] = {
 
 
 def plain_is_wanted(x: Any) -> bool:
-    """Whether somebody traces, exports or counts the operators of PyTorch, or has turned fusion off."""
+    """Whether somebody traces, exports or counts the operators of PyTorch, or has turned fusion off.
+
+    An exported program has to run where this package is not installed; with a backend forced by name it keeps ours.
+    """
     if not backends.FUSED or not isinstance(x, Tensor):
         return True
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return torch.compiler.is_exporting() and not backends.kernels_are_forced()
     return torch.jit.is_tracing() or _dispatch_modes() > 0
 
 
 def check_call(x: Tensor) -> None:
     """Refuse what no kernel follows: transforms, tensor subclasses, hooks on every module."""
+    if torch.compiler.is_exporting():  # with tensors without memory
+        return
     if type(x) not in _PLAIN:
         raise Refusal(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
     if torch.compiler.is_compiling():
         return
-    if _transforms() is not None or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
-        raise Refusal("a torch.func transform or forward-mode differentiation is at work")
+    if backends.transformed():
+        raise Refusal(backends.TRANSFORMED)
     if any(getattr(module_globals, hooks, None) for hooks in _GLOBAL_HOOKS):
         raise Refusal("a hook for all modules is registered")
 
@@ -77,6 +81,8 @@ def check_unit(unit: Unit) -> None:
 
 
 def _check_tensor(tensor: Tensor | None) -> None:
+    if torch.compiler.is_exporting():
+        return
     if tensor is not None and type(tensor) not in _PLAIN:
         raise Refusal(f"a parameter is a {type(tensor).__name__}, a subclass of torch.Tensor")
     if tensor is not None and not tensor.is_floating_point():

@@ -38,7 +38,7 @@ def fold(bn: BatchNorm) -> tuple[Tensor, Tensor]:
             "running_mean: got None, wanted the running statistics of a BatchNorm in eval mode; "
             "build it with track_running_stats=True, or call .train()"
         )
-    dtype = torch.promote_types(bn.running_var.dtype, torch.float32)
+    dtype = torch.float64 if bn.running_var.dtype == torch.float64 else torch.float32
     mean = bn.running_mean.to(dtype)
     scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
     if bn.weight is not None:

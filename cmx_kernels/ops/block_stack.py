@@ -10,13 +10,15 @@ backend and to its instruction set: it is made on the machine that uses it and n
 
 import ctypes
 from collections.abc import Callable, Hashable, Sequence
+from math import prod
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
-from cmx_kernels import backends, registry
+from cmx_kernels import backends, profiling, registry
 from cmx_kernels.ops.checks import check_activations, memory_format
 from cmx_kernels.registry import define
 
@@ -57,14 +59,40 @@ def _fake(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
+def _flops(
+    x: Sequence[int],
+    packed: Sequence[Sequence[int]],
+    channels: int,
+    patch: Sequence[int],
+    kernel: Sequence[int],
+    act: str,
+    pool: bool,
+    out_shape: Sequence[int],
+) -> int:
+    """Of the unpacked convolutions: packing may pad channels."""
+    p, q = patch or (1, 1)
+    depth = (len(packed) // 2 - bool(patch)) // 2
+    taps = (x[1] * p * q if patch else 0) + depth * (prod(kernel) + channels)
+    return 2 * x[0] * channels * (x[2] // p) * (x[3] // q) * taps
+
+
 _compiled = define(
     "block_stack",
     "(Tensor x, Tensor[] packed, int channels, int[] patch, int[] kernel, str act, bool pool) -> Tensor",
     _fake,
     None,
+    flops=_flops,
 )
-_pack_depthwise = define("pack_depthwise", "(Tensor weight) -> Tensor", lambda weight: weight.new_empty(0), None)
-_pack_pointwise = define("pack_pointwise", "(Tensor weight) -> Tensor", lambda weight: weight.new_empty(0), None)
+_pack_depthwise, _pack_pointwise = (
+    define(
+        name,
+        "(Tensor weight) -> Tensor",
+        lambda weight: weight.new_empty(0),
+        None,
+        flops=lambda weight, out_shape: 0,
+    )
+    for name in ("pack_depthwise", "pack_pointwise")
+)
 
 
 def why_not(x: Tensor, act: str) -> str | None:
@@ -116,7 +144,9 @@ def block_stack(x: Tensor, packed: PackedStack, pool: bool = False) -> Tensor:
         raise ValueError(
             f"x: got {x.shape[1]} channels, wanted {packed.in_channels}, which the weights were packed for"
         )
-    return _compiled(x, packed.tensors, packed.channels, packed.patch, packed.kernel, packed.act, pool)
+    backend = backends.select("block_stack", x, packed.act, quiet=True) if profiler._is_profiler_enabled else ""
+    arguments = (packed.tensors, packed.channels, packed.patch, packed.kernel, packed.act, pool)
+    return profiling.call(_compiled, "block_stack", backend, x, *arguments)
 
 
 class PackedCache:

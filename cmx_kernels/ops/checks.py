@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from cmx_kernels import backends
+
 MAX_KERNEL = 31
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -75,6 +77,8 @@ def same_device(x: Tensor, other: Tensor, name: str) -> None:
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """The layout of an operator's output: channels_last for channels_last input, contiguous for everything else."""
+    if backends.transformed():  # vmap cannot ask
+        return torch.contiguous_format
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 

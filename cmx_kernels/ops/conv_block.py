@@ -4,16 +4,24 @@
 computed in float32 (float64 for float64) and rounded once, to x's dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmx_kernels import backends
+from cmx_kernels import backends, profiling
 from cmx_kernels.activations import activation, activation_backward
-from cmx_kernels.ops.checks import autocast, autocast_is_on, check_activations, check_vector, column, compute_dtype
+from cmx_kernels.ops.checks import (
+    autocast,
+    autocast_is_on,
+    check_activations,
+    check_vector,
+    column,
+    compute_dtype,
+)
 
 
 class Geometry(NamedTuple):
@@ -71,6 +79,11 @@ def forward(
     return y.to(x.dtype)
 
 
+def flops(x: Sequence[int], weight: Sequence[int], *rest: Any, out_shape: Sequence[int]) -> int:
+    """Each output is a sum over weight[1:]."""
+    return 2 * prod(out_shape) * prod(weight[1:])
+
+
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, scale, shift, act, *extra = inputs
     ctx.save_for_backward(x, weight, bias, scale)
@@ -126,5 +139,6 @@ def run(op: ConvOp, x: Tensor, weight: Tensor, bias: Any, scale: Any, shift: Any
         with torch.autocast(x.device.type, enabled=False):
             return run(op, x, weight, bias, scale, shift, act, *extra)
     op.check(x, weight, bias, scale, shift, act)
-    call = op.compiled if backends.has_kernel(op.name, x, act) else op.reference
-    return call(x, weight, bias, scale, shift, act, *extra)
+    backend = backends.select(op.name, x, act)
+    call = op.reference if backend == "reference" else op.compiled
+    return profiling.call(call, op.name, backend, x, weight, bias, scale, shift, act, *extra)

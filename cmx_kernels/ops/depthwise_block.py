@@ -59,7 +59,7 @@ _OP = ConvOp(
     "depthwise_block",
     _check,
     reference,
-    define("depthwise_block", _SCHEMA, _fake, reference, conv_block.setup_context, _backward),
+    define("depthwise_block", _SCHEMA, _fake, reference, conv_block.setup_context, _backward, conv_block.flops),
 )
 
 

@@ -59,7 +59,7 @@ _OP = ConvOp(
     "patch_embed",
     _check,
     reference,
-    define("patch_embed", _SCHEMA, _fake, reference, conv_block.setup_context, _backward),
+    define("patch_embed", _SCHEMA, _fake, reference, conv_block.setup_context, _backward, conv_block.flops),
 )
 
 

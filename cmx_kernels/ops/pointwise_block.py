@@ -50,7 +50,7 @@ _OP = ConvOp(
     "pointwise_block",
     _check,
     reference,
-    define("pointwise_block", _SCHEMA, _fake, reference, conv_block.setup_context, _backward),
+    define("pointwise_block", _SCHEMA, _fake, reference, conv_block.setup_context, _backward, conv_block.flops),
 )
 
 

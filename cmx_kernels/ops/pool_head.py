@@ -4,13 +4,15 @@ x [N, C, H, W], weight [classes, C] -> y [N, classes]. ConvMixer's classifier: g
 The mean and the product are summed in float32 and rounded once.
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmx_kernels import backends
+from cmx_kernels import backends, profiling
 from cmx_kernels.ops.checks import (
     autocast,
     autocast_is_on,
@@ -64,8 +66,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, dbias
 
 
+def _flops(x: Sequence[int], weight: Sequence[int], *rest: Any, out_shape: Sequence[int]) -> int:
+    return 2 * x[0] * prod(weight)  # the mean is not counted, as PyTorch does not
+
+
 _compiled = define(
-    "pool_head", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fake, reference, _setup_context, _backward
+    "pool_head",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _fake,
+    reference,
+    _setup_context,
+    _backward,
+    _flops,
 )
 
 
@@ -88,5 +100,5 @@ def pool_head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return pool_head(x, weight, bias)
     _check(x, weight, bias)
-    call = _compiled if backends.has_kernel("pool_head", x, "none") else reference
-    return call(x, weight, bias)
+    backend = backends.select("pool_head", x, "none")
+    return profiling.call(reference if backend == "reference" else _compiled, "pool_head", backend, x, weight, bias)
