@@ -97,6 +97,20 @@ def test_flops_of_the_stack_are_those_of_the_plain_model(name: str, monkeypatch:
     assert _flops(fused, X) == wanted
 
 
+@needs_kernels
+@pytest.mark.parametrize("op", ["patch_embed", "depthwise_block", "pointwise_block"])
+@pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)])
+@torch.no_grad()
+def test_flops_of_training(op: str, need: tuple[bool, bool]) -> None:
+    x, weight = cases.inputs(op, RAGGED[op])[:2]
+    before = {"patch_embed": [], "depthwise_block": [None], "pointwise_block": [None, None, None]}[op]
+    a, _ = getattr(torch.ops.cmx, f"{op}_train")(x, *before, weight, None, "gelu")
+    wanted = _flops(getattr(torch.ops.cmx, op), x, weight, None, None, None, "gelu", *[False] * (op[0] == "d"))
+    assert _flops(getattr(torch.ops.cmx, f"{op}_train"), x, *before, weight, None, "gelu") == wanted
+    args = (a, a, torch.ones(4, a.shape[1]), x, *before, weight, "gelu", *[False] * (op[0] == "d"), *need)
+    assert _flops(getattr(torch.ops.cmx, f"{op}_backward"), *args) == sum(need) * wanted
+
+
 def test_formulas_reach_a_counter_that_is_imported_later() -> None:
     code = (
         "import sys, torch, cmx_kernels; assert 'torch.utils.flop_counter' not in sys.modules;"

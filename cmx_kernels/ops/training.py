@@ -15,6 +15,9 @@ taken in a fixed order: results do not depend on the number of threads. ``need_i
 gradients are wanted; what is not is empty.
 """
 
+from collections.abc import Callable
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,6 +100,16 @@ def _fake_backward(
     return dx, weight.new_empty(weight.shape, dtype=dtype), x.new_empty(a.shape[1], dtype=dtype), sums
 
 
+def _forward_flops(at: int) -> Callable[..., int]:
+    """Formula of an operator whose weight is argument ``at``."""
+    return lambda *args, out_shape: 2 * prod(out_shape[0]) * prod(args[at][1:])
+
+
+def _backward_flops(at: int) -> Callable[..., int]:
+    """As much again for each gradient that is wanted."""
+    return lambda grad, a, *args, out_shape: 2 * prod(a) * prod(args[at - 2][1:]) * (args[-2] + args[-1])
+
+
 # ---- depthwise: a = dwconv_same(X, weight) + bias
 
 
@@ -132,6 +145,7 @@ depthwise_train = define(
     "(Tensor x, Tensor? affine, Tensor weight, Tensor? bias, str act) -> (Tensor, Tensor)",
     lambda x, affine, weight, bias, act: _fake_forward(x, x.shape),
     depthwise_reference,
+    flops=_forward_flops(2),
 )
 depthwise_backward = define(
     "depthwise_block_backward",
@@ -139,6 +153,7 @@ depthwise_backward = define(
     "bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda grad, a, k, x, affine, weight, act, residual, *need: _fake_backward(a, x, affine, weight, *need),
     depthwise_backward_reference,
+    flops=_backward_flops(5),
 )
 
 # ---- pointwise: a = conv1x1(X + skip, weight) + bias; the skip is held as X is, with an affine of its own
@@ -188,6 +203,7 @@ pointwise_train = define(
         x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
     ),
     pointwise_reference,
+    flops=_forward_flops(4),
 )
 pointwise_backward = define(
     "pointwise_block_backward",
@@ -195,6 +211,7 @@ pointwise_backward = define(
     "Tensor weight, str act, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda grad, a, k, x, affine, skip, skip_affine, weight, act, *need: _fake_backward(a, x, affine, weight, *need),
     pointwise_backward_reference,
+    flops=_backward_flops(7),
 )
 
 # ---- stem: a = conv(x, weight, stride = kernel) + bias, on the image itself
@@ -227,6 +244,7 @@ patch_embed_train = define(
         x, (x.shape[0], weight.shape[0], x.shape[2] // weight.shape[2], x.shape[3] // weight.shape[3])
     ),
     patch_embed_reference,
+    flops=_forward_flops(1),
 )
 patch_embed_backward = define(
     "patch_embed_backward",
@@ -234,4 +252,5 @@ patch_embed_backward = define(
     "bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda grad, a, k, x, weight, act, *need: _fake_backward(a, x, None, weight, *need),
     patch_embed_backward_reference,
+    flops=_backward_flops(4),
 )
