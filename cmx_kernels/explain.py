@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cmx_kernels import backends, ops, registry
 from cmx_kernels.fuse import unfuse
-from cmx_kernels.layers import LargeKernelDepthwiseConv2d
+from cmx_kernels.layers import LargeKernelDepthwiseConv2d, is_depthwise, why_not_swap
 from cmx_kernels.models.fused import Fused, Stem
 from cmx_kernels.models.networks import FusedConvMixer, FusedNetwork
 from cmx_kernels.models.stack import Stack, check_call, current, plain_is_wanted
@@ -110,7 +110,7 @@ def _model_rows(model: nn.Module, x: Tensor) -> Iterator[Row]:
 
 
 def _outermost(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, (Fused, LargeKernelDepthwiseConv2d)):
+    if isinstance(module, Fused) or is_depthwise(module):
         yield name, module
         return
     for key, child in module.named_children():
@@ -136,6 +136,10 @@ def _inputs(model: nn.Module, parts: dict[str, nn.Module], x: Tensor) -> dict[st
 
 
 def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
+    if isinstance(part, nn.Conv2d) and not isinstance(part, LargeKernelDepthwiseConv2d):
+        way_out = "it is a plain nn.Conv2d: call cmx_kernels.fuse(model)"
+        yield Row(name or "layer", PLAIN, "conv2d", {"fusion": why_not_swap(part) or way_out})
+        return
     if isinstance(part, LargeKernelDepthwiseConv2d):
         reason = "CMX_FUSED=0" if plain_is_wanted(x) else part.why_plain(x)
         if reason is None:

@@ -5,6 +5,7 @@ from typing import TypeVar
 from torch import nn
 
 from cmx_kernels import backends
+from cmx_kernels.layers import swap, unswap
 from cmx_kernels.models.conversion import convert, revert
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -12,6 +13,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def fuse(model: Model, *, strict: bool = False) -> Model:
     """Fuse a timm ConvMixer, the paper's nn.Sequential, or every ConvMixer and block inside ``model``, in place.
+
+    Depthwise convolutions elsewhere, as in ConvNeXt and RepLKNet, become LargeKernelDepthwiseConv2d where they have
+    stride 1 and "same" padding; what became of each one, and why not, is in ``explain(model, x)``.
 
     Each part decides in every call whether it can run fused, and else runs as before: hooks fire, training is plain
     PyTorch, torch.export and scripting see the original modules. Inference keeps a second, packed copy of the weights,
@@ -28,11 +32,16 @@ def fuse(model: Model, *, strict: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted an nn.Module")
+    unswap(model)  # a block that could not be fused may be one that can by now
     fused, refused = convert(model)
+    swapped = [name for name, reason in swap(model).items() if reason is None]
     name = type(model).__name__
     problem = "; ".join(f"{part} is not fused: {reason}" for part, reason in refused.items())
-    if not fused and not problem:
-        problem = "found no ConvMixer block: Sequential(x + Sequential(depthwise conv, act, bn), conv 1x1, act, bn)"
+    if not fused and not swapped and not problem:
+        problem = (
+            "found neither a ConvMixer block, Sequential(x + Sequential(depthwise conv, act, bn), conv 1x1, act, bn), "
+            "nor a depthwise nn.Conv2d of stride 1 with 'same' padding"
+        )
     if problem and strict:
         raise ValueError(f"model: got a {name}, wanted one that can be fused; {problem}")
     if problem:
@@ -45,4 +54,5 @@ def unfuse(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted an nn.Module")
     revert(model)
+    unswap(model)
     return model

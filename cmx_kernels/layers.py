@@ -1,14 +1,30 @@
 """Layers on their own: a depthwise convolution with a large kernel, as RepLKNet and its successors use it."""
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from cmx_kernels import backends, ops
+from cmx_kernels.models.fused import Block, Stem
 from cmx_kernels.models.stack import check_call, plain_is_wanted
 from cmx_kernels.models.structure import Refusal
 from cmx_kernels.ops.checks import MAX_KERNEL, autocast
+
+
+def why_not_depthwise(conv: nn.Conv2d) -> str | None:
+    """A sentence if the settings of a depthwise convolution are not those of the operator."""
+    kh, kw = conv.kernel_size
+    if conv.out_channels != conv.in_channels:
+        return f"{conv.in_channels} channels become {conv.out_channels}"
+    if conv.stride != (1, 1) or conv.dilation != (1, 1):
+        return f"stride {conv.stride} and dilation {conv.dilation} are not 1"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode is {conv.padding_mode!r}, not 'zeros'"
+    if conv.padding != "same" and not (kh % 2 == 1 == kw % 2 and conv.padding == (kh // 2, kw // 2)):
+        return f"padding {conv.padding} of a {kh}x{kw} kernel is not 'same'"
+    return f"the kernel is larger than {MAX_KERNEL}x{MAX_KERNEL}" if max(kh, kw) > MAX_KERNEL else None
 
 
 class LargeKernelDepthwiseConv2d(nn.Conv2d):
@@ -54,15 +70,9 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
 
     def why_plain(self, x: Tensor) -> str | None:
         """A sentence if the layer runs in plain PyTorch on ``x``."""
-        kh, kw = self.kernel_size
-        if self.stride != (1, 1) or self.dilation != (1, 1):
-            return f"stride {self.stride} and dilation {self.dilation} are not 1"
-        if self.padding_mode != "zeros":
-            return f"padding_mode is {self.padding_mode!r}, not 'zeros'"
-        if self.padding != "same" and not (kh % 2 == 1 == kw % 2 and self.padding == (kh // 2, kw // 2)):
-            return f"padding {self.padding} of a {kh}x{kw} kernel is not 'same'"
-        if max(kh, kw) > MAX_KERNEL:
-            return f"the kernel is larger than {MAX_KERNEL}x{MAX_KERNEL}"
+        reason = why_not_depthwise(self)
+        if reason is not None:
+            return reason
         if x.dim() != 4:
             return f"x has {x.dim()} dimensions, not [N, C, H, W]"
         try:
@@ -88,3 +98,57 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
         if not backends.has_kernel("depthwise_block", autocast(x)[0], "none"):
             return super().forward(x)
         return ops.depthwise_block(x, self.weight, self.bias, act="none", residual=False)
+
+
+class SwappedDepthwiseConv2d(LargeKernelDepthwiseConv2d):
+    """What fuse() makes of an nn.Conv2d, and unfuse() makes an nn.Conv2d again."""
+
+    def _get_name(self) -> str:
+        return LargeKernelDepthwiseConv2d.__name__
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
+def swap(model: nn.Module) -> dict[str, str | None]:
+    """Let every depthwise nn.Conv2d that can run on our kernels do so: name -> None if it does now, else why not.
+
+    Convolutions inside fused parts belong to those.
+    """
+    found: dict[str, str | None] = {}
+    for name, conv in _outside_fused(model, ""):
+        if isinstance(conv, LargeKernelDepthwiseConv2d):
+            found[name] = why_not_depthwise(conv)
+        else:
+            found[name] = why_not_swap(conv)
+            if found[name] is None:
+                _become(conv, SwappedDepthwiseConv2d)
+    return found
+
+
+def unswap(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is SwappedDepthwiseConv2d:
+            _become(module, nn.Conv2d)
+
+
+def why_not_swap(conv: nn.Conv2d) -> str | None:
+    """A sentence if a depthwise convolution stays what it is."""
+    if type(conv) is not nn.Conv2d:
+        return f"it is a {type(conv).__name__}, not nn.Conv2d"
+    if "forward" in conv.__dict__:
+        return "its forward was replaced"
+    return why_not_depthwise(conv)
+
+
+def _outside_fused(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Conv2d]]:
+    if is_depthwise(module):
+        yield name, cast(nn.Conv2d, module)
+    elif not isinstance(module, (Stem, Block)):
+        for key, child in module.named_children():
+            yield from _outside_fused(child, f"{name}.{key}" if name else key)
+
+
+def _become(module: nn.Module, kind: type[Any]) -> None:
+    module.__class__ = kind

@@ -196,7 +196,7 @@ def test_what_is_refused_runs_as_before(name: str) -> None:
 
 
 def test_nothing_to_fuse() -> None:
-    with pytest.raises(ValueError, match="found no ConvMixer block"):
+    with pytest.raises(ValueError, match="found neither a ConvMixer block"):
         fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), strict=True)
     with pytest.raises(ValueError, match='not "same"'):  # one pixel too many: the plain model cannot add its input
         fuse(paper(8, 1, 4, padding=2), strict=True)

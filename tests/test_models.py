@@ -87,6 +87,7 @@ def test_parameter_counts_are_the_published_ones() -> None:
         ("512/16", "convmixer_512_16_ks8_p7"),
         ("ConvMixer-1536/20", "convmixer_1536_20"),
         ("convmixer_768_32.in1k", "convmixer_768_32"),
+        ("hf-hub:timm/convmixer_768_32.in1k", "convmixer_768_32"),
         ("1024/20", "convmixer_1024_20_ks9_p14"),
         ("convmixer_1536_20_ks9_p7", "convmixer_1536_20"),
         ("768_32_p14", "convmixer_768_32_ks3_p14"),

@@ -28,8 +28,10 @@ LAYERS = (
     {"backends", "triton_kernels", "checkpoints"},
     {"ops"},
     {"models"},
-    {"layers", "fuse", "tune"},
+    {"layers"},
+    {"fuse"},
     {"info", "explain", "bench", "classify"},
+    {"tune"},
     {"__main__"},
 )
 NATIVE = {"registry", "backends"}  # who may know _C

@@ -86,7 +86,8 @@ def find_variant(name: str) -> Variant:
     """The row that ``name`` means; ValueError with close matches where there is none, or more than one."""
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, wanted a str; cmx_kernels.list_models() has them")
-    plain = re.sub(r"[-/ ]+", "_", name.lower().removeprefix("timm/").removesuffix(".in1k"))
+    plain = re.sub(r"^hf[-_]hub:", "", name.lower()).removeprefix("timm/").removesuffix(".in1k")
+    plain = re.sub(r"[-/ ]+", "_", plain)
     plain = plain if plain.startswith("convmixer") else f"convmixer_{plain}"
     if plain in VARIANTS:
         return VARIANTS[plain]

@@ -92,7 +92,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def backward(ctx: Any, grad: Tensor, geometry: Geometry, residual: bool) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias, scale, shift; recomputes the pre-activation a = conv(x) + bias.
+    """Gradients of x, weight, bias, scale, shift; recomputes the pre-activation a = conv(x) + bias where it matters.
 
     dshift = sum(grad)    dscale = sum(grad * act(a))    da = grad * scale * act'(a)    dbias = sum(da)
     dx = conv^T(da, weight) (+ grad)    dweight = x * da (correlation)
@@ -103,7 +103,9 @@ def backward(ctx: Any, grad: Tensor, geometry: Geometry, residual: bool) -> tupl
     grad = grad.to(dtype)
     padded = geometry.pad(x.to(dtype))
     wide = weight.to(dtype)
-    a = F.conv2d(padded, wide, None if bias is None else bias.to(dtype), geometry.stride, groups=geometry.groups)
+    a = grad  # without an activation and a scale nothing depends on its value
+    if ctx.act != "none" or need_scale:
+        a = F.conv2d(padded, wide, None if bias is None else bias.to(dtype), geometry.stride, groups=geometry.groups)
     dscale = (grad * activation(ctx.act)(a)).sum((0, 2, 3)) if need_scale else None
     dshift = grad.sum((0, 2, 3)) if need_shift else None
     scaled = grad if scale is None else grad * column(scale.to(dtype))
