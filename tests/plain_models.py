@@ -117,8 +117,21 @@ def check_against(out: Tensor, plain: nn.Module, x: Tensor, what: str = "logits"
     assert error <= allowed, f"{what}: wrong by {error:.3g}, allowed {allowed:.3g}, largest {ref.abs().max():.3g}"
 
 
-def check_step(fused: nn.Module, plain: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> None:
-    """One forward and backward of both: output, gradients (of x too) and buffers under the error rule.
+def one_step(model: nn.Module, image: Tensor) -> Tensor:
+    """Forward, and backward from random numbers; returns the output."""
+    y = model(image)
+    torch.manual_seed(5)
+    y.backward(torch.randn(y.shape, dtype=torch.float64).to(y.dtype))
+    return y
+
+
+Run = Callable[[nn.Module, Tensor], Tensor]
+
+
+def check_step(
+    fused: nn.Module, plain: nn.Module, x: Tensor, autocast: torch.dtype | None = None, run: Run = one_step
+) -> None:
+    """``run`` both: output, gradients (of x too), parameters and buffers under the error rule.
 
     ref is the eager model in float64; a BatchNorm behind it makes gradients differences of sums, so that eps is 8 ulp
     of the largest gradient there is. Leaves the gradients in ``fused`` and ``plain``.
@@ -128,19 +141,26 @@ def check_step(fused: nn.Module, plain: nn.Module, x: Tensor, autocast: torch.dt
     for model, input_dtype in ((exact, torch.float64), (plain, x.dtype), (fused, x.dtype)):
         image = x.detach().to(input_dtype).requires_grad_()
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None and model is not exact):
-            y = model(image)
-        torch.manual_seed(5)
-        y.backward(torch.randn(y.shape, dtype=torch.float64).to(y.dtype))
-        tensors = {"output": y, "x": image.grad} | {k: p.grad for k, p in model.named_parameters()}
-        found.append({k: t.detach() for k, t in tensors.items() if t is not None} | dict(model.named_buffers()))
-    ref, eager, out = found
-    assert out.keys() == eager.keys()
-    largest = max(t.abs().max() for key, t in ref.items() if key in dict(exact.named_parameters()))
-    for key in ref:
-        eps = 8 * torch.finfo(autocast or x.dtype).eps * max(ref[key].abs().max(), largest if key != "output" else 0)
-        error, allowed = (out[key].double() - ref[key]).abs().max(), 2 * (eager[key].double() - ref[key]).abs().max()
-        assert out[key].dtype == eager[key].dtype, key
-        assert error <= allowed + eps, f"{key}: wrong by {error:.3g}, allowed {allowed + eps:.3g}"
+            y = run(model, image)
+        gradients = {"x": image.grad} | {k: p.grad for k, p in model.named_parameters()}
+        found.append(
+            (
+                {"output": y} | dict(model.named_buffers()) | {f"{k} itself": p for k, p in model.named_parameters()},
+                {k: t for k, t in gradients.items() if t is not None},
+            )
+        )
+    largest = max((t.abs().max() for t in found[0][1].values()), default=0.0)
+    for ref, eager, out in zip(*found, strict=True):
+        assert out.keys() == eager.keys()
+        for key in ref:
+            size = max(ref[key].abs().max(), largest if ref is found[0][1] else 0)
+            eps = 8 * torch.finfo(autocast or x.dtype).eps * size
+            error, allowed = (
+                (out[key].double() - ref[key]).abs().max(),
+                2 * (eager[key].double() - ref[key]).abs().max(),
+            )
+            assert (out[key].dtype, out[key].shape) == (eager[key].dtype, eager[key].shape), key
+            assert error <= allowed + eps, f"{key}: wrong by {error:.3g}, allowed {allowed + eps:.3g}"
 
 
 @contextmanager

@@ -107,7 +107,7 @@ class Stack:
         span: in an nn.Sequential, the first child that is replaced and the next that is not.
         """
         self.children = dict(owner._modules)
-        self.recompute = getattr(owner, "recompute_depthwise", False)
+        self.recompute = _recomputes(owner)
         self.stem, self.blocks, self.pool, self.span = stem, list(blocks), pool, span
         self.units = ([stem] if stem else []) + [unit for block in blocks for unit in block]
         self.act = name_of(self.units[0].act) or ""
@@ -121,7 +121,7 @@ class Stack:
 
     def tensors(self, owner: nn.Module) -> list[Tensor] | None:
         """Parameters and running statistics; None unless the modules are still the same, plain and in the same mode."""
-        if owner.__dict__["_modules"] != self.children:
+        if owner.__dict__["_modules"] != self.children or _recomputes(owner) != self.recompute:
             return None
         for modules, kinds, states, read, expected in self.watched:
             if list(map(type, modules)) != kinds or any(map(contains, states, repeat("forward"))):
@@ -209,6 +209,10 @@ class Stack:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the owner makes its own
+
+
+def _recomputes(owner: nn.Module) -> bool:
+    return getattr(owner, "recompute_depthwise", False)
 
 
 def current(owner: nn.Module, build: Callable[[], Stack]) -> tuple[Stack, list[Tensor]]:

@@ -125,7 +125,7 @@ def _why_not_pointwise(conv: nn.Conv2d) -> str | None:
 
 _ADDS_INPUT: set[type] = set()  # classes seen to compute child(x) + x
 _STATELESS = frozenset(nn.Module().__dict__)
-_BOOKKEEPING = ("__", "_is_")  # what TorchScript, DataParallel and transformers note on every module
+_BOOKKEEPING = ("__", "_is_", "_fsdp_")  # what TorchScript, DataParallel, transformers and FSDP note on modules
 
 
 def _check_residual(module: nn.Module) -> None:

@@ -6,13 +6,13 @@ over it that BatchNorm needs, which the consumer gets for nothing. Both add up o
 So X itself is never stored: a block keeps its two pre-activations and nothing else.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from cmx_kernels.ops import batchnorm, training
 from cmx_kernels.ops.batchnorm import Norm
@@ -41,6 +41,38 @@ def _wanted(grad: Tensor, want: bool) -> Tensor | None:
     return grad if want else None
 
 
+class _Final(Function):
+    """Gradients as they are, with an error where they are differentiated again: without it they would be constants."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> Gradients:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+        raise RuntimeError(
+            "grad: got a gradient of fused training to differentiate again, but its kernels have no second derivative; "
+            "cmx_kernels.unfuse(model) trains in plain PyTorch, which has"
+        )
+
+
+def _once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """A backward that is run without recording; what it returns under create_graph=True refuses to be differentiated.
+
+    torch's once_differentiable lets it pass as a constant where the incoming gradient needs no gradient itself.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Gradients:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        return _Final.apply(torch.zeros((), requires_grad=True), *found)
+
+    return run
+
+
 class Unit(Function):
     """conv -> act -> BatchNorm on a plain x: (a, rows, moments)"""
 
@@ -64,7 +96,7 @@ class Unit(Function):
         return a, found.rows, found.moments
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor, row_grads: Tensor, _: Tensor) -> Gradients:
         x, weight, bias, gamma, beta, a, rows, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -120,7 +152,7 @@ class Block(Function):
         return a2, two.rows, one.moments, two.moments
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor, row_grads: Tensor, *_: Tensor) -> Gradients:
         x, x_rows, weight1, bias1, gamma1, beta1, weight2, bias2, gamma2, beta2, *rest = ctx.saved_tensors
         a1, rows1, rstd1, a2, rows2, rstd2 = rest
@@ -162,7 +194,7 @@ class Value(Function):
         return in_format(training.value(a, rows, act).to(a.dtype), memory_format(a))
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         a, rows = ctx.saved_tensors
         grad = _incoming(grad, a)

@@ -69,18 +69,20 @@ def _backward(
     du, dweight, _ = torch.ops.aten.convolution_backward(
         da, padded, weight.to(dtype), None, at.stride, (0, 0), (1, 1), False, (0, 0), at.groups, (*need, False)
     )
-    empty = a.new_empty(0)
-    return [at.unpad(du) if need[0] else empty, dweight if need[1] else empty, da.sum((0, 2, 3)) if need[1] else empty]
+    return [
+        at.unpad(du) if need[0] else a.new_empty(0),
+        dweight.contiguous() if need[1] else a.new_empty(0),
+        da.sum((0, 2, 3)) if need[1] else a.new_empty(0),
+    ]
 
 
-def _with_sums(found: list[Tensor], x: Tensor, affine: Tensor | None, act: str) -> Gradients:
+def _with_sums(gradients: list[Tensor], x: Tensor, affine: Tensor | None, act: str) -> Gradients:
     """The input's gradient in the dtype and layout of x, and its sums."""
-    dx, dweight, dbias = found
-    empty = dx.new_empty(0)
+    dx, dweight, dbias = gradients
     if not dx.numel():
-        return empty.to(x.dtype), dweight, dbias, empty
-    dx = in_format(dx.to(x.dtype), memory_format(x))
-    return dx, dweight, dbias, empty if affine is None else affine_sums(dx, x, affine, act)
+        return x.new_empty(0), dweight, dbias, dx
+    found = in_format(dx.to(x.dtype), memory_format(x))
+    return found, dweight, dbias, dx.new_empty(0) if affine is None else affine_sums(found, x, affine, act)
 
 
 def _fake_forward(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -92,12 +94,11 @@ def _fake_backward(
     a: Tensor, x: Tensor, affine: Tensor | None, weight: Tensor, need_input: bool, need_weight: bool
 ) -> Gradients:
     dtype = compute_dtype(x)
-    nothing = x.new_empty(0, dtype=dtype)
     dx = torch.empty_like(x, memory_format=memory_format(x)) if need_input else x.new_empty(0)
-    sums = x.new_empty((2, x.shape[1]), dtype=dtype) if need_input and affine is not None else nothing
-    if not need_weight:
-        return dx, nothing, nothing, sums
-    return dx, weight.new_empty(weight.shape, dtype=dtype), x.new_empty(a.shape[1], dtype=dtype), sums
+    dweight = x.new_empty(weight.shape if need_weight else 0, dtype=dtype)
+    dbias = x.new_empty(a.shape[1] if need_weight else 0, dtype=dtype)
+    sums = x.new_empty((2, x.shape[1]) if need_input and affine is not None else 0, dtype=dtype)
+    return dx, dweight, dbias, sums
 
 
 def _forward_flops(at: int) -> Callable[..., int]:
