@@ -8,6 +8,7 @@ from cmx_kernels.fuse import fuse, unfuse
 from cmx_kernels.info import build_info
 from cmx_kernels.layers import LargeKernelDepthwiseConv2d
 from cmx_kernels.models import ConvMixer, create_model, list_models
+from cmx_kernels.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "ops",
+    "tune",
     "unfuse",
     "use",
 ]

@@ -5,16 +5,17 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cmx_kernels import cuda, registry
+from cmx_kernels import cuda, registry, tuned
 from cmx_kernels.activations import ACTIVATIONS
 
+Shape = Sequence[int] | None
 FUSED = os.environ.get("CMX_FUSED", "1") != "0"
 STRICT = os.environ.get("CMX_STRICT", "0") not in ("", "0")
 _CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -116,14 +117,32 @@ def kernels_are_forced() -> bool:
     return _forced not in (None, "reference")
 
 
-def refusals(op: str, x: Tensor, act: str) -> dict[str, str]:
+def refusals(op: str, x: Tensor, act: str, weight: Shape = None) -> dict[str, str]:
     """Every backend that does not take this call, with its reason."""
-    found = {backend.name: backend.reason(op, x, act) for backend in BACKENDS}
+    best = _measured(op, x, act, weight)
+    slower = None if best is None else f"tune() measured {best} as faster"
+    found = {b.name: b.reason(op, x, act) or (None if b.name == best else slower) for b in BACKENDS}
+    found |= {} if best is None else {best: None, "reference": None}
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
-def select(op: str, x: Tensor, act: str, quiet: bool = False) -> str:
-    """The name of the backend that runs ``op`` on ``x``; ``quiet`` says nothing of a fall-back."""
+def _measured(op: str, x: Tensor, act: str, weight: Shape) -> str | None:
+    """What tune() found to be the fastest, where it can run; it has checked the result of a backend that is new."""
+    if weight is None or not (tuned.choices or tuned.of_gpus) or transformed():
+        return None
+    best = tuned.choice(op, x, weight, act)
+    for backend in BACKENDS:
+        if backend.name == best and backend.why_not(op, x, act) is None:
+            return best
+    return None
+
+
+def select(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = None) -> str:
+    """The name of the backend that runs ``op`` on ``x``.
+
+    quiet: say nothing of a fall-back.
+    weight: the shape of the convolution's weight; with it a measurement of tune() counts.
+    """
     if _forced is not None:
         for backend in BACKENDS:
             if backend.name == _forced:
@@ -133,6 +152,9 @@ def select(op: str, x: Tensor, act: str, quiet: bool = False) -> str:
                 return _forced
     if not FUSED:
         return "reference"
+    best = _measured(op, x, act, weight)
+    if best is not None:
+        return best
     for backend in BACKENDS:
         if backend.reason(op, x, act) is None:
             if backend.name == "reference" and x.dtype != torch.float64 and not quiet:
@@ -141,9 +163,9 @@ def select(op: str, x: Tensor, act: str, quiet: bool = False) -> str:
     raise AssertionError("the reference takes everything")
 
 
-def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False) -> bool:
+def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = None) -> bool:
     """Whether anything better than the reference runs ``op`` on ``x``."""
-    return select(op, x, act, quiet) != "reference"
+    return select(op, x, act, quiet, weight) != "reference"
 
 
 def _listed(op: str, x: Tensor, act: str) -> str:

@@ -1,7 +1,7 @@
 """explain: which backend and kernel each part of a model would run on, and why not another."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -84,24 +84,25 @@ def explain(model_or_op: nn.Module | str | Callable[..., Tensor], x: Tensor, act
     return Report([_op_row(name, [name], x, act)])
 
 
-def _op_row(part: str, names: list[str], x: Tensor, act: str, note: str = "") -> Row:
+def _op_row(part: str, names: list[str], x: Tensor, act: str, note: str = "", weights: Sequence[Tensor] = ()) -> Row:
     chosen: list[str] = []
     refusals: dict[str, str] = {}
-    for name in names:
-        backend = backends.select(name, x, act, quiet=True)
+    for i, name in enumerate(names):
+        weight = weights[i].shape if weights else None
+        backend = backends.select(name, x, act, quiet=True, weight=weight)
         chosen.append(backend)
         if backend == "reference":
-            refusals |= {f"{name}, {who}": why for who, why in backends.refusals(name, x, act).items()}
+            refusals |= {f"{name}, {who}": why for who, why in backends.refusals(name, x, act, weight).items()}
             refusals |= {} if backends.FUSED else {"all": "CMX_FUSED=0"}
     return Row(part, " + ".join(dict.fromkeys(chosen)), " + ".join(names), refusals, note)
 
 
 def _model_rows(model: nn.Module, x: Tensor) -> Iterator[Row]:
-    parts = dict(_outermost(model, ""))
+    parts = dict(outermost(model, ""))
     if not parts:
         way_out = "no part of it is fused: call cmx_kernels.fuse(model)"
         yield Row("model", PLAIN, type(model).__name__, {"fusion": way_out})
-    inputs = {"": x} if "" in parts else _inputs(model, parts, x)
+    inputs = {"": x} if "" in parts else inputs_of(model, parts, x)
     for name, part in parts.items():
         if name in inputs:
             yield from _part_rows(name, part, inputs[name])
@@ -109,15 +110,15 @@ def _model_rows(model: nn.Module, x: Tensor) -> Iterator[Row]:
             yield Row(name, PLAIN, type(part).__name__, {"fusion": "it is not called in this forward"})
 
 
-def _outermost(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+def outermost(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(module, Fused) or is_depthwise(module):
         yield name, module
         return
     for key, child in module.named_children():
-        yield from _outermost(child, _join(name, key))
+        yield from outermost(child, _join(name, key))
 
 
-def _inputs(model: nn.Module, parts: dict[str, nn.Module], x: Tensor) -> dict[str, Tensor]:
+def inputs_of(model: nn.Module, parts: dict[str, nn.Module], x: Tensor) -> dict[str, Tensor]:
     """What each part would be given, without its values: a plain copy of the model runs on the meta device."""
     tensors = [*model.parameters(), *model.buffers()]
     memo = {id(t): t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors}
@@ -143,12 +144,12 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
     if isinstance(part, LargeKernelDepthwiseConv2d):
         reason = "CMX_FUSED=0" if plain_is_wanted(x) else part.why_plain(x)
         if reason is None:
-            yield _op_row(name or "layer", ["depthwise_block"], autocast(x)[0], "none")
+            yield _op_row(name or "layer", ["depthwise_block"], autocast(x)[0], "none", weights=[part.weight])
         else:
             yield Row(name or "layer", PLAIN, "conv2d", {"fusion": reason})
         return
     try:
-        stack, obstacle = _stack(part, x)
+        stack, obstacle = stack_of(part, x)
     except Refusal as reason:
         stack, obstacle = None, str(reason)
     if isinstance(part, FusedNetwork):
@@ -159,10 +160,11 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
         yield _stack_row(name or "block", stack, x)
     else:
         names = ["patch_embed"] if isinstance(part, Stem) else ["depthwise_block", "pointwise_block"]
-        yield _op_row(name or "block", names, autocast(x)[0], stack.act, obstacle)
+        weights = [unit.conv.weight for unit in stack.units]
+        yield _op_row(name or "block", names, autocast(x)[0], stack.act, obstacle, weights)
 
 
-def _stack(part: Any, x: Tensor) -> tuple[Stack, str | None]:
+def stack_of(part: Any, x: Tensor) -> tuple[Stack, str | None]:
     """The stack of a fused module and what is in the way of running it in one call; Refusal if the plain path runs."""
     if plain_is_wanted(x):
         raise Refusal("fusion is off (CMX_FUSED=0), or the model is being traced")
@@ -202,10 +204,10 @@ def _network_rows(name: str, net: FusedNetwork, x: Tensor, stack: Stack | None) 
         else:
             yield Row(label, PLAIN, type(piece).__name__)
         if stack is None and isinstance(piece, (Stem, nn.Conv2d)):
-            x = _after_patches(x, piece if isinstance(piece, nn.Conv2d) else children(piece)[0])
+            x = after_patches(x, piece if isinstance(piece, nn.Conv2d) else children(piece)[0])
 
 
-def _after_patches(x: Tensor, conv: nn.Module) -> Tensor:
+def after_patches(x: Tensor, conv: nn.Module) -> Tensor:
     """What a stem's convolution makes of ``x``, without its values; ``x`` itself where it does not fit."""
     if not isinstance(conv, nn.Conv2d) or x.dim() != 4:
         return x

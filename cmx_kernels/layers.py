@@ -95,7 +95,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
         if reason is not None:
             backends.say_once(f"a LargeKernelDepthwiseConv2d runs in plain PyTorch: {reason}")
             return super().forward(x)
-        if not backends.has_kernel("depthwise_block", autocast(x)[0], "none"):
+        if not backends.has_kernel("depthwise_block", autocast(x)[0], "none", weight=self.weight.shape):
             return super().forward(x)
         return ops.depthwise_block(x, self.weight, self.bias, act="none", residual=False)
 

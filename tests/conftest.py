@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+os.environ.update(XDG_CACHE_HOME=tempfile.mkdtemp())  # what somebody's tune() measured is no part of a test
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads of two test runs do not spin
 
 import hypothesis

@@ -24,7 +24,7 @@ SKIPPED = {".git", "build", "dist", ".venv", "node_modules"}
 LAYERS = (
     {"flops"},
     {"registry", "activations", "_build_info", "profiling"},
-    {"cuda", "cost_model"},
+    {"cuda", "cost_model", "tuned"},
     {"backends", "triton_kernels", "checkpoints"},
     {"ops"},
     {"models"},

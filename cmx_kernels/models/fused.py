@@ -131,6 +131,6 @@ def run_unit(op: str, unit: Unit, x: Tensor, residual: nn.Module | None = None) 
     """One operator on the raw parameters, differentiable and traceable; the modules where no backend takes it."""
     act = name_of(unit.act)
     assert act is not None
-    if not backends.has_kernel(op, autocast(x)[0], act):
+    if not backends.has_kernel(op, autocast(x)[0], act, weight=unit.conv.weight.shape):
         return residual(x) if residual is not None else unit.norm(unit.act(unit.conv(x)))
     return getattr(ops, op)(x, unit.conv.weight, unit.conv.bias, *fold(unit.norm), act)

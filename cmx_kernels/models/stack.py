@@ -110,6 +110,8 @@ class Stack:
         self.recompute = _recomputes(owner)
         self.stem, self.blocks, self.pool, self.span = stem, list(blocks), pool, span
         self.units = ([stem] if stem else []) + [unit for block in blocks for unit in block]
+        kernel = self.blocks[0][0].conv.kernel_size if self.blocks else ()
+        self.size = (len(self.blocks), self.units[0].conv.out_channels, *kernel)  # by which tune() knows it
         self.act = name_of(self.units[0].act) or ""
         self.why_not = self._why_not_one_call()
         for module in bypassed:
@@ -148,7 +150,7 @@ class Stack:
         size = conv.kernel_size if self.stem else (1, 1)
         if x.dim() != 4 or x.shape[1] != conv.in_channels or x.shape[2] < size[0] or x.shape[3] < size[1]:
             return f"x has shape {list(x.shape)}"  # the operators say what they want instead
-        return (training if trains else block_stack).why_not(x, self.act)
+        return training.why_not(x, self.act) if trains else block_stack.why_not(x, self.act, self.size)
 
     def trains(self, x: Tensor, tensors: Sequence[Tensor]) -> bool:
         """Whether this call needs a gradient or the statistics of its batch."""

@@ -95,11 +95,19 @@ _pack_depthwise, _pack_pointwise = (
 )
 
 
-def why_not(x: Tensor, act: str) -> str | None:
-    """A sentence if no backend runs a whole stack on ``x``; its operators may still be fused one by one."""
+SLOWER = "tune() measured PyTorch as faster than the stack in one call"
+
+
+def why_not(x: Tensor, act: str, size: Sequence[int] | None = None) -> str | None:
+    """A sentence if no backend runs a whole stack on ``x``; its operators may still be fused one by one.
+
+    size: depth, channels and kernel, by which tune() knows a stack.
+    """
     if torch.is_grad_enabled() and x.requires_grad:
         return "a gradient of x is wanted, the stack is for inference"
-    if backends.select("block_stack", x, act, quiet=True) != "cpu":
+    if backends.select("block_stack", x, act, quiet=True, weight=size) != "cpu":
+        if backends.select("block_stack", x, act, quiet=True) == "cpu":
+            return SLOWER
         return f"no backend runs a whole stack on {x.device.type} in {x.dtype}"
     return None
 
