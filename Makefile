@@ -5,12 +5,15 @@
 #   TORCH=torch==2.13.0       another torch
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    the small CPU build of torch (PyPI's is the CUDA build: gigabytes)
 #   ARGS="-k depthwise"       more arguments for pytest: options, or the files to run
+#   CMX_BENCH=full            make bench: every provider, batch size and operator (hours; else about five minutes)
+#   PART=correct|ops|network|training    a part of make gpu-check; all of them if it is not given
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
+PART ?= all
 
 SOURCES := setup.py pyproject.toml cmx_kernels/_build_info.py $(shell find csrc -type f)
 BUILD := -m pip install --no-build-isolation --no-deps --verbose -e .
@@ -37,9 +40,9 @@ test: $(READY)
 bench: $(BENCH_READY)
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
 
-# operator tests, memory and race checkers and timings on a GPU, into benchmarks/results/; under ten minutes, no network
+# tests, checkers and timings on a GPU, into benchmarks/results/; each PART takes under ten minutes, and no network
 gpu-check: $(READY)
-	$(RUN) -m benchmarks.gpu_check
+	$(RUN) -m benchmarks.gpu.check --part $(PART)
 
 wheel: $(READY)
 	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -6,9 +6,9 @@ fused operator loses either way. Both run in this process, in turns: they share 
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.networks import DTYPES
 from benchmarks.recording import CLOCK
+from cmx_kernels.bench import in_turns
 
 KERNELS = (3, 5, 7, 8, 9, 11, 15, 31)
 # (C, H, W): ConvMixer, ConvNeXt and RepLKNet sizes, and some that fit no vector
@@ -46,6 +47,17 @@ class Shape(NamedTuple):
     @property
     def flop(self) -> int:
         return 2 * self.batch * self.c * self.h * self.w * (self.c if self.op == "pointwise_block" else self.k**2)
+
+    @property
+    def bytes(self) -> int:
+        """x, y and the weight, each moved once."""
+        weight = self.c * (self.c if self.op == "pointwise_block" else self.k**2)
+        return (2 * self.batch * self.c * self.h * self.w + weight) * DTYPES[self.dtype].itemsize
+
+    @property
+    def quick(self) -> bool:
+        """Part of every run: one plane under all kernel sizes."""
+        return (self.batch, self.c, self.h, self.w) == (1, 768, 32, 32) and self.op != "depthwise_layer"
 
 
 def _shapes() -> list[Shape]:
@@ -110,8 +122,10 @@ def bench_op(benchmark: Any, shape: Shape, record_op: Callable[[dict[str, Any]],
     inputs = {name: x.contiguous(memory_format=layout) for name, layout in LAYOUTS.items()}
     errors = {f"error_{name}": _error(plain, fused, x[:1]) for name, x in inputs.items()}
     providers = {"fused": fused, "plain": plain}
-    times = _times({(who, name): (run, inputs[name]) for who, run in providers.items() for name in LAYOUTS})
+    calls = {(who, name): partial(run, inputs[name]) for who, run in providers.items() for name in LAYOUTS}
+    times = in_turns(calls, _SECONDS, _ROUNDS)
     record = {**shape._asdict(), **errors, **_compared({key: statistics.median(t) for key, t in times.items()})}
+    record |= {"flop": shape.flop, "bytes": shape.bytes, **_rates(record)}
     record_op(record)
     benchmark.group = f"{shape.op} {shape.dtype}"
     benchmark.extra_info.update(record)
@@ -127,22 +141,10 @@ def _error(plain: Layer, fused: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return error
 
 
-def _times(calls: dict[Any, tuple[Callable[[Tensor], Tensor], Tensor]]) -> dict[Any, list[float]]:
-    """Seconds of each, in turns; every turn starts with another one."""
-    order, times = list(calls), {key: [] for key in calls}
-    for function, x in calls.values():
-        function(x)
-    start, (least, most) = time.perf_counter(), _ROUNDS
-    for turn in range(most):
-        if turn >= least and time.perf_counter() - start > _SECONDS * len(calls):
-            break
-        for key in order:
-            function, x = calls[key]
-            before = time.perf_counter()
-            function(x)
-            times[key].append(time.perf_counter() - before)
-        order = order[1:] + order[:1]
-    return times
+def _rates(record: dict[str, Any]) -> dict[str, Any]:
+    """Of the fused operator, in its better layout."""
+    shape, ms = Shape(*(record[name] for name in Shape._fields)), min(record[f"ms_fused_{name}"] for name in LAYOUTS)
+    return {"gflops": shape.flop / ms / 1e6, "gb_per_s": shape.bytes / ms / 1e6}
 
 
 def _compared(seconds: dict[Any, float]) -> dict[str, Any]:

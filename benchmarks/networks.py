@@ -45,6 +45,22 @@ class Spec:
     def flop(self) -> int:
         return self.depthwise_flop + self.matrix_flop
 
+    @property
+    def parameters(self) -> int:
+        block = self.dim * (self.kernel_size**2 + self.dim + 6)  # two biases, two pairs of BatchNorm
+        stem = self.dim * (3 * self.patch_size**2 + 3)
+        return stem + block * self.depth + (self.dim + 1) * self.classes
+
+    @property
+    def activations(self) -> int:
+        """Elements that the convolutions of one image put out."""
+        return self.pixels * self.dim * (1 + 2 * self.depth)
+
+    def bytes(self, batch: int, itemsize: int) -> int:
+        """If every operator (stem, two a block, pool) moved its input, output and weight once."""
+        image = 3 * self.image_size**2
+        return itemsize * (batch * (image + 2 * self.activations) + self.parameters)
+
 
 SPECS = {
     spec.name: spec
@@ -52,10 +68,12 @@ SPECS = {
         Spec("convmixer_768_32", 768, 32, 7, 7, nn.ReLU),
         Spec("convmixer_1024_20_ks9_p14", 1024, 20, 9, 14, nn.GELU),
         Spec("convmixer_1536_20", 1536, 20, 9, 7, nn.GELU),
+        Spec("convmixer_512_16_ks8_p7", 512, 16, 8, 7, nn.GELU),
+        Spec("convmixer_256_8_ks5_p2", 256, 8, 5, 2, nn.GELU, image_size=32, classes=10),
         Spec("tiny", 64, 2, 5, 14, nn.GELU),  # to try the benchmark itself
     )
 }
-RELEASED = tuple(name for name in SPECS if name != "tiny")
+RELEASED = ("convmixer_768_32", "convmixer_1024_20_ks9_p14", "convmixer_1536_20")
 
 
 class _Residual(nn.Module):

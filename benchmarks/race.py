@@ -4,18 +4,20 @@ Each provider is a process of its own (their thread pools spin and would rob eac
 Turns go round, each starting with another provider, so that the machine's drift hits all alike. A turn is some calls.
 """
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks import reference, worker
+from benchmarks import reference
+from benchmarks.lanes import Failed, Lane
 from benchmarks.networks import SPECS
 from benchmarks.peers import PROVIDERS
 from benchmarks.reference import Reference
@@ -23,6 +25,7 @@ from benchmarks.reference import Reference
 _NAP = 0.05  # seconds between turns: the thread pools of the provider before have stopped spinning
 _TURN = 0.3  # seconds a turn should last
 _PEAK = 0.1  # seconds a measurement of the arithmetic peak lasts
+_SETTLED = 0.04  # a spread below this needs no further turns
 
 
 class Row(NamedTuple):
@@ -41,15 +44,23 @@ class Row(NamedTuple):
 class Budget:
     """How long to measure."""
 
-    race: float  # seconds for the turns of one model and batch size, the least number of turns aside
-    turns: tuple[int, int]  # at least, at most
-    reference: float  # seconds of float64 a model
+    race: float  # seconds after which a race gets no further turns, the least number of turns aside
+    turns: tuple[int, int]  # at least; at most, while a spread is large
     photos: int  # checked in batches of one
+    exact: int  # of these in float64
     slow: float  # seconds; a longer call gets two turns
+    once: float  # seconds; a longer call of plain PyTorch gets one, after the warm-up that is also its check
+
+    def wants(self, turn: int, result: "Result") -> bool:
+        """Whether this row takes part in this turn."""
+        if turn == 0 or result.status != "timed":
+            return result.status == "timed"
+        once = PROVIDERS[result.row.provider].kind == "eager" and result.median > self.once
+        return not once and (turn < 2 or result.median < self.slow)
 
 
-DEFAULT = Budget(race=20, turns=(3, 7), reference=4, photos=4, slow=3)
-FULL = Budget(race=90, turns=(5, 15), reference=20, photos=8, slow=30)
+DEFAULT = Budget(race=15, turns=(3, 7), photos=2, exact=2, slow=1.5, once=2.5)
+FULL = Budget(race=90, turns=(5, 15), photos=8, exact=8, slow=30, once=30)
 
 
 @dataclass
@@ -61,7 +72,7 @@ class Result:
     error: float = float("nan")
     allowed: float = float("nan")
     top1: tuple[int, int] = (0, 0)
-    memory: float | None = None  # MiB
+    memory: dict[str, float] = field(default_factory=dict)  # MiB, see benchmarks/memory.py
     settings: dict[str, Any] = field(default_factory=dict)
     peaks: dict[str, list[float]] = field(default_factory=dict)  # dtype -> FLOP/s of the machine in the same turns
 
@@ -78,35 +89,28 @@ class Result:
         return (high - low) / 2 / self.median
 
 
-class Failed(Exception):
-    """What a provider's process answered instead of a result."""
-
-
-class Lane:
-    """The process of one provider in one dtype, seen from here."""
-
-    def __init__(self, provider: str, dtype: str, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        arguments = (theirs, provider, dtype, threads)
-        self.process = context.Process(target=worker.main, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ask(self, *request: Any) -> Any:
-        try:
-            self.connection.send(request)
-            good, answer = self.connection.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            self.process.join(5)
-            raise Failed(f"its process ended with exit code {self.process.exitcode}") from None
-        if not good:
-            raise Failed(answer)
-        return answer
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.join()
+def take_turns(results: Sequence[Result], lanes: dict[Row, Lane], peaks: dict[str, Lane], budget: Budget) -> None:
+    """Time what is right; a failure in a turn ends that row. ``peaks``: who measures the arithmetic peak of a dtype."""
+    order = [result for result in results if result.status == "timed"]
+    found: dict[str, list[float]] = {dtype: [] for dtype in peaks}
+    start, (least, most) = time.perf_counter(), budget.turns
+    for turn in range(most if order else 0):
+        running = [result for result in order if budget.wants(turn, result)]
+        over = time.perf_counter() - start > budget.race or all(result.spread < _SETTLED for result in running)
+        if not running or (turn >= least and over):
+            break
+        for dtype, lane in peaks.items():
+            time.sleep(_NAP)
+            found[dtype].append(lane.ask("peak", _PEAK))
+        for result in running:
+            time.sleep(_NAP)
+            try:
+                result.seconds += lanes[result.row].ask("turn", _TURN)
+            except Failed as failure:
+                result.status, result.note = "failed", str(failure)
+        order = order[1:] + order[:1]
+    for result in order:
+        result.peaks = found
 
 
 class Arena:
@@ -120,6 +124,7 @@ class Arena:
         self.results: dict[Row, Result] = {}
         self._references: dict[str, Reference] = {}
         self._lanes: dict[tuple[str, str], Lane] = {}
+        self._peaks: dict[str, Lane] = {}
         self._total, self._done = sum(map(self._work, rows)), 0.0  # for the progress
 
     def result(self, row: Row) -> Result:
@@ -128,47 +133,77 @@ class Arena:
         return self.results[row]
 
     def close(self) -> None:
-        for lane in self._lanes.values():
+        for lane in {*self._lanes.values(), *self._peaks.values()}:
             lane.stop()
 
     def _race(self, rows: Sequence[Row]) -> None:
         if not self._lanes:
             self._start()
-        results = [self._prepare(row) for row in rows]
+        results = [Result(row) for row in rows]
+        self._build(results, self._reference(rows[0].model))
+        for result in results:
+            self._check(result)
         self.results.update(zip(rows, results, strict=True))
-        entrants = {result.row: self._lane(result.row) for result in results if result.status == "timed"}
-        self._take_turns(entrants)
+        take_turns(results, {row: self._lanes[row.provider, row.dtype] for row in self._present(rows)}, self._peaks,
+                   self.budget)  # fmt: skip
         for result in results:
             self._done += self._turns_work(result.row)
             if result.status == "timed":
                 rate, ms = result.row.batch / result.median, result.median * 1e3
                 calls = f"{ms:.1f} ms a call, spread {result.spread:.1%}, {len(result.seconds)} calls"
                 self._tell(f"{result.row}: {rate:.2f} images/s ({calls})")
+            elif result.status == "failed":
+                self._tell(f"{result.row}: failed: {result.note.splitlines()[0]}")
+
+    def _present(self, rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if PROVIDERS[row.provider].load().why_absent() is None]
 
     def _start(self) -> None:
         """All processes at once: each imports torch, which takes seconds."""
-        pairs = {(row.provider, row.dtype) for row in self.rows if PROVIDERS[row.provider].load().why_absent() is None}
-        peaks = {("peak", dtype) for dtype in ("fp32", "bf16")} if self.peak and pairs else set()
-        for provider, dtype in sorted(pairs | peaks):
-            # any provider's process can measure the peak
-            self._lanes[provider, dtype] = Lane("fused" if provider == "peak" else provider, dtype, self.threads)
+        for provider, dtype in sorted({(row.provider, row.dtype) for row in self._present(self.rows)}):
+            self._lanes[provider, dtype] = Lane(provider, dtype, self.threads)
+        if self.peak and self._lanes:
+            for dtype in ("fp32", "bf16"):  # any process can measure it
+                self._peaks[dtype] = self._lanes.get(("fused", dtype)) or Lane("fused", dtype, self.threads)
 
-    def _lane(self, row: Row) -> Lane:
-        return self._lanes[row.provider, row.dtype]
+    def _build(self, results: Sequence[Result], ref: Reference) -> None:
+        """Converting a model keeps one core busy, so providers build side by side, and nothing is timed meanwhile.
 
-    def _prepare(self, row: Row) -> Result:
-        """Build and check."""
-        result = Result(row)
-        absent = PROVIDERS[row.provider].load().why_absent()
-        if absent is not None:
-            result.status, result.note = "absent", absent
-            return result
-        ref = self._reference(row.model)
+        The dtypes of one provider build one after the other: they share the file it converted the model to.
+        """
+        for result in results:
+            absent = PROVIDERS[result.row.provider].load().why_absent()
+            if absent is not None:
+                result.status, result.note = "absent", absent
+
+        def build(group: Sequence[Result]) -> None:
+            for result in group:
+                row = result.row
+                try:
+                    photos = ref.photos[torch.arange(row.batch) % len(ref.photos)]
+                    lane = self._lanes[row.provider, row.dtype]
+                    result.settings = lane.ask("build", row.model, ref.weights, photos)
+                except Failed as failure:
+                    result.status, result.note = "failed", str(failure)
+
+        there = sorted((r for r in results if r.status != "absent"), key=lambda r: r.row.provider)
+        groups = [list(group) for _, group in groupby(there, key=lambda r: r.row.provider)]
+        alone = [group for group in groups if PROVIDERS[group[0].row.provider].alone]
+        with ThreadPoolExecutor(max(1, self.threads)) as pool:
+            list(pool.map(build, [group for group in groups if group not in alone]))
+        for group in alone:
+            build(group)
+
+    def _check(self, result: Result) -> None:
+        row, ref = result.row, self._references[result.row.model]
         try:
-            answer = self._lane(row).ask("build", row.model, ref.weights, self._photos(ref, row.batch), row.batch)
+            if result.status != "timed":
+                return
+            answer = self._lanes[row.provider, row.dtype].ask("check", self._photos(ref, row.batch), row.batch)
         except Failed as failure:
-            self._fail(result, failure)
-            return result
+            result.status, result.note = "failed", str(failure)
+            self._tell(f"{row}: failed: {result.note.splitlines()[0]}")
+            return
         finally:
             self._done += self._check_work(row)
         logits = torch.from_numpy(answer["logits"])
@@ -176,57 +211,24 @@ class Arena:
             ref.learn_plain(row.dtype, logits)
         for dtype in {row.dtype, "fp32"} - ref.plain.keys():  # eager was not asked for
             ref.learn_plain(dtype, reference.plain_logits(ref, dtype))
-        result.settings = answer["settings"]
+        result.memory = answer["memory"]
         result.error, result.allowed, result.top1 = ref.error(logits), ref.allowed(row.dtype), ref.agreement(logits)
         wrong = ref.wrong(logits, row.dtype)
         if wrong is not None:
             result.status, result.note = "wrong", wrong
         checked = f"error {result.error:.1e} of {result.allowed:.1e} allowed, class {result.top1[0]}/{result.top1[1]}"
         self._tell(f"{row}: WRONG, {wrong}" if wrong else f"{row}: right ({checked})")
-        return result
 
     def _photos(self, ref: Reference, batch: int) -> Tensor:
         """For the check; as many as whole batches hold, some twice if the batch is large."""
         count = -(-max(self.budget.photos, batch) // batch) * batch
         return ref.photos[torch.arange(count) % len(ref.photos)]
 
-    def _fail(self, result: Result, failure: Failed) -> None:
-        result.status, result.note = "failed", str(failure)
-        self._tell(f"{result.row}: failed: {result.note.splitlines()[0]}")
-
     def _reference(self, model: str) -> Reference:
         if model not in self._references:
             self._tell(f"{model}: calibrating on photographs; float64 reference")
-            self._references[model] = reference.make(model, self.folder, self.budget.reference)
+            self._references[model] = reference.make(model, self.folder, self.budget.exact)
         return self._references[model]
-
-    def _take_turns(self, entrants: dict[Row, Lane]) -> None:
-        if not entrants:
-            return
-        peaks: dict[str, list[float]] = {dtype: [] for provider, dtype in self._lanes if provider == "peak"}
-        order, (least, most) = list(entrants), self.budget.turns
-        start = time.perf_counter()
-        for turn in range(most):
-            if turn >= least and time.perf_counter() - start > self.budget.race:
-                break
-            for dtype, found in peaks.items():
-                time.sleep(_NAP)
-                found.append(self._lanes["peak", dtype].ask("peak", self.threads, _PEAK))
-            for row in order:
-                slow = turn >= 2 and self.results[row].median > self.budget.slow
-                if self.results[row].status == "timed" and not slow:
-                    time.sleep(_NAP)
-                    self._turn(self.results[row], entrants[row])
-            order = order[1:] + order[:1]
-        for row in entrants:
-            self.results[row].peaks = peaks
-
-    def _turn(self, result: Result, lane: Lane) -> None:
-        try:
-            result.seconds += lane.ask("turn", _TURN)
-            result.memory = lane.ask("peak_memory")
-        except Failed as failure:
-            self._fail(result, failure)
 
     def _tell(self, text: str) -> None:
         self.say(self._done / self._total, text)
@@ -239,7 +241,9 @@ class Arena:
         return 2 + _seconds(row) * max(1, self.budget.photos / row.batch)
 
     def _turns_work(self, row: Row) -> float:
-        return self.budget.turns[0] * max(_seconds(row), 2 * _TURN)
+        seconds, eager = _seconds(row), PROVIDERS[row.provider].kind == "eager"
+        turns = 1 if eager and seconds > self.budget.once else 2 if seconds > self.budget.slow else self.budget.turns[0]
+        return turns * max(seconds, 2 * _TURN)
 
 
 def _seconds(row: Row) -> float:

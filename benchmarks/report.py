@@ -1,64 +1,26 @@
-"""Results as a table in the terminal, as Markdown and as JSON."""
+"""What was measured, as records (flat dictionaries), as JSON and as Markdown."""
 
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks import report_ops
-from benchmarks.networks import SPECS
+from benchmarks import report_ops, tables, timm_csv
+from benchmarks.machine import about, header
+from benchmarks.networks import DTYPES, SPECS
 from benchmarks.peers import PROVIDERS
 from benchmarks.race import Result, Row
 
-_COLUMNS = (
-    ("model", "{model}"),
-    ("batch", "{batch}"),
-    ("dtype", "{dtype}"),
-    ("provider", "{provider}"),
-    ("images/s", "{images_per_s:.2f}"),
-    ("ms/image", "{ms_per_image:.1f}"),
-    ("spread", "{spread:.1%}"),
-    ("x eager", "{speedup:.2f}"),
-    ("x best peer", "{over_peers:.2f}"),
-    ("GFLOP/s", "{gflops:.0f}"),
-    ("% of limit", "{percent_of_limit:.0f}"),
-    ("largest error", "{error:.1e}"),
-    ("allowed", "{allowed:.1e}"),
-    ("top-1", "{top1}"),
-    ("MiB", "{memory_mib:.0f}"),
-    ("backend", "{backend}"),
-)
-_TEXT = ("model", "dtype", "provider", "backend")
-
-
-def machine() -> dict[str, Any]:
-    """What a number depends on. No names of hosts or paths."""
-    from cmx_kernels import registry
-
-    packages = ("torch", "onnxruntime", "openvino", "timm", "numpy", "pytest-benchmark")
-    isa = registry.isa_level() if hasattr(registry, "isa_level") else None
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": isa or f"no compiled kernels (torch: {torch.backends.cpu.get_cpu_capability()})",
-        "os": platform.system(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages if _installed(name)},
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "command": " ".join(["pytest", *sys.argv[1:]]),
-    }
+SECTIONS = {  # of the JSON file, besides machine and ops: what each is called, and its table
+    "models": ("Inference", tables.NETWORKS),
+    "breakdown": ("Where the time goes: parts of a network, milliseconds", tables.BREAKDOWN),
+    "training": ("Training steps", tables.TRAINING),
+    "rivals": ("The paper's table", tables.RIVALS),
+    "rival_networks": ("Rivals of the paper's table", tables.NETWORKS),
+    "gpu_ops": ("Depthwise block: conv, bias, GELU, scale, shift, residual. Microseconds, L2 flushed", tables.GPU_OPS),
+}
 
 
 def records(results: Mapping[Row, Result]) -> list[dict[str, Any]]:
@@ -74,13 +36,16 @@ def limit_seconds(row: Row, peaks: Mapping[str, float]) -> float | None:
     return spec.depthwise_flop / peaks["fp32"] + spec.matrix_flop / peaks[row.dtype]
 
 
-def record(result: Result, results: Mapping[Row, Result]) -> dict[str, Any]:
+def record(result: Result, results: Mapping[Row, Result], work: int = 1) -> dict[str, Any]:
+    """work: how many times the arithmetic of a forward."""
     row, spec = result.row, SPECS[result.row.model]
     found: dict[str, Any] = {**row._asdict(), "kind": PROVIDERS[row.provider].kind}
     found |= {"status": result.status, "note": result.note, "backend": result.settings.get("backend", "")}
-    if result.status == "absent" or result.status == "failed":
+    found |= {"versions": about()["versions"], "commit": about()["commit"]}
+    if result.status in ("absent", "failed"):
         return found
     found |= {
+        "match": result.status != "wrong",
         "error": result.error if math.isfinite(result.error) else None,
         "allowed": result.allowed,
         "top1": "{}/{}".format(*result.top1),
@@ -93,15 +58,16 @@ def record(result: Result, results: Mapping[Row, Result]) -> dict[str, Any]:
         "images_per_s": 1 / seconds,
         "ms": result.median * 1e3,
         "ms_per_image": seconds * 1e3,
-        "spread": result.spread,
+        "spread": result.spread if len(result.seconds) > 1 else None,
         "calls": len(result.seconds),
-        "gflops": spec.flop / seconds / 1e9,
-        "memory_mib": result.memory,
+        "gflops": work * spec.flop / seconds / 1e9,
+        "gb_per_s": work * spec.bytes(row.batch, DTYPES[row.dtype].itemsize) / result.median / 1e9,
+        "memory": result.memory,
         "peak_gflops": {dtype: [peak / 1e9 for peak in found] for dtype, found in result.peaks.items()},
     }
-    limit = limit_seconds(row, {dtype: statistics.median(found) for dtype, found in result.peaks.items()})
+    limit = limit_seconds(row, {dtype: statistics.median(found) for dtype, found in result.peaks.items() if found})
     if limit is not None:
-        found |= {"limit_images_per_s": 1 / limit, "percent_of_limit": 100 * limit / seconds}
+        found |= {"limit_images_per_s": 1 / limit / work, "percent_of_limit": 100 * work * limit / seconds}
     for key, kind in (("speedup", "eager"), ("over_peers", "peer")):
         best = _best(row, kind, results)
         if best is not None:
@@ -123,50 +89,6 @@ def _best(row: Row, kind: str, results: Mapping[Row, Result]) -> float | None:
     )
 
 
-LEGEND = (
-    "224 x 224 photographs, random weights; medians of calls; spread: half the distance of the quartiles",
-    "x eager, x best peer: against the fastest of them in this dtype or a more exact one",
-    "limit: all multiply-adds at the arithmetic peak measured in the same turns (depthwise: at that of fp32)",
-    "largest error: against float64; allowed: twice that of plain PyTorch in the same dtype, and rounding",
-    "top-1: photographs whose class is that of plain float32",
-)
-
-
-def header(about: Mapping[str, Any]) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return [
-        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['isa']}; {about['date']}",
-        f"{versions}; Python {about['python']}; commit {about['commit']}",
-        f"command: {about['command']}",
-    ]
-
-
-def table(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    """Header and cells; columns that nobody fills are left out."""
-    cells = [[_cell(form, row) for _, form in _COLUMNS] for row in rows]
-    used = [i for i in range(len(_COLUMNS)) if any(line[i] for line in cells)]
-    return [[_COLUMNS[i][0] for i in used], *([line[i] for i in used] for line in cells)]
-
-
-def _cell(form: str, row: Mapping[str, Any]) -> str:
-    try:
-        return form.format_map(row)
-    except (KeyError, TypeError):  # not measured
-        return row["status"] if form.startswith("{images_per_s") else ""
-
-
-def plain_text(lines: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = [name in _TEXT for name in lines[0]]
-    text = []
-    for i, line in enumerate(lines):
-        if i > 1 and line[:2] != lines[i - 1][:2]:
-            text.append("")
-        cells = (c.ljust(w) if flush else c.rjust(w) for c, w, flush in zip(line, widths, left, strict=True))
-        text.append("  ".join(cells).rstrip())
-    return text
-
-
 def remarks(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """What the table cannot say: races on a machine that was not quiet; why a row has no times."""
     lines, races = [], {}
@@ -183,50 +105,30 @@ def remarks(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def markdown(lines: list[list[str]]) -> list[str]:
-    rule = ["---" if name in _TEXT else "---:" for name in lines[0]]
-    return ["| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:])]
+def summary(kept: Mapping[str, list[dict[str, Any]]], style: str) -> list[str]:
+    """style: "text" for the terminal, or "markdown"."""
+    layout = {"text": tables.plain_text, "markdown": tables.markdown}[style]
+    lines: list[str] = []
+    for name, (title, columns) in SECTIONS.items():
+        if kept.get(name):
+            legend = tables.LEGEND if name == "models" else ()
+            ends = "  " if style == "markdown" else ""
+            lines += ["", f"## {title}" if ends else title, *(f"{line}{ends}" for line in legend), ""]
+            lines += layout(tables.cells(kept[name], columns))
+    if kept.get("ops"):
+        fence = ["```"] if style == "markdown" else []
+        lines += ["", *fence, *report_ops.summary(kept["ops"]), *fence]
+    notes = [*remarks(kept.get("models", ())), *remarks(kept.get("training", ()))]
+    return [*lines, "", *(f"- {line}" for line in notes)] if notes else lines
 
 
-def write(
-    folder: Path, name: str, about: Mapping[str, Any], rows: list[dict[str, Any]], ops: list[dict[str, Any]]
-) -> Path:
+def write(folder: Path, name: str, about: Mapping[str, Any], kept: Mapping[str, list[dict[str, Any]]]) -> Path:
+    """NAME.json, NAME.md, and in NAME-timm what timm has columns for."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"machine": about, "models": rows, "ops": ops}, indent=1) + "\n")
-    text = ["# Benchmark results", "", *(f"{line}  " for line in header(about)), ""]
-    if rows:
-        text += [*(f"{line}  " for line in LEGEND), "", *markdown(table(rows))]
-    if ops:
-        text += ["", "```", *report_ops.summary(ops), "```"]
-    notes = [f"- {line}" for line in remarks(rows)]
-    (folder / f"{name}.md").write_text("\n".join([*text, *(["", *notes] if notes else [])]) + "\n")
+    path.write_text(json.dumps({"machine": about, **kept}, indent=1) + "\n")
+    text = ["# Benchmark results", "", *(f"{line}  " for line in header(about)), *summary(kept, "markdown")]
+    (folder / f"{name}.md").write_text("\n".join(text) + "\n")
+    for kind, section in (("infer", "models"), ("train", "training")):
+        timm_csv.write(folder / f"{name}-timm", kind, kept.get(section, ()))
     return path
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

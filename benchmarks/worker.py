@@ -3,9 +3,6 @@
 Between requests it sleeps in recv(), so that its threads and buffers do not disturb the provider whose turn it is.
 """
 
-import contextlib
-import ctypes
-import gc
 import time
 import traceback
 import warnings
@@ -17,32 +14,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import memory, steps
 from benchmarks.networks import DTYPES, SPECS
 from benchmarks.peers import PROVIDERS, Runner
 
-_COLD = 1.0  # seconds; a longer call does not notice that the others emptied the caches
+_COLD = 0.25  # seconds; a longer call reads its weights from memory anyway, and does not notice empty caches
 _CALLS = 20  # in a turn at most
 
 
 class Worker:
-    def __init__(self, provider: str, dtype: str) -> None:
-        self.module, self.dtype = PROVIDERS[provider].load(), dtype
+    def __init__(self, provider: str, dtype: str, threads: int) -> None:
+        self.module, self.provider, self.dtype, self.threads = PROVIDERS[provider].load(), provider, dtype, threads
         self.runner: Runner | None = None
         self.feed: Any = None
         self.last = 0.0  # seconds of the last call
 
-    def build(self, model: str, weights: Path, photos: Tensor, batch: int) -> dict[str, Any]:
-        """Build for this batch size and run over all photographs: the check's outputs, and the warm-up."""
+    def build(self, model: str, weights: Path, photos: Tensor) -> dict[str, Any]:
+        """Build for the shape of ``photos``. Returns the settings."""
         self.runner = self.feed = None
-        _give_memory_back()
-        self.runner = runner = self.module.build(SPECS[model], weights, self.dtype, photos[:batch])
-        _reset_peak_memory()
-        logits = []
+        memory.give_back()
+        self.runner = self.module.build(SPECS[model], weights, self.dtype, photos)
+        return self.runner.settings
+
+    def check(self, photos: Tensor, batch: int) -> dict[str, Any]:
+        """Run over all photographs: the logits, the warm-up, and the memory of a call."""
+        assert self.runner is not None
+        logits, used = [], {}
         for i in range(0, len(photos), batch):
-            self.feed = runner.feed(photos[i : i + batch])
-            logits.append(runner.read(self._timed()[1]))
+            self.feed = self.runner.feed(photos[i : i + batch])
+            used = memory.of_call(lambda: logits.append(self.runner.read(self._timed()[1])))
+        if self.runner.model is not None:
+            used |= memory.of_model(self.runner.model)
         # numpy: a tensor would travel in shared memory, which containers keep small
-        return {"logits": torch.cat(logits).numpy(), "settings": runner.settings}
+        return {"logits": torch.cat(logits).numpy(), "memory": used}
+
+    def check_training(self, model: str, weights: Path, feed: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        return steps.check(SPECS[model], weights, self.provider, self.dtype, *feed)
+
+    def build_training(self, model: str, weights: Path, feed: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        """Build a training step for this batch, and run it twice: the warm-up, and the memory of a step."""
+        self.runner = self.feed = None
+        memory.give_back()
+        self.runner = steps.runner(SPECS[model], weights, self.provider, self.dtype)
+        self.feed = feed
+        used = steps.measured(self._timed)
+        return {"settings": self.runner.settings, "memory": used}
 
     def turn(self, seconds: float) -> list[float]:
         """Seconds of each call, as many as fill the turn."""
@@ -62,28 +78,20 @@ class Worker:
         self.last = time.perf_counter() - start
         return self.last, out
 
-    def peak_memory(self) -> float | None:
-        """The most memory this process had since the model was built, in MiB (Linux)."""
-        try:
-            line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        except (OSError, StopIteration):
-            return None
-        return int(line.split()[1]) / 1024
-
-    def peak(self, threads: int, seconds: float) -> float:
+    def peak(self, seconds: float) -> float:
         """FLOP/s of all threads together in this dtype, on registers alone."""
         from cmx_kernels import registry
 
         name = str(DTYPES[self.dtype]).removeprefix("torch.")
-        with ThreadPoolExecutor(threads) as pool:
-            return sum(pool.map(lambda _: registry.C.peak(name, seconds), range(threads)))
+        with ThreadPoolExecutor(self.threads) as pool:
+            return sum(pool.map(lambda _: registry.C.peak(name, seconds), range(self.threads)))
 
 
 def main(connection: Connection, provider: str, dtype: str, threads: int) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    worker = Worker(provider, dtype)
+    worker = Worker(provider, dtype, threads)
     while True:
         try:
             request, *arguments = connection.recv()
@@ -95,15 +103,3 @@ def main(connection: Connection, provider: str, dtype: str, threads: int) -> Non
             return
         except Exception as error:
             connection.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-4)}"))
-
-
-def _give_memory_back() -> None:
-    """Free what the last model left, so that this one's memory is its own."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_peak_memory() -> None:
-    with contextlib.suppress(OSError):  # not Linux: the peak is then that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")

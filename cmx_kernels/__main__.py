@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from cmx_kernels.bench import compare
+from cmx_kernels.bench import compare, suite
 from cmx_kernels.classify import classify
 from cmx_kernels.explain import explain
 from cmx_kernels.info import build_info
@@ -23,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", help="which kernel runs each part of a model, and why not another")
     explain.add_argument("model", help=models)
-    bench = commands.add_parser("bench", help="fused against plain PyTorch on this machine")
-    bench.add_argument("models", nargs="+", metavar="MODEL", help=models)
+    bench = commands.add_parser("bench", help="fused against plain PyTorch on this machine; without MODEL: the suite")
+    bench.add_argument("models", nargs="*", metavar="MODEL", help=models)
     bench.add_argument("--rounds", type=_positive, default=5, help="turns of each; the median counts")
     for command in (explain, bench):
         command.add_argument("--batch", type=_positive, default=1)
@@ -68,6 +68,10 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if not args.models:
+        if suite([]) != 0:
+            raise RuntimeError("the suite failed, see above")
+        return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU kernels: {build_info()['isa_level']}")
     for variant in [find_variant(name) for name in args.models]:
         size = args.size or variant.image_size

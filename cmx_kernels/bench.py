@@ -1,12 +1,51 @@
-"""A first look at the speed on this machine: fused against plain PyTorch, checked, in turns. For more: `make bench`."""
+"""Speed here: a first look (fused against plain PyTorch, checked, in turns), and the way to the whole suite."""
 
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cmx_kernels.models import ConvMixer, create_model
+
+Key = TypeVar("Key")
+
+
+def in_turns(calls: Mapping[Key, Callable[[], Any]], seconds: float, rounds: tuple[int, int]) -> dict[Key, list[float]]:
+    """Seconds of every call, after one each that does not count; every turn starts with another one.
+
+    seconds: for each of them, roughly. rounds: at least, at most.
+    """
+    order, times = list(calls), {key: list[float]() for key in calls}
+    for call in calls.values():
+        call()
+    start, (least, most) = time.perf_counter(), rounds
+    for turn in range(most):
+        if turn >= least and time.perf_counter() - start > seconds * len(calls):
+            break
+        for key in order:
+            before = time.perf_counter()
+            calls[key]()
+            times[key].append(time.perf_counter() - before)
+        order = order[1:] + order[:1]
+    return times
+
+
+def suite(arguments: Sequence[str]) -> int:
+    """The suite of the repository, as `make bench` runs it; its exit status."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "conftest.py").is_file():
+        raise ValueError(
+            "the suite is part of the repository, and this package is installed without it: "
+            "name models to compare, as in `bench 768/32`, or run `make bench` in a clone"
+        )
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", *arguments]
+    return subprocess.run(command, cwd=root).returncode
 
 
 def compare(name: str, batch: int, size: int, dtype: torch.dtype, rounds: int) -> str:
@@ -22,10 +61,8 @@ def compare(name: str, batch: int, size: int, dtype: torch.dtype, rounds: int) -
     x = torch.randn(batch, 3, size, size, dtype=dtype)
     with torch.inference_mode():
         difference = _difference(fused, plain, x)
-        seconds: dict[str, list[float]] = {"fused": [], "plain": []}
-        for _ in range(rounds):
-            seconds["fused"].append(_time(fused, x))
-            seconds["plain"].append(_time(plain, x))
+        calls: dict[str, Callable[[], Any]] = {"fused": lambda: fused(x), "plain": lambda: plain(x)}
+        seconds = in_turns(calls, 0, (rounds, rounds))
     fast, slow = (batch / statistics.median(times) for times in seconds.values())
     return (
         f"{name}  batch {batch}  {str(dtype).removeprefix('torch.')}  fused {fast:.2f}  plain {slow:.2f} images/s  "
@@ -33,14 +70,8 @@ def compare(name: str, batch: int, size: int, dtype: torch.dtype, rounds: int) -
     )
 
 
-def _time(model: ConvMixer, x: Tensor) -> float:
-    start = time.perf_counter()
-    model(x)
-    return time.perf_counter() - start
-
-
 def _difference(fused: ConvMixer, plain: ConvMixer, x: Tensor) -> float:
-    """Also the warm-up of both. Half precision may differ in the last digits of every layer."""
+    """Half precision may differ in the last digits of every layer."""
     a, b = fused(x).float(), plain(x).float()
     allowed = 1e-4 if x.dtype == torch.float32 else 5e-2
     difference = float((a - b).abs().max() / b.abs().max())

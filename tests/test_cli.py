@@ -10,7 +10,7 @@ import torch
 from plain_models import NATIVE, trained
 from torch import nn
 
-from cmx_kernels import convert_state_dict, create_model
+from cmx_kernels import bench, convert_state_dict, create_model
 from cmx_kernels.__main__ import main
 from cmx_kernels.classify import CIFAR, IMAGENET, classify, read_image
 from cmx_kernels.models.variants import CIFAR10
@@ -46,6 +46,18 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["convmixer_256_8_ks5_p2", "convmixer_256_8_ks9_p1"]
     assert "images/s" in lines[1] and "logits differ by" in lines[1]
+
+
+def test_bench_without_a_model_is_the_suite(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "cmx_kernels" / "bench.py"))
+    assert main(["bench"]) == 2
+    assert "make bench" in capsys.readouterr().err
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "conftest.py").touch()
+    (tmp_path / "benchmarks" / "test_it.py").write_text("def test_it(benchmark): benchmark(lambda: None)")
+    assert main(["bench"]) == 0
 
 
 def test_bench_gives_no_figure_for_wrong_results(
@@ -140,7 +152,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path: Path, capsys: pytes
     for args in (["explain", "none"], ["bench", "none"]):
         assert main(args) == 2
         assert "no published" in capsys.readouterr().err
-    for args in ([], ["bench"], ["explain", "768/32", "--batch", "0"], ["classify", "x.png"]):
+    for args in ([], ["bench", "--batch", "x"], ["explain", "768/32", "--batch", "0"], ["classify", "x.png"]):
         with pytest.raises(SystemExit) as exit_:
             main(args)
         assert exit_.value.code == 2

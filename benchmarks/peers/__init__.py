@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Runner:
     run: Callable[[Any], Any]  # timed
     read: Callable[[Any], Tensor] = lambda out: out.float()  # the logits in float32; not timed
     settings: dict[str, Any] = field(default_factory=dict)
+    model: nn.Module | None = None  # if it is one: its tensors are counted
 
 
 def fastest(runners: Iterable[Runner], photos: Tensor) -> Runner:
@@ -46,7 +47,8 @@ class Provider:
     module: str
     dtypes: tuple[str, ...]
     kind: str  # "fused", "eager" or "peer"
-    only_full: bool = False  # compiling takes long
+    only_full: bool = False  # compiling takes minutes
+    alone: bool = False  # building it times something
 
     def load(self) -> Any:
         return importlib.import_module(f"benchmarks.peers.{self.module}")
@@ -58,7 +60,7 @@ PROVIDERS = {
     for provider in (
         Provider("eager", "eager", ("fp32", "bf16"), "eager"),
         Provider("eager channels_last", "eager_channels_last", ("fp32", "bf16"), "eager"),
-        Provider("inductor", "inductor", ("fp32", "bf16"), "peer", only_full=True),
+        Provider("inductor", "inductor", ("fp32", "bf16"), "peer", only_full=True, alone=True),
         Provider("onnxruntime", "onnx_runtime", ("fp32",), "peer"),
         Provider("openvino", "openvino_runtime", ("fp32", "bf16"), "peer"),
         Provider("fused", "fused", ("fp32", "bf16"), "fused"),

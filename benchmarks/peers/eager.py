@@ -21,4 +21,5 @@ def build(
         feed=lambda x: x.to(DTYPES[dtype], memory_format=layout),
         run=model,
         settings={"layout": "NCHW" if layout == torch.contiguous_format else "NHWC"},
+        model=model,
     )

@@ -18,14 +18,16 @@ def why_absent() -> str | None:
 
 
 def build(spec: Spec, weights: Path, dtype: str, photos: Tensor) -> Runner:
-    model = _model(spec)
-    model.load_state_dict(torch.load(weights, weights_only=True, mmap=True))
+    with torch.device("meta"):
+        model = _model(spec)
+    model.load_state_dict(torch.load(weights, weights_only=True, mmap=True), assign=True)
     model = model.to(DTYPES[dtype]).eval().requires_grad_(False)
     x = photos.to(DTYPES[dtype])
     return Runner(
         feed=lambda x: x.to(DTYPES[dtype]),
         run=model,
         settings={"layout": "NCHW", "backend": _backend(model, x)},
+        model=model,
     )
 
 

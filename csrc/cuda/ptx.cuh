@@ -1,5 +1,5 @@
 // One function per PTX instruction: inline assembly under nvcc, its meaning in C++ where the kernels are emulated.
-// The meanings are a reading of the PTX manual; benchmarks/gpu_check.py compares each with the hardware.
+// The meanings are a reading of the PTX manual; tests/test_cuda_device.py compares each with the hardware.
 #pragma once
 
 #include "platform.cuh"

@@ -1,0 +1,1 @@
+"""Measurements on a GPU, in parts of less than ten minutes: `make gpu-check`."""

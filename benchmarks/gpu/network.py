@@ -1,0 +1,172 @@
+"""Whole networks on a GPU: fused against every way PyTorch has, and the rivals of the paper's table.
+
+    python -m benchmarks.gpu.network [--seconds 480] [--device cpu --dry-run]
+
+Random weights and images. Logits are held against float64 first: |out - ref| <= 2 max|eager - ref| + eps, eager in the
+same precision. Networks flush the caches themselves. The cells that matter most come first.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import timm_models
+from benchmarks.gpu.device import Device, Store, flags, graphed, opened, parser, reason, say
+from benchmarks.networks import DTYPES, RELEASED, SPECS, Spec, plain
+
+Call = Callable[[], Tensor]
+PRECISIONS = {  # name -> TF32, dtype of autocast
+    "fp32": (False, None),
+    "tf32": (True, None),
+    "bf16": (True, torch.bfloat16),
+    "fp16": (True, torch.float16),
+}
+_EPS = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8, "fp16": 2**-11}
+_NETWORKS = (*RELEASED, "convmixer_512_16_ks8_p7")
+CELLS = [  # model, precision, batch
+    *((m, "bf16", 64) for m in _NETWORKS),
+    *((m, p, n) for p, n in (("bf16", 1), ("fp32", 64), ("tf32", 64), ("fp16", 64), ("bf16", 256)) for m in _NETWORKS),
+    *((m, p, n) for p, n in (("bf16", 8), ("fp16", 1), ("fp32", 1), ("tf32", 1), ("fp16", 256)) for m in _NETWORKS),
+    *((m, p, n) for p, n in (("fp32", 8), ("tf32", 8), ("fp16", 8), ("fp32", 256), ("tf32", 256)) for m in _NETWORKS),
+]
+COMPILED = (("bf16", 64), ("bf16", 1), ("fp32", 64))  # each takes a minute to compile
+RIVALS = ("resnet152", "deit_base_patch16_224", "mixer_b16_224", "convnext_base")
+
+
+def variants(device: Device, model: nn.Module, fused: nn.Module | None, x: Tensor, compile: bool) -> Iterator[tuple]:
+    """(provider, cudnn.benchmark, make): make() returns what is timed. The model is moved, so in this order only."""
+
+    def in_layout(layout: torch.memory_format) -> Call:
+        own, images = model.to(memory_format=layout), x.contiguous(memory_format=layout)
+        return lambda: own(images)
+
+    nchw, nhwc = torch.contiguous_format, torch.channels_last
+    if fused is not None:
+        yield "fused", False, lambda: lambda: fused(x)
+        yield "fused, CUDA graph", False, lambda: graphed(device, lambda: fused(x))
+    yield "eager", False, lambda: in_layout(nchw)
+    yield "eager, cudnn.benchmark", True, lambda: in_layout(nchw)
+    yield "eager, CUDA graph", False, lambda: graphed(device, in_layout(nchw))
+    if compile:
+        for name, options in (
+            ("inductor", {}),
+            ("inductor, layout kept", {"options": {"layout_optimization": False}}),
+            ("inductor, max-autotune", {"mode": "max-autotune"}),
+        ):
+            yield name, False, lambda options=options: _compiled(device, model.to(memory_format=nchw), x, options)
+    yield "eager channels_last", False, lambda: in_layout(nhwc)
+    yield "eager channels_last, cudnn.benchmark", True, lambda: in_layout(nhwc)
+
+
+def _compiled(device: Device, model: nn.Module, x: Tensor, options: dict[str, Any]) -> Call:
+    compiled = device.compiled(model, **options)
+    return lambda: compiled(x)
+
+
+@contextlib.contextmanager
+def precision(device: Device, name: str, benchmark: bool) -> Iterator[None]:
+    tf32, dtype = PRECISIONS[name]
+    mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
+    with flags(tf32, benchmark), mixed:
+        yield
+
+
+def timed(device: Device, call: Call) -> dict[str, Any]:
+    """Milliseconds of a call: three warm-ups, then at least ten, or as many as fill half a second."""
+    for _ in range(1 if device.dry else 3):
+        call()
+    first = device.once(call, flush=False)
+    rounds = 3 if device.dry else max(10, min(100, int(5e5 / max(first, 1))))
+    times = sorted(device.once(call, flush=False) for _ in range(rounds))
+    low, _, high = quantiles(times, n=4, method="inclusive")
+    return {"ms": median(times) / 1e3, "spread": (high - low) / 2 / median(times), "calls": rounds}
+
+
+def convmixers(spec: Spec, device: Device) -> tuple[nn.Module, nn.Module]:
+    from cmx_kernels import ConvMixer
+
+    torch.manual_seed(0)
+    model = plain(spec)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.05, 0.2)  # so that activations do not fade with depth
+    size = (spec.dim, spec.depth, spec.kernel_size, spec.patch_size, spec.classes)
+    fused = ConvMixer(*size, act_layer=spec.act, fused=True).eval()
+    fused.load_state_dict(model.state_dict())
+    return model.to(device.type).requires_grad_(False), fused.to(device.type).requires_grad_(False)
+
+
+def race(device: Device, store: Store, model: str, name: str, batch: int, section: str) -> None:
+    """All variants of one cell; a variant that fails is a record that says so."""
+    size = SPECS[model].image_size if model in SPECS else 224
+    if model in SPECS:
+        network, fused = convmixers(SPECS[model], device)
+    else:
+        network, fused = timm_models.create(model).to(device.type), None
+    torch.manual_seed(1)
+    x = torch.randn(batch, 3, size, size, device=device.type)
+    exact = network.double()(x[:2].double())
+    network.float()
+    with precision(device, name, False):
+        of_eager = (network(x[:2]).double() - exact).abs().max().item()
+    allowed = 2 * of_eager + 16 * _EPS[name] * exact.abs().max().item()
+    common = {"model": model, "batch": batch, "dtype": name, "note": "", "allowed": allowed, "peak_gflops": {}}
+    with torch.inference_mode():
+        for provider, benchmark, make in variants(
+            device, network, fused, x, (name, batch) in COMPILED or (device.dry and name == "fp32")
+        ):
+            if device.over:
+                return
+            record = {**common, "provider": provider, "kind": provider.split(",")[0].split()[0]}
+            try:
+                with precision(device, name, benchmark):
+                    call = make()
+                    record["error"] = error = (call()[:2].double() - exact).abs().max().item()
+                    if not error <= allowed:
+                        raise ArithmeticError(f"error {error:.2g} against float64, allowed are {allowed:.2g}")
+                    record |= {**timed(device, call), "memory": device.memory(call)}
+                record |= {"status": "timed", "ms_per_image": record["ms"] / batch}
+                record["images_per_s"] = 1e3 / record["ms_per_image"]
+                if model in SPECS:
+                    record["gflops"] = SPECS[model].flop * record["images_per_s"] / 1e9
+            except Exception as failure:  # out of memory, no compiler, a wrong result: the others still run
+                wrong = isinstance(failure, ArithmeticError)
+                record |= {"status": "wrong" if wrong else "failed", "note": reason(failure)}
+            store.add(section, record)
+            say(f"{model} b{batch} {name} {provider}: {record.get('images_per_s', record['note'])}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser("Whole networks on a GPU.", "gpu-network").parse_args(arguments)
+    device = opened(options)
+    if device is None:
+        return 2
+    store = Store(device, options)
+    cells = [("tiny", p, 2) for p in PRECISIONS] if device.dry else CELLS
+    rivals = [] if device.dry else [(m, "bf16", n) for n in (64, 1, 256) for m in RIVALS]
+    if rivals and timm_models.why_absent() is not None:
+        say(f"the rivals are left out: {timm_models.why_absent()}")
+        rivals = []
+    first, rest = (4, 8) if rivals else (0, 0)
+    for model, name, batch in [*cells[:first], *rivals[:first], *cells[first:rest], *rivals[first:], *cells[rest:]]:
+        if device.over:
+            say(f"{options.seconds:.0f} s are over: the remaining networks are left out")
+            break
+        try:
+            with torch.no_grad():
+                race(device, store, model, name, batch, "models" if model in SPECS else "rival_networks")
+        except Exception as failure:  # the reference does not fit
+            say(f"{model} b{batch} {name}: {reason(failure)}")
+    timed_rows = [row for row in store.kept.get("models", ()) if row["status"] == "timed"]
+    wrong = [row for row in store.kept.get("models", ()) if row["kind"] == "fused" and row["status"] != "timed"]
+    return 1 if wrong or not timed_rows else 0
+
+
+assert set(DTYPES) <= set(PRECISIONS)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,74 @@
+"""Which rows run: a part that takes about five minutes, everything, or what was named."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_training
+from benchmarks.networks import RELEASED, SPECS
+from benchmarks.peers import PROVIDERS
+from benchmarks.race import Row
+
+HERE = Path(__file__).parent
+
+
+def add_options(parser: pytest.Parser) -> None:
+    group = parser.getgroup("cmx_kernels")
+    group.addoption("--full", action="store_true", help="everything (hours); the same as CMX_BENCH=full")
+    group.addoption("--models", default=",".join(RELEASED), help=f"of {', '.join(SPECS)}; default: the released ones")
+    group.addoption("--batches", help="batch sizes; default 1,8, with --full 1,8,32")
+    group.addoption("--providers", help=f"of {', '.join(PROVIDERS)}; default: all but inductor, with --full all")
+
+
+def full(config: pytest.Config) -> bool:
+    return config.getoption("full") or os.environ.get("CMX_BENCH") == "full"
+
+
+def network_rows(config: pytest.Config) -> list[Row]:
+    """Rows of one race stand together."""
+    models, batches = config.getoption("models").split(","), config.getoption("batches")
+    asked = config.getoption("providers")
+    for name in [*(asked or "").split(",")] if asked else []:
+        if name not in PROVIDERS:
+            raise pytest.UsageError(f"--providers: got {name!r}, wanted some of {', '.join(PROVIDERS)}")
+    for name in models:
+        if name not in SPECS:
+            raise pytest.UsageError(f"--models: got {name!r}, wanted some of {', '.join(SPECS)}")
+    return [
+        Row(model, int(batch), dtype, provider.name)
+        for model in models
+        for batch in (batches or ("1,8,32" if full(config) else "1,8")).split(",")
+        for dtype in ("fp32", "bf16")
+        for provider in PROVIDERS.values()
+        if dtype in provider.dtypes
+        and (provider.name in asked.split(",") if asked else full(config) or not provider.only_full)
+    ]
+
+
+def reduce(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the quick rows of every file, unless it was named, or a keyword chooses, or everything was asked for."""
+    if full(config) or config.getoption("keyword"):
+        return
+    named = {Path(argument.split("::")[0]).name for argument in config.args}
+    networks_only = config.getoption("models") != ",".join(RELEASED)  # who names networks wants those
+    left_out = [
+        item
+        for item in items
+        if item.path.parent == HERE and item.path.name not in named and not _quick(item, networks_only)
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _quick(item: Any, networks_only: bool) -> bool:
+    name = item.path.name
+    if networks_only or name in ("bench_models.py", "bench_rivals.py"):
+        return name == "bench_models.py"
+    if name == "bench_ops.py":
+        return item.callspec.params["shape"].quick
+    if name == "bench_training.py":
+        return bench_training.quick(item.callspec.params["row"])
+    return True

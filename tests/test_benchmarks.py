@@ -1,0 +1,100 @@
+"""The benchmarks themselves: what is written, what is refused, and the GPU's way on a machine without one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the benchmarks are not in this checkout")
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+
+
+def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
+    """Every part but the device: each leaves its table, and nothing of ours is wrong or missing in it."""
+    done = _run("-m", "benchmarks.gpu.check", "--device", "cpu", "--dry-run", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    steps = json.loads((tmp_path / "gpu-check-all.json").read_text())["steps"]
+    assert [s["part"] for s in steps if s["passed"]] == ["correct", "ops", "network", "training"]
+    sections = {"network": "models", "training": "training", "ops": "gpu_ops"}
+    rows = {part: json.loads((tmp_path / f"gpu-{part}.json").read_text())[name] for part, name in sections.items()}
+    assert {r["dtype"] for r in rows["network"]} == {"fp32", "tf32", "bf16", "fp16"}
+    assert all(r["status"] == "timed" and r["error"] <= r["allowed"] for r in [*rows["network"], *rows["training"]])
+    assert {"fused", "eager", "inductor", "fused, CUDA graph"} <= {r["provider"] for r in rows["network"]}
+    assert all({"fused", "eager", "inductor"} <= r["us"].keys() and not r["note"] for r in rows["ops"])
+    for part in sections:
+        assert "| " in (tmp_path / f"gpu-{part}.md").read_text()
+
+
+def test_gpu_check_survives_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import check
+
+    ran = []
+
+    def run(name: str, command: list[str], seconds: float) -> check.Step:
+        ran.append(name)
+        return {"step": name, "passed": name != "ops", "result": 1, "seconds": 0.0}
+
+    monkeypatch.setattr(check, "run", run)
+    assert check.main(["--device", "cpu", "--dry-run", "--results", str(tmp_path)]) == 1
+    assert ran[-3:] == ["ops", "network", "training"]
+
+
+def test_counts_of_the_networks() -> None:
+    """Parameters and multiply-adds against those of the modules."""
+    import torch
+
+    from benchmarks.networks import SPECS, plain
+
+    for spec in (SPECS["tiny"], SPECS["convmixer_256_8_ks5_p2"]):
+        model = plain(spec)
+        assert spec.parameters == sum(p.numel() for p in model.parameters())
+        outputs: list[int] = []
+        flop: list[int] = []
+
+        def count(
+            conv: torch.nn.Conv2d, _: object, y: torch.Tensor, outputs: list = outputs, flop: list = flop
+        ) -> None:
+            outputs.append(y.numel())
+            flop.append(2 * y.numel() * conv.weight[0].numel())
+
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(count)
+        model(torch.zeros(1, 3, spec.image_size, spec.image_size))
+        assert spec.activations == sum(outputs)
+        assert spec.flop == sum(flop) + 2 * spec.dim * spec.classes
+
+
+def test_a_run_is_stored_and_compared(tmp_path: Path) -> None:
+    """JSON, table and timm's columns; --benchmark-compare-fail passes against itself and fails against a faster run."""
+    results = ROOT / "benchmarks" / "results"
+    saved_at = results / f"latest-{tmp_path.name}"  # pytest-benchmark wants a folder below the one it runs in
+    store = ["--benchmark-storage", f"file://{saved_at.relative_to(ROOT)}"]
+    command = ["-m", "pytest", "benchmarks", "--benchmark-only", "--models", "tiny", "--batches", "1"]
+    command += ["-p", "no:cacheprovider", "--providers", "fused", "--results", "latest-test", *store]
+    done = _run(*command, "--benchmark-save", "first")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads((results / "latest-test.json").read_text())["models"]
+    assert [row["dtype"] for row in rows] == ["fp32", "bf16"] and all(row["match"] for row in rows)
+    wanted = {"images_per_s", "gflops", "gb_per_s", "memory", "layout", "backend", "versions", "commit", "error"}
+    assert all(wanted <= row.keys() for row in rows)
+    table = (results / "latest-test-timm" / "benchmark-infer-fp32-fused.csv").read_text().splitlines()
+    assert table[0].split(",")[:3] == ["model", "infer_img_size", "infer_samples_per_sec"] and len(table) == 2
+    saved = max(saved_at.rglob("*first.json"))
+    content = json.loads(saved.read_text())
+    for found in content["benchmarks"]:
+        assert found["extra_info"]["match"] is True
+        found["stats"]["median"] /= 1e6
+    saved.write_text(json.dumps(content))
+    done = _run(*command, "--benchmark-compare", "--benchmark-compare-fail", "median:100%")
+    shutil.rmtree(saved_at)
+    assert done.returncode != 0 and "Performance has regressed" in done.stdout + done.stderr
