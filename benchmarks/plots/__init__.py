@@ -32,12 +32,13 @@ def draw(paths: Sequence[Path]) -> list[Path]:
     """Draw what the files hold; returns what was written."""
     content = _joined([json.loads(path.read_text()) for path in paths])
     about, written = content["machine"], []
-    versions = "   ".join(f"{package} {version}" for package, version in about["versions"].items())
-    text = f"{title(about)}   {versions}   {about['date'][:10]}"
+    versions = [f"{package} {version}" for package, version in about["versions"].items()]
     with pyplot.rc_context(STYLE):
         for name, picture in PICTURES.items():
             figure = picture(content)
             if figure is not None:
+                shown = versions if figure.get_figwidth() > 8 else versions[:1]
+                text = "   ".join([title(about), *shown, about["date"][:10]])
                 figure.text(0.01, 0.006, text, fontsize=6.5, color="#777777")
                 written.append(paths[0].with_name(f"{paths[0].stem}_{name}.png"))
                 figure.savefig(written[-1], dpi=110)
