@@ -50,7 +50,7 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-PYTHON = _files("*.py", "cmx_kernels/**/*.py", "tests/**/*.py", "benchmarks/**/*.py", "csrc/**/*.py")
+PYTHON = _files("*.py", *(f"{folder}/**/*.py" for folder in ("cmx_kernels", "tests", "benchmarks", "csrc", "examples")))
 MODULES = [p for p in PYTHON if PACKAGE in p.parents and p != PACKAGE / "__init__.py"]
 NATIVE_FILES = _files("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.cpp", "csrc/**/*.cu")
 TESTS = _files("tests/**/test_*.py")
@@ -235,7 +235,15 @@ def test_native_includes(path: Path) -> None:
 
 
 ROOT_FILES = ("*.py", "*.md", "*.toml", "Makefile", ".gitignore", "MANIFEST.in", "requirements/*")
-FOLDERS = (".github/**/*", ".ci/**/*", "cmx_kernels/**/*.py", "csrc/**/*", "tests/**/*", "benchmarks/**/*")
+FOLDERS = (
+    ".github/**/*",
+    ".ci/**/*",
+    "cmx_kernels/**/*.py",
+    "csrc/**/*",
+    "tests/**/*",
+    "benchmarks/**/*",
+    "examples/**/*",
+)
 TEXT = [p for p in _files(*ROOT_FILES, *FOLDERS) if p.suffix not in (".so", ".pyc", ".png", ".svg", ".safetensors")]
 MACHINE = re.compile(r"/(home|root|Users|mnt|work|srv)/\w|[^.\w]/tmp/\w|index-url\s+http|--trusted-host")
 
