@@ -1,4 +1,4 @@
-"""python -m cmx_kernels info | explain MODEL | bench MODEL ... | classify IMAGE --model NAME [--checkpoint FILE]"""
+"""python -m cmx_kernels info | explain MODEL | bench MODEL ... | classify IMAGE [--model NAME] [--checkpoint FILE]"""
 
 import argparse
 import sys
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
     classify = commands.add_parser("classify", help="the five most probable classes of an image")
     classify.add_argument("image")
-    classify.add_argument("--model", required=True, help=models)
+    classify.add_argument("--model", help=f"{models}; default: the small one that comes with the package")
     weights = classify.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="FILE", help=".safetensors, or a PyTorch file of weights")
     weights.add_argument("--pretrained", action="store_true", help="released weights from the Hugging Face hub")
@@ -79,7 +79,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _classify(args: argparse.Namespace) -> None:
-    if args.checkpoint is None and not args.pretrained:
+    if args.model is not None and args.checkpoint is None and not args.pretrained:
         print(
             "warning: the weights are random, so the classes mean nothing; give --checkpoint FILE or --pretrained",
             file=sys.stderr,

@@ -51,6 +51,30 @@ def read_image(path: str | Path, how: Preprocessing) -> Tensor:
     return ((x - torch.tensor(how.mean)[:, None, None]) / torch.tensor(how.std)[:, None, None])[None]
 
 
+SHIPPED = Path(__file__).parent / "data" / "convmixer_cifar10.safetensors"
+
+
+def load_shipped() -> ConvMixer:
+    """The small ConvMixer that comes with the package, trained on CIFAR-10, in eval mode.
+
+    Raises:
+        ValueError: this copy of the package holds none. ImportError: safetensors is missing.
+    """
+    if not SHIPPED.is_file():
+        raise ValueError(
+            "--model: got none, and this copy of the package ships no trained weights; name a model, with --checkpoint "
+            "FILE or --pretrained"
+        )
+    weights = load_checkpoint(SHIPPED)
+    stem, depthwise = weights["stem.0.weight"], weights["blocks.0.0.fn.0.weight"]
+    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    dim, _, *patch = stem.shape
+    kernel = depthwise.shape[2:]
+    model = ConvMixer(dim, depth, (kernel[0], kernel[1]), (patch[0], patch[1]), len(weights["head.weight"]))
+    model.load_state_dict(weights)
+    return model.eval()
+
+
 def load_model(variant: Variant, checkpoint: str | Path | None, pretrained: bool) -> ConvMixer:
     """The model in eval mode, with as many classes as the checkpoint has."""
     classes = variant.num_classes
@@ -81,14 +105,26 @@ def class_names(variant: Variant, classes: int) -> list[str]:
 
 
 def classify(
-    image: str | Path, name: str, checkpoint: str | Path | None = None, pretrained: bool = False, top: int = 5
+    image: str | Path,
+    name: str | None = None,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    top: int = 5,
 ) -> list[tuple[str, float]]:
-    """The most probable classes of an image, with their probabilities. Random weights without a checkpoint."""
-    variant = find_variant(name)
-    x = read_image(image, CIFAR if variant.dataset == "CIFAR-10" else IMAGENET)
-    model = load_model(variant, checkpoint, pretrained)
+    """The most probable classes of an image, with their probabilities.
+
+    Without a name by the model that comes with the package; a named one has random weights without a checkpoint.
+    """
+    if name is None:
+        if checkpoint is not None or pretrained:
+            raise ValueError("--model: got none, wanted the name of the model that the weights are for")
+        x, model, names = read_image(image, CIFAR), load_shipped(), CIFAR10
+    else:
+        variant = find_variant(name)
+        x = read_image(image, CIFAR if variant.dataset == "CIFAR-10" else IMAGENET)
+        model = load_model(variant, checkpoint, pretrained)
+        names = class_names(variant, model.num_classes)
     with torch.inference_mode():
         probabilities = model(x)[0].softmax(0)
     best = probabilities.topk(min(top, len(probabilities)))
-    names = class_names(variant, len(probabilities))
     return [(names[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]

@@ -152,7 +152,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path: Path, capsys: pytes
     for args in (["explain", "none"], ["bench", "none"]):
         assert main(args) == 2
         assert "no published" in capsys.readouterr().err
-    for args in ([], ["bench", "--batch", "x"], ["explain", "768/32", "--batch", "0"], ["classify", "x.png"]):
+    for args in ([], ["bench", "--batch", "x"], ["explain", "768/32", "--batch", "0"]):
         with pytest.raises(SystemExit) as exit_:
             main(args)
         assert exit_.value.code == 2
