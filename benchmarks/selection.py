@@ -71,4 +71,4 @@ def _quick(item: Any, networks_only: bool) -> bool:
         return item.callspec.params["shape"].quick
     if name == "bench_training.py":
         return bench_training.quick(item.callspec.params["row"])
-    return True
+    return item.callspec.params["dtype"] == "fp32"  # bench_breakdown.py
