@@ -34,6 +34,11 @@ def transformed() -> bool:
     return _transforms() is not None or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
+def exporting() -> bool:
+    """torch.compiler.is_exporting(), which torch 2.11 takes for true in torch.compile too."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 @dataclass(frozen=True)
 class Backend:
     name: str

@@ -44,13 +44,13 @@ def plain_is_wanted(x: Any) -> bool:
     if not backends.FUSED or not isinstance(x, Tensor):
         return True
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() and not backends.kernels_are_forced()
+        return backends.exporting() and not backends.kernels_are_forced()
     return torch.jit.is_tracing() or _dispatch_modes() > 0
 
 
 def check_call(x: Tensor) -> None:
     """Refuse what no kernel follows: transforms, tensor subclasses, hooks on every module."""
-    if torch.compiler.is_exporting():  # with tensors without memory
+    if backends.exporting():  # with tensors without memory
         return
     if type(x) not in _PLAIN:
         raise Refusal(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
@@ -81,7 +81,7 @@ def check_unit(unit: Unit) -> None:
 
 
 def _check_tensor(tensor: Tensor | None) -> None:
-    if torch.compiler.is_exporting():
+    if backends.exporting():
         return
     if tensor is not None and type(tensor) not in _PLAIN:
         raise Refusal(f"a parameter is a {type(tensor).__name__}, a subclass of torch.Tensor")

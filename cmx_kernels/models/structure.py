@@ -124,6 +124,8 @@ def _why_not_pointwise(conv: nn.Conv2d) -> str | None:
 
 
 _ADDS_INPUT: set[type] = set()  # classes seen to compute child(x) + x
+# torch.compile of older releases cannot list attributes: there fuse() and calls outside of a graph have looked
+_TRACES_ATTRIBUTES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 _STATELESS = frozenset(nn.Module().__dict__)
 _BOOKKEEPING = ("__", "_is_", "_fsdp_")  # what TorchScript, DataParallel, transformers and FSDP note on modules
 
@@ -133,7 +135,8 @@ def _check_residual(module: nn.Module) -> None:
     name = type(module).__name__
     if len(module._modules) != 1 or module._parameters or module._buffers:
         raise Refusal(f"{name} holds more, or less, than one child: it may not compute x + f(x)")
-    if any(key not in _STATELESS and not key.startswith(_BOOKKEEPING) for key in module.__dict__):
+    looks = _TRACES_ATTRIBUTES or not torch.compiler.is_compiling()
+    if looks and any(key not in _STATELESS and not key.startswith(_BOOKKEEPING) for key in module.__dict__):
         raise Refusal(f"{name} has attributes of its own: it may not compute x + f(x)")
     if type(module) in _ADDS_INPUT:
         return

@@ -100,10 +100,15 @@ def column(vector: Tensor) -> Tensor:
     return vector.reshape(1, -1, 1, 1)
 
 
+# Asked once, because torch.compile of torch 2.11 cannot ask; of devices that nobody here knows, none has it
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla")
+_WITH_AUTOCAST = frozenset(kind for kind in _DEVICES if torch.amp.is_autocast_available(kind))
+
+
 def autocast_is_on(x: Tensor) -> bool:
     """False too for what is no tensor, and for a device that has no autocast."""
     kind = x.device.type if isinstance(x, Tensor) else "meta"
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 def autocast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
