@@ -83,10 +83,9 @@ def write_ninja(folder, cxx, torch, pybind11, report):
     common = [*FLAGS.split(), *shlex.split(os.environ.get("CXXFLAGS", "")), "-Icsrc", f"-I{here}"]
     with_torch = ["-DTORCH_TARGET_VERSION=0x020b000000000000", *headers("torch", f"{torch}/include")]
     extra = {
-        "bind.cpp": with_torch,
-        "bind_cuda.cpp": with_torch,
         "module.cpp": [*headers("pybind11", pybind11), *headers("python", sysconfig.get_path("include"))],
     }
+    extra |= {source.name: with_torch for source in ROOT.glob("csrc/bind*.cpp")}
     lines, objects = [f"builddir = {here}", RULES.format(cxx=cxx, nvcc=nvcc)], []
 
     def add(rule, source, flags, isa=""):

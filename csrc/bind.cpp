@@ -1,83 +1,32 @@
 // The operators behind torch's stable ABI: checks, allocation, a params struct, a launch. Only bind*.{h,cpp} know torch.
 // Schemas are defined in Python (cmx_kernels/registry.py); the checks here keep a direct call from touching wrong memory.
-#include <unistd.h>
-
-#include <algorithm>
-#include <vector>
-
-#include "bind.h"
-#include "cpu_levels.h"
+#include "bind_cpu.h"
 #include "direct.h"
 
 namespace cmx {
+
+Tensor packed_pointwise(const View& weight) {
+  const CpuKernels& k = cpu_kernels();
+  const bool pairs = k.bf16_products && weight.dtype == Dtype::bfloat16;
+  const int64_t size = k.packed_pointwise_bytes(weight.dtype, weight.c, weight.w) / (pairs ? 2 : 4);
+  Tensor out = torch::stable::empty({size}, pairs ? ScalarType::BFloat16 : ScalarType::Float);
+  void* const to = out.mutable_data_ptr();
+  run(ceil_div(weight.c, k.tile_channels), 0, [&](int64_t panel, char*) { k.pack_pointwise(weight, panel, to); });
+  return out;
+}
+
+Tensor packed_depthwise(const View& weight) {
+  const CpuKernels& k = cpu_kernels();
+  const int64_t size = k.packed_depthwise_bytes(weight.dtype, weight.c, weight.h, weight.w) / 4;
+  Tensor out = torch::stable::empty({size}, ScalarType::Float);
+  void* const to = out.mutable_data_ptr();
+  run(ceil_div(weight.c, k.lanes), 0, [&](int64_t block, char*) { k.pack_depthwise(weight, block, to); });
+  return out;
+}
+
 namespace {
 
 // ---- arguments
-
-View view_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, ": wanted a CPU tensor");
-  STD_TORCH_CHECK(t.dim() == 4, name, ": got shape ", shape_of(t), ", wanted 4 dimensions");
-  return {const_cast<void*>(t.const_data_ptr()),
-          dtype_of(t, name),
-          t.size(0),
-          t.size(1),
-          t.size(2),
-          t.size(3),
-          t.stride(0),
-          t.stride(1),
-          t.stride(2),
-          t.stride(3),
-          false};
-}
-
-// A weight as the packing functions want it: its output channels are the View's channels.
-View weight_view(const Tensor& w, int64_t rows, int64_t columns, const char* name) {
-  const int64_t c = w.size(0);
-  return {const_cast<void*>(w.const_data_ptr()),
-          dtype_of(w, name),
-          1,
-          c,
-          rows,
-          columns,
-          0,
-          rows * columns,
-          columns,
-          1,
-          false};
-}
-
-void check_activations(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.size(1) >= 1, "x: got shape ", shape_of(x),
-                  ", wanted [N, C, H, W] with at least one channel, on the CPU");
-}
-
-void check_weight(const Tensor& x, const Tensor& w, bool fits, const char* wanted) {
-  STD_TORCH_CHECK(w.is_cpu() && w.scalar_type() == x.scalar_type(), "weight: wanted a CPU tensor in x's dtype");
-  STD_TORCH_CHECK(fits, "weight: got shape ", shape_of(w), " with x of ", shape_of(x), ", wanted ", wanted);
-}
-
-double element(const Tensor& t, int64_t i) {
-  const char* p = (const char*)t.const_data_ptr() + i * t.stride(0) * t.element_size();
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return *(const double*)p;
-    case ScalarType::Float: return *(const float*)p;
-    case ScalarType::Half: return (float)*(const torch::headeronly::Half*)p;
-    default: return (float)*(const torch::headeronly::BFloat16*)p;
-  }
-}
-
-std::vector<double> values(const Optional& v, const char* name, int64_t count, double missing) {
-  std::vector<double> out(count, missing);
-  if (!v) return out;
-  STD_TORCH_CHECK(v->is_cpu() && v->dim() == 1 && v->size(0) == count, name, ": got shape ", shape_of(*v), ", wanted [",
-                  count, "] on the CPU");
-  const ScalarType t = v->scalar_type();
-  STD_TORCH_CHECK(
-      t == ScalarType::Double || t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16, name,
-      ": wanted a floating point dtype");
-  for (int64_t i = 0; i < count; i++) out[i] = element(*v, i);
-  return out;
-}
 
 // bias, scale and shift as float32, padded with zeros to whole blocks of channels
 struct ConstantsBuffer {
@@ -94,46 +43,7 @@ struct ConstantsBuffer {
   Constants get() const { return {data.data(), data.data() + padded, data.data() + 2 * padded}; }
 };
 
-// ---- allocation
-
-Tensor output_like(const Tensor& x, int64_t c, int64_t h, int64_t w) {
-  const auto format =
-      is_channels_last(x) ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-  return torch::stable::empty({x.size(0), c, h, w}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format);
-}
-
-Tensor bytes(int64_t count) { return torch::stable::empty({std::max<int64_t>(count, 1) + 64}, ScalarType::Byte); }
-char* aligned(const Tensor& t) { return (char*)round_up((int64_t)t.mutable_data_ptr(), 64); }
-
 // ---- launch
-
-// Calls f(task, scratch) for every task, each worker with scratch memory of its own
-template <class F>
-void run(int64_t tasks, int64_t scratch_bytes, const F& f) {
-  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  if (!workers) return;
-  const int64_t piece = round_up(scratch_bytes, 4096);
-  const Tensor memory = bytes(workers * piece);
-  char* const scratch = aligned(memory);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; worker++)
-      for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++)
-        f(task, scratch + worker * piece);
-  });
-}
-
-int64_t l2_bytes() {
-  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return found > 0 ? found : 1 << 20;
-}
-
-// Rows of a band: every worker has the same number of bands, or at least four, and a band stays below max_rows.
-int64_t band_rows(int64_t planes, int64_t h, int64_t max_rows) {
-  const int64_t workers = torch::stable::get_num_threads();
-  int64_t bands = 1;
-  while (bands < h && planes * bands % workers && planes * bands < 4 * workers) bands++;
-  return std::max<int64_t>(1, std::min(ceil_div(h, bands), max_rows));
-}
 
 void run_stage(Stage& s) {
   if (!s.out.n || !s.out.h || !s.out.w) return;
@@ -151,15 +61,8 @@ void run_stage(Stage& s) {
 Tensor pack_pointwise(const Tensor& given) {
   STD_TORCH_CHECK(given.is_cpu() && given.dim() == 2 && given.numel() > 0, "weight: got shape ", shape_of(given),
                   ", wanted [C, Cin] on the CPU");
-  const CpuKernels& k = cpu_kernels();
   const Tensor w = dense(given);
-  const View view = weight_view(w, 1, w.size(1), "weight");
-  const bool pairs = k.bf16_products && view.dtype == Dtype::bfloat16;
-  const int64_t size = k.packed_pointwise_bytes(view.dtype, view.c, view.w) / (pairs ? 2 : 4);
-  Tensor out = torch::stable::empty({size}, pairs ? ScalarType::BFloat16 : ScalarType::Float);
-  void* const to = out.mutable_data_ptr();
-  run(ceil_div(view.c, k.tile_channels), 0, [&](int64_t panel, char*) { k.pack_pointwise(view, panel, to); });
-  return out;
+  return packed_pointwise(weight_view(w, 1, w.size(1), "weight"));
 }
 
 Tensor pack_depthwise(const Tensor& given) {
@@ -168,14 +71,8 @@ Tensor pack_depthwise(const Tensor& given) {
   STD_TORCH_CHECK(
       given.size(2) >= 1 && given.size(3) >= 1 && given.size(2) <= kMaxKernel && given.size(3) <= kMaxKernel,
       "weight: got a ", given.size(2), "x", given.size(3), " kernel, wanted 1 to ", kMaxKernel, " on each side");
-  const CpuKernels& k = cpu_kernels();
   const Tensor w = dense(given);
-  const View view = weight_view(w, w.size(2), w.size(3), "weight");
-  Tensor out =
-      torch::stable::empty({k.packed_depthwise_bytes(view.dtype, view.c, view.h, view.w) / 4}, ScalarType::Float);
-  void* const to = out.mutable_data_ptr();
-  run(ceil_div(view.c, k.lanes), 0, [&](int64_t block, char*) { k.pack_depthwise(view, block, to); });
-  return out;
+  return packed_depthwise(weight_view(w, w.size(2), w.size(3), "weight"));
 }
 
 // ---- operators

@@ -28,6 +28,18 @@ struct CpuKernels {
   void (*pool_block)(const PoolHead&, int64_t n, int64_t block);
   void (*classify)(const PoolHead&, int64_t class_begin, int64_t class_end);
 
+  // training
+  int64_t (*depthwise_train_scratch_bytes)(const DepthwiseTrain&);
+  void (*depthwise_train_band)(const DepthwiseTrain&, int64_t n, int64_t block, int64_t y0, char* scratch);
+  int64_t (*depthwise_backward_scratch_bytes)(const DepthwiseBackward&);
+  void (*depthwise_backward_plane)(const DepthwiseBackward&, int64_t n, int64_t block, char* scratch);
+  int64_t (*product_scratch_bytes)(Dtype, int64_t chunk, int64_t c_in, int64_t c_out);
+  void (*product_train_chunk)(const ProductTrain&, int64_t n, int64_t m0, char* scratch);
+  void (*product_backward_chunk)(const ProductBackward&, int64_t n, int64_t m0, int64_t slot, char* scratch);
+  void (*weight_gradient)(const ProductBackward&, int64_t first, int64_t count);  // rows of the weight
+  int64_t (*group_da_bytes)(Dtype, int64_t pixels, int64_t c_out);
+  int64_t (*group_input_bytes)(Dtype, int64_t pixels, int64_t channels);
+
   double (*peak_flop)(Dtype, int64_t rounds);  // runs that many FLOP on registers alone and returns their number
 };
 

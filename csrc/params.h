@@ -62,6 +62,77 @@ struct DepthwiseStage {
   int64_t rows;
 };
 
+// ---- training. Vectors of channels are float32 [rows][channels rounded up to lanes].
+
+// X = (act(x) - mean) * scale + shift, rows (mean, scale, shift); without rows X is x.
+struct Activation {
+  View x;
+  const float* rows;
+};
+
+// da = (p * grad + q * (act(a) - mean) + r) * act'(a), rows (p, q, r, mean)
+struct PreActivation {
+  View grad, a;
+  const float* rows;
+};
+
+// A piece of a sum over pixels, [lanes] each
+enum Piece { kSum, kCentred, kPieces };  // forward: mean and squared deviations; backward: sum and sum against the mean
+
+// a = dwconv(X, weight) + bias
+struct DepthwiseTrain {
+  Activation in;
+  View a;
+  Act act;
+  const void* weight;  // packed as float32
+  const float* bias;
+  int64_t kh, kw, rows;
+  float* moments;  // [n][block][row of the image][kPieces][lanes]
+};
+
+struct DepthwiseBackward {
+  PreActivation out;
+  Activation in;
+  View dx;
+  Act act;
+  const void* flipped;  // the weight rotated by half a turn, of an odd size, packed as float32
+  int64_t kh, kw, rows;
+  bool residual, need_input, need_weight;
+  float *sums, *dbias, *dweight;  // [n][block]: [kPieces][lanes], [lanes], [kh * kw][lanes]
+};
+
+// Products over chunks of pixels of one image; all Views are one row of pixels but the image that patches come from.
+struct ProductInput {
+  Activation in, skip;  // a skip without data is none
+  View image;           // if it has data, the input is its patches
+  int64_t ph, pw, columns, channels;
+};
+
+struct ProductTrain {
+  ProductInput in;
+  View a;
+  Act act;
+  const void* weight;  // packed
+  const float* bias;
+  int64_t chunk;   // pixels
+  float* moments;  // [n][chunk][block][kPieces][lanes]
+};
+
+struct ProductBackward {
+  PreActivation out;
+  ProductInput in;
+  View dx;
+  Act act;
+  const void* transposed;  // the weight transposed, packed
+  int64_t chunk;
+  bool need_input, need_weight;
+  float *sums, *dbias;  // of a chunk: [block][kPieces][lanes], [block][lanes]
+  // weight gradient of a group of chunks, each in a slot of a multiple of 16 pixels
+  void *da, *panel;  // [c_out][pixel], pitch `pixels`; the input, packed as a product's weight
+  int64_t pixels;
+  float* dweight;  // [c_out][channels rounded up to lanes]
+};
+
 struct PoolHead {
   View in;
   float* pooled;       // [n, c]

@@ -71,7 +71,7 @@ def _backward(
     )
     return [
         at.unpad(du) if need[0] else a.new_empty(0),
-        dweight.contiguous() if need[1] else a.new_empty(0),
+        in_format(dweight, torch.contiguous_format) if need[1] else a.new_empty(0),
         da.sum((0, 2, 3)) if need[1] else a.new_empty(0),
     ]
 

@@ -1,6 +1,8 @@
 // Activations on vectors, and the one epilogue: act(acc + bias) * scale + shift (+ residual).
 #pragma once
 
+#include <type_traits>
+
 #include "gelu_table.h"
 #include "vec.h"
 
@@ -20,32 +22,39 @@ CMX_INLINE vf exp2(vf x) {
   return p * (vf)((bits(n) + 127) << 23);
 }
 
-// gelu(x) = max(x, 0) - |x| Phi(-|x|), Phi the normal distribution. -inf gives NaN, as x * Phi(x) does.
-CMX_INLINE vf gelu(vf x) {
-  const vf a = (vf)(bits(x) & 0x7fffffffu);
+// Phi(-a) for 0 <= a <= kTailEnd, Phi the normal distribution; exactly 0 at the end
 #if defined(__AVX512F__)
-  // Phi(-a) in segments of degree 3, exactly 0 at the end
-  const vf m = min(all(kGeluEnd), a), magic = all(12582912.f);
-  const vf t = m * kGeluScale + magic, d = m * kGeluScale - (t - magic);
+constexpr float kTailEnd = kGeluEnd;
+CMX_INLINE vf normal_tail(vf a) {
+  // in segments of degree 3
+  const vf magic = all(12582912.f), t = a * kGeluScale + magic, d = a * kGeluScale - (t - magic);
   auto coefficient = [&](int i) {
     return (vf)_mm512_permutex2var_ps(_mm512_load_ps(kGeluTable[i]), (__m512i)t, _mm512_load_ps(kGeluTable[i] + 16));
   };
-  const vf phi = ((coefficient(3) * d + coefficient(2)) * d + coefficient(1)) * d + coefficient(0);
-  return max(all(0), x) - max(m, vf{} - x) * phi;
+  return ((coefficient(3) * d + coefficient(2)) * d + coefficient(1)) * d + coefficient(0);
+}
 #else
-  // Phi(-a) = erfc(z) / 2, z = a / sqrt(2); Abramowitz and Stegun 7.1.26
+constexpr float kTailEnd = 13.f;
+CMX_INLINE vf normal_tail(vf a) {
+  // erfc(z) / 2, z = a / sqrt(2); Abramowitz and Stegun 7.1.26
   const vf z = a * 0.70710678f, t = 1.f / (1.f + 0.3275911f * z), e = exp2(z * z * -1.44269504f);
   const vf q = (((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f;
-  const vf phi = (z > all(9.f)) ? vf{} : .5f * q * t * e;
-  return max(all(0), x) - ((x > all(9.f)) ? vf{} : a * phi);
+  return (z > all(9.f)) ? vf{} : .5f * q * t * e;
+}
 #endif
+
+// gelu(x) = max(x, 0) - |x| Phi(-|x|). -inf gives NaN, as x * Phi(x) does.
+CMX_INLINE vf gelu(vf x) {
+  const vf m = min(all(kTailEnd), (vf)(bits(x) & 0x7fffffffu));
+  return max(all(0), x) - max(m, vf{} - x) * normal_tail(m);
 }
 
 // x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3)
-CMX_INLINE vf gelu_tanh(vf x) {
+CMX_INLINE vf one_plus_exp(vf x) {
   const vf minus_2u = x * (-1.59576912f - 0.0713548163f * x * x);
-  return x / (1.f + exp2(min(all(128.f), minus_2u * 1.44269504f)));
+  return 1.f + exp2(min(all(128.f), minus_2u * 1.44269504f));
 }
+CMX_INLINE vf gelu_tanh(vf x) { return x / one_plus_exp(x); }
 
 template <Act act>
 CMX_INLINE vf activate(vf x) {
@@ -53,6 +62,37 @@ CMX_INLINE vf activate(vf x) {
   if constexpr (act == Act::gelu) return gelu(x);
   if constexpr (act == Act::gelu_tanh) return gelu_tanh(x);
   return x;
+}
+
+// act(x), and its derivative in `slope`
+template <Act act>
+CMX_INLINE vf activate_with_slope(vf x, vf& slope) {
+  if constexpr (act == Act::relu) {
+    slope = (x > vf{}) ? all(1) : vf{};
+  } else if constexpr (act == Act::gelu) {  // Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)
+    const vf a = (vf)(bits(x) & 0x7fffffffu), m = min(all(kTailEnd), a), tail = normal_tail(m);
+    const vf near = max(all(-13.f), min(all(13.f), x));
+    slope = ((x > vf{}) ? 1.f - tail : tail) + near * 0.39894228f * exp2(near * near * -0.72134752f);
+    return max(all(0), x) - max(m, vf{} - x) * tail;
+  } else if constexpr (act == Act::gelu_tanh) {  // s + x s (1 - s) 2u'
+    const vf s = 1.f / one_plus_exp(x), near = max(all(-20.f), min(all(20.f), x));
+    slope = s + near * s * (1.f - s) * (1.59576912f + 0.214064449f * near * near);
+    return x * s;
+  } else {
+    slope = all(1);
+  }
+  return activate<act>(x);
+}
+
+// Calls f(std::integral_constant<Act, act>)
+template <class F>
+CMX_INLINE auto with_activation(Act act, F f) {
+  switch (act) {
+    case Act::relu: return f(std::integral_constant<Act, Act::relu>());
+    case Act::gelu: return f(std::integral_constant<Act, Act::gelu>());
+    case Act::gelu_tanh: return f(std::integral_constant<Act, Act::gelu_tanh>());
+    default: return f(std::integral_constant<Act, Act::none>());
+  }
 }
 
 // What is added at the end: nothing, float32 pixels `step` apart, or bfloat16 pixel pairs
@@ -81,18 +121,12 @@ static __attribute__((noinline)) void epilogue(const float* acc, int64_t count, 
                                                int64_t channel, Act act, const float* residual, int64_t residual_step,
                                                Out* out, int64_t step) {
   const BlockConstants c(constants, channel);
-  auto run = [&](auto activation) __attribute__((always_inline)) {
+  with_activation(act, [&](auto a) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < count; i++)
-      store(out + i * step,
-            activation(load(acc + i * VL) + c.bias) * c.scale + c.shift + Residual::at(residual, residual_step, i));
-  };
-  switch (act) {
-    case Act::relu: return run([](vf x) __attribute__((always_inline)) { return activate<Act::relu>(x); });
-    case Act::gelu: return run([](vf x) __attribute__((always_inline)) { return activate<Act::gelu>(x); });
-    case Act::gelu_tanh: return run([](vf x) __attribute__((always_inline)) { return activate<Act::gelu_tanh>(x); });
-    case Act::none: return run([](vf x) __attribute__((always_inline)) { return x; });
-  }
+      store(out + i * step, activate<decltype(a)::value>(load(acc + i * VL) + c.bias) * c.scale + c.shift +
+                                Residual::at(residual, residual_step, i));
+  });
 }
 
 }  // namespace cmx::CMX_ISA

@@ -6,6 +6,8 @@
 #include "peak.h"
 #include "pool_head.h"
 #include "product.h"
+#include "train_depthwise.h"
+#include "train_product.h"
 
 namespace cmx::CMX_ISA {
 
@@ -209,6 +211,16 @@ const CpuKernels& kernels() {
       depthwise_band,
       pool_block,
       classify,
+      depthwise_train_scratch_bytes,
+      depthwise_train_band,
+      depthwise_backward_scratch_bytes,
+      depthwise_backward_plane,
+      product_scratch_bytes,
+      product_train_chunk,
+      product_backward_chunk,
+      weight_gradient,
+      group_da_bytes,
+      group_input_bytes,
       peak_flop,
   };
   return table;

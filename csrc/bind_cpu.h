@@ -1,0 +1,120 @@
+// What the CPU bindings share: views, checks, allocation, tasks.
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "bind.h"
+#include "cpu_levels.h"
+
+namespace cmx {
+
+inline View view_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": wanted a CPU tensor");
+  STD_TORCH_CHECK(t.dim() == 4, name, ": got shape ", shape_of(t), ", wanted 4 dimensions");
+  return {const_cast<void*>(t.const_data_ptr()),
+          dtype_of(t, name),
+          t.size(0),
+          t.size(1),
+          t.size(2),
+          t.size(3),
+          t.stride(0),
+          t.stride(1),
+          t.stride(2),
+          t.stride(3),
+          false};
+}
+
+// A weight as the packing functions want it: its output channels are the View's channels.
+inline View weight_view(const Tensor& w, int64_t rows, int64_t columns, const char* name) {
+  const int64_t c = w.size(0);
+  return {const_cast<void*>(w.const_data_ptr()),
+          dtype_of(w, name),
+          1,
+          c,
+          rows,
+          columns,
+          0,
+          rows * columns,
+          columns,
+          1,
+          false};
+}
+
+inline void check_activations(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.size(1) >= 1, "x: got shape ", shape_of(x),
+                  ", wanted [N, C, H, W] with at least one channel, on the CPU");
+}
+
+inline void check_weight(const Tensor& x, const Tensor& w, bool fits, const char* wanted) {
+  STD_TORCH_CHECK(w.is_cpu() && w.scalar_type() == x.scalar_type(), "weight: wanted a CPU tensor in x's dtype");
+  STD_TORCH_CHECK(fits, "weight: got shape ", shape_of(w), " with x of ", shape_of(x), ", wanted ", wanted);
+}
+
+inline double element(const Tensor& t, int64_t i) {
+  const char* p = (const char*)t.const_data_ptr() + i * t.stride(0) * t.element_size();
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return *(const double*)p;
+    case ScalarType::Float: return *(const float*)p;
+    case ScalarType::Half: return (float)*(const torch::headeronly::Half*)p;
+    default: return (float)*(const torch::headeronly::BFloat16*)p;
+  }
+}
+
+inline std::vector<double> values(const Optional& v, const char* name, int64_t count, double missing) {
+  std::vector<double> out(count, missing);
+  if (!v) return out;
+  STD_TORCH_CHECK(v->is_cpu() && v->dim() == 1 && v->size(0) == count, name, ": got shape ", shape_of(*v), ", wanted [",
+                  count, "] on the CPU");
+  const ScalarType t = v->scalar_type();
+  STD_TORCH_CHECK(
+      t == ScalarType::Double || t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16, name,
+      ": wanted a floating point dtype");
+  for (int64_t i = 0; i < count; i++) out[i] = element(*v, i);
+  return out;
+}
+
+inline Tensor output_like(const Tensor& x, int64_t c, int64_t h, int64_t w) {
+  const auto format =
+      is_channels_last(x) ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  return torch::stable::empty({x.size(0), c, h, w}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format);
+}
+
+inline Tensor bytes(int64_t count) { return torch::stable::empty({std::max<int64_t>(count, 1) + 64}, ScalarType::Byte); }
+inline char* aligned(const Tensor& t) { return (char*)round_up((int64_t)t.mutable_data_ptr(), 64); }
+
+// Calls f(task, scratch) for every task, each worker with scratch memory of its own
+template <class F>
+inline void run(int64_t tasks, int64_t scratch_bytes, const F& f) {
+  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  if (!workers) return;
+  const int64_t piece = round_up(scratch_bytes, 4096);
+  const Tensor memory = bytes(workers * piece);
+  char* const scratch = aligned(memory);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; worker++)
+      for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++)
+        f(task, scratch + worker * piece);
+  });
+}
+
+inline int64_t l2_bytes() {
+  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return found > 0 ? found : 1 << 20;
+}
+
+// Rows of a band: every worker has the same number of bands, or at least four, and a band stays below max_rows.
+inline int64_t band_rows(int64_t planes, int64_t h, int64_t max_rows) {
+  const int64_t workers = torch::stable::get_num_threads();
+  int64_t bands = 1;
+  while (bands < h && planes * bands % workers && planes * bands < 4 * workers) bands++;
+  return std::max<int64_t>(1, std::min(ceil_div(h, bands), max_rows));
+}
+
+// Packed for the kernels of this machine. The weight's output channels are the channels of the View; see pack_pointwise.
+Tensor packed_pointwise(const View& weight);
+Tensor packed_depthwise(const View& weight);
+
+}  // namespace cmx

@@ -1,0 +1,97 @@
+// Training, pixel runs of one block of VL channels: activations out of pre-activations, their gradients, sums over both.
+//
+// A run is [count][VL] float32. Lanes beyond the last channel hold zeros, as gather() and the padded rows make them.
+#pragma once
+
+#include "activation.h"
+#include "layout.h"
+
+namespace cmx::CMX_ISA {
+
+struct Run {
+  int64_t n, block, y, x, count;
+};
+
+CMX_INLINE void gather_run(const View& v, const Run& r, float* out) {
+  gather(v, r.n, r.block * VL, r.y, r.x, r.count, out, VL);
+}
+CMX_INLINE void scatter_run(const View& v, const Run& r, const float* in) {
+  scatter(v, r.n, r.block * VL, r.y, r.x, r.count, in, VL);
+}
+
+// Row `i` of a table of vectors of c channels
+CMX_INLINE vf table_row(const float* rows, int64_t c, int64_t i, int64_t block) {
+  return load(rows + i * round_up(c, VL) + block * VL);
+}
+
+// out = X
+static void value_run(const Activation& in, Act act, const Run& r, float* out) {
+  gather_run(in.x, r, out);
+  if (!in.rows) return;
+  const vf mean = table_row(in.rows, in.x.c, 0, r.block), scale = table_row(in.rows, in.x.c, 1, r.block),
+           shift = table_row(in.rows, in.x.c, 2, r.block);
+  with_activation(act, [&](auto a) {
+    for (int64_t i = 0; i < r.count; i++)
+      store(out + i * VL, (activate<decltype(a)::value>(load(out + i * VL)) - mean) * scale + shift);
+  });
+}
+
+// out = da; `other` is scratch memory of the same size
+static void gradient_run(const PreActivation& p, Act act, const Run& r, float* out, float* other) {
+  gather_run(p.a, r, out);
+  gather_run(p.grad, r, other);
+  const vf scale = table_row(p.rows, p.a.c, 0, r.block), q = table_row(p.rows, p.a.c, 1, r.block),
+           rest = table_row(p.rows, p.a.c, 2, r.block), mean = table_row(p.rows, p.a.c, 3, r.block);
+  with_activation(act, [&](auto a) {
+    for (int64_t i = 0; i < r.count; i++) {
+      vf slope;
+      const vf g = activate_with_slope<decltype(a)::value>(load(out + i * VL), slope);
+      store(out + i * VL, (scale * load(other + i * VL) + q * (g - mean) + rest) * slope);
+    }
+  });
+}
+
+// Mean and sum of squared deviations of act(a), from differences to its first value: right for any mean
+static void moments_run(const View& a, Act act, const Run& r, float* scratch, float* piece) {
+  gather_run(a, r, scratch);
+  with_activation(act, [&](auto f) {
+    const vf first = activate<decltype(f)::value>(load(scratch));
+    vf sum = {}, squares = {};
+    for (int64_t i = 1; i < r.count; i++) {
+      const vf d = activate<decltype(f)::value>(load(scratch + i * VL)) - first;
+      sum += d;
+      squares += d * d;
+    }
+    const vf count = all((float)r.count);
+    store(piece + kSum * VL, first + sum / count);
+    store(piece + kCentred * VL, squares - sum * sum / count);
+  });
+}
+
+// piece += sum(dx), sum(dx * (act(x) - mean))
+static void sums_run(const View& dx, const Activation& in, Act act, const Run& r, float* scratch, float* other,
+                     float* piece) {
+  gather_run(dx, r, scratch);
+  gather_run(in.x, r, other);
+  const vf mean = table_row(in.rows, in.x.c, 0, r.block);
+  with_activation(act, [&](auto a) {
+    vf sum = {}, centred = {};
+    for (int64_t i = 0; i < r.count; i++) {
+      const vf d = load(scratch + i * VL);
+      sum += d;
+      centred += d * (activate<decltype(a)::value>(load(other + i * VL)) - mean);
+    }
+    store(piece + kSum * VL, load(piece + kSum * VL) + sum);
+    store(piece + kCentred * VL, load(piece + kCentred * VL) + centred);
+  });
+}
+
+CMX_INLINE void add_sum(const float* run, int64_t count, float* to) {
+  vf sum = {};
+  for (int64_t i = 0; i < count; i++) sum += load(run + i * VL);
+  store(to, load(to) + sum);
+}
+
+CMX_INLINE void clear(float* to, int64_t vectors) { memset(to, 0, vectors * VL * sizeof(float)); }
+
+}  // namespace cmx::CMX_ISA
