@@ -82,7 +82,9 @@ inline Tensor output_like(const Tensor& x, int64_t c, int64_t h, int64_t w) {
   return torch::stable::empty({x.size(0), c, h, w}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format);
 }
 
-inline Tensor bytes(int64_t count) { return torch::stable::empty({std::max<int64_t>(count, 1) + 64}, ScalarType::Byte); }
+inline Tensor bytes(int64_t count) {
+  return torch::stable::empty({std::max<int64_t>(count, 1) + 64}, ScalarType::Byte);
+}
 inline char* aligned(const Tensor& t) { return (char*)round_up((int64_t)t.mutable_data_ptr(), 64); }
 
 // Calls f(task, scratch) for every task, each worker with scratch memory of its own

@@ -71,15 +71,18 @@ Tensor combine_moments(const Pieces& p, int64_t channels) {
     for (int64_t block = begin; block < end; block++)
       for (int64_t lane = 0; lane < std::min(lanes, channels - block * lanes); lane++) {
         double sum = 0, count = 0, squares = 0;
+        auto mean_of = [&](int64_t i) {
+          const float* piece = p.at(i, block) + lane;
+          return (double)piece[kFirst * lanes] + piece[kOffset * lanes];
+        };
         for (int64_t i = 0; i < p.count; i++) {
-          sum += (double)p.at(i, block)[lane] * p.pixels(i);
+          sum += mean_of(i) * p.pixels(i);
           count += p.pixels(i);
         }
         const double mean = sum / count;
         for (int64_t i = 0; i < p.count; i++) {
-          const float* piece = p.at(i, block);
-          const double off = piece[lane] - mean;
-          squares += piece[lanes + lane] + p.pixels(i) * off * off;
+          const double off = mean_of(i) - mean;
+          squares += p.at(i, block)[kSquares * lanes + lane] + p.pixels(i) * off * off;
         }
         data(out)[block * lanes + lane] = mean;
         data(out)[channels + block * lanes + lane] = squares / count;
@@ -140,9 +143,15 @@ std::tuple<Tensor, Tensor> depthwise_train(const Tensor& x, const Optional& affi
   const Table rows(affine, 3, c, "affine");
   const std::vector<float> b = padded_vector(bias, "bias", c);
   const Tensor packed = packed_as_float(weight), a = output_like(x, c, h, w);
-  const Tensor pieces = floats({n * blocks * h * kPieces * k.lanes});
-  DepthwiseTrain s{{view_of(x, "x"), rows.get()}, view_of(a, "a"), act_of(act),     packed.const_data_ptr(),
-                   b.data(),                      weight.size(2),  weight.size(3),  0,
+  const Tensor pieces = floats({n * blocks * h * kMomentPieces * k.lanes});
+  DepthwiseTrain s{{view_of(x, "x"), rows.get()},
+                   view_of(a, "a"),
+                   act_of(act),
+                   packed.const_data_ptr(),
+                   b.data(),
+                   weight.size(2),
+                   weight.size(3),
+                   0,
                    data(pieces)};
   s.rows = band_rows(n * blocks, h, l2_bytes() / 4 / (w * k.lanes * 4) + s.kh);
   const int64_t bands = ceil_div(h, s.rows);
@@ -151,7 +160,7 @@ std::tuple<Tensor, Tensor> depthwise_train(const Tensor& x, const Optional& affi
   });
   const Pieces p{n * h,
                  [&](int64_t i, int64_t block) {
-                   return s.moments + ((i / h * blocks + block) * h + i % h) * kPieces * k.lanes;
+                   return s.moments + ((i / h * blocks + block) * h + i % h) * kMomentPieces * k.lanes;
                  },
                  [&](int64_t) { return w; }};
   return {a, combine_moments(p, c)};
@@ -171,8 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad
   const Table rows(affine, 3, c, "affine"), terms(coefficients, 4, c, "coefficients");
   const Tensor nothing = floats({0});
   const Tensor dx = need_input ? output_like(x, c, h, w) : torch::stable::empty({0}, x.scalar_type());
-  const Tensor turned = need_input ? packed_turned(weight) : nothing;
-  const Tensor sums = floats({n * blocks * kPieces * lanes}), dbias = floats({n * blocks * lanes}),
+  const Tensor turned = need_input ? packed_turned(weight) : floats({0});
+  const Tensor sums = floats({n * blocks * kSumPieces * lanes}), dbias = floats({n * blocks * lanes}),
                dweight = floats({need_weight ? n * blocks * kh * kw * lanes : 0});
   DepthwiseBackward s{};
   s.out = {view_of(grad, "grad"), view_of(a, "a"), terms.get()};
@@ -184,13 +193,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad
   s.rows = std::max(std::min<int64_t>(h, 8), std::min(h, l2_bytes() / 4 / ((w + kw) * lanes * 4)));
   s.residual = residual, s.need_input = need_input, s.need_weight = need_weight;
   s.sums = data(sums), s.dbias = data(dbias), s.dweight = data(dweight);
-  run(n * blocks, k.depthwise_backward_scratch_bytes(s), [&](int64_t task, char* scratch) {
-    k.depthwise_backward_plane(s, task / blocks, task % blocks, scratch);
-  });
+  run(n * blocks, k.depthwise_backward_scratch_bytes(s),
+      [&](int64_t task, char* scratch) { k.depthwise_backward_plane(s, task / blocks, task % blocks, scratch); });
   const bool with_sums = need_input && affine;
-  const Tensor total = with_sums ? floats({2, c}) : nothing, db = need_weight ? floats({c}) : nothing,
-               dw = need_weight ? floats({c, 1, kh, kw}) : nothing;
-  if (with_sums) add_pieces(s.sums, n, kPieces, c, data(total), c, 1);
+  const Tensor total = with_sums ? floats({2, c}) : floats({0}), db = need_weight ? floats({c}) : floats({0}),
+               dw = need_weight ? floats({c, 1, kh, kw}) : floats({0});
+  if (with_sums) add_pieces(s.sums, n, kSumPieces, c, data(total), c, 1);
   if (need_weight) {
     add_pieces(s.dbias, n, 1, c, data(db), 0, 1);
     add_pieces(s.dweight, n, kh * kw, c, data(dw), 1, kh * kw);
@@ -238,12 +246,12 @@ std::tuple<Tensor, Tensor> product_train(const Tensor& x, const Input& in, const
   const std::vector<float> b = padded_vector(bias, "bias", c);
   const Pixels flat(a, "a");
   const int64_t chunk = chunk_pixels(std::max(c, in.params.channels), pixels), chunks = ceil_div(pixels, chunk);
-  const Tensor pieces = floats({n * chunks * blocks * kPieces * lanes});
+  const Tensor pieces = floats({n * chunks * blocks * kMomentPieces * lanes});
   const ProductTrain s{in.params, flat.view, act_of(act), packed.const_data_ptr(), b.data(), chunk, data(pieces)};
   run(n * chunks, k.product_scratch_bytes(s.a.dtype, chunk, in.params.channels, c),
       [&](int64_t task, char* scratch) { k.product_train_chunk(s, task / chunks, task % chunks * chunk, scratch); });
   const Pieces p{n * chunks,
-                 [&](int64_t i, int64_t block) { return s.moments + (i * blocks + block) * kPieces * lanes; },
+                 [&](int64_t i, int64_t block) { return s.moments + (i * blocks + block) * kMomentPieces * lanes; },
                  [&](int64_t i) { return std::min(chunk, pixels - i % chunks * chunk); }};
   return {a, combine_moments(p, c)};
 }
@@ -251,8 +259,7 @@ std::tuple<Tensor, Tensor> product_train(const Tensor& x, const Input& in, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> product_backward(const Tensor& grad, const Tensor& a,
                                                             const Tensor& coefficients, const Tensor& x,
                                                             const Input& in, const Tensor& weight,
-                                                            const std::string& act, bool need_input,
-                                                            bool need_weight) {
+                                                            const std::string& act, bool need_input, bool need_weight) {
   const CpuKernels& k = cpu_kernels();
   const int64_t n = x.size(0), c = weight.size(0), channels = in.params.channels, lanes = k.lanes;
   const Pixels out(a, "a"), out_grad(grad, "grad");
@@ -287,14 +294,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> product_backward(const Tensor& grad, 
   const Tensor wide = floats({need_weight ? c * round_up(channels, lanes) : 0});
   std::fill_n(data(wide), wide.numel(), 0.f);
   s.dweight = data(wide);
-  const Tensor sums = floats({tasks * blocks * kPieces * lanes}), dbias = floats({tasks * c_blocks * lanes});
+  const Tensor sums = floats({tasks * blocks * kSumPieces * lanes}), dbias = floats({tasks * c_blocks * lanes});
   for (int64_t first = 0; first < tasks; first += group) {
     const int64_t count = std::min(group, tasks - first);
     s.pixels = need_weight ? count * s.chunk : 0;
     run(count, k.product_scratch_bytes(s.out.a.dtype, s.chunk, channels, c), [&](int64_t task, char* scratch) {
       const int64_t i = first + task;
       ProductBackward mine = s;
-      mine.sums = data(sums) + i * blocks * kPieces * lanes;
+      mine.sums = data(sums) + i * blocks * kSumPieces * lanes;
       mine.dbias = data(dbias) + i * c_blocks * lanes;
       k.product_backward_chunk(mine, i / chunks, i % chunks * s.chunk, task * s.chunk, scratch);
     });
@@ -304,9 +311,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> product_backward(const Tensor& grad, 
           [&](int64_t task, char*) { k.weight_gradient(s, task * step, std::min(step, c - task * step)); });
   }
   const bool with_sums = need_input && in.params.in.rows;
-  const Tensor total = with_sums ? floats({2, channels}) : nothing, db = need_weight ? floats({c}) : nothing;
-  if (with_sums) add_pieces(data(sums), tasks, kPieces, channels, data(total), channels, 1);
-  Tensor dw = nothing;
+  const Tensor total = with_sums ? floats({2, channels}) : floats({0}), db = need_weight ? floats({c}) : floats({0});
+  if (with_sums) add_pieces(data(sums), tasks, kSumPieces, channels, data(total), channels, 1);
+  Tensor dw = floats({0});
   if (need_weight) {
     add_pieces(data(dbias), tasks, 1, c, data(db), 0, 1);
     dw = floats({c, weight.size(1), weight.size(2), weight.size(3)});
@@ -371,7 +378,8 @@ Tensor folded(const Tensor& patches, const Tensor& x, int64_t p, int64_t q) {
         for (int64_t y = 0; y < h; y++)
           for (int64_t z = 0; z < w; z++)
             memcpy(to + (plane / c * step[0] + plane % c * step[1] + (y * p + i / q) * step[2] +
-                         (z * q + i % q) * step[3]) * size,
+                         (z * q + i % q) * step[3]) *
+                            size,
                    source + (((plane * p * q + i) * h + y) * w + z) * size, size);
   });
   return out;

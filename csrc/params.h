@@ -76,8 +76,9 @@ struct PreActivation {
   const float* rows;
 };
 
-// A piece of a sum over pixels, [lanes] each
-enum Piece { kSum, kCentred, kPieces };  // forward: mean and squared deviations; backward: sum and sum against the mean
+// A piece of a sum over pixels, vectors of [lanes] each
+enum Moments { kFirst, kOffset, kSquares, kMomentPieces };  // the first value, the mean less it, squared deviations
+enum Sums { kSum, kCentred, kSumPieces };                   // of a gradient, and of the gradient times (act(x) - mean)
 
 // a = dwconv(X, weight) + bias
 struct DepthwiseTrain {
@@ -87,7 +88,7 @@ struct DepthwiseTrain {
   const void* weight;  // packed as float32
   const float* bias;
   int64_t kh, kw, rows;
-  float* moments;  // [n][block][row of the image][kPieces][lanes]
+  float* moments;  // [n][block][row of the image][kMomentPieces][lanes]
 };
 
 struct DepthwiseBackward {
@@ -98,7 +99,7 @@ struct DepthwiseBackward {
   const void* flipped;  // the weight rotated by half a turn, of an odd size, packed as float32
   int64_t kh, kw, rows;
   bool residual, need_input, need_weight;
-  float *sums, *dbias, *dweight;  // [n][block]: [kPieces][lanes], [lanes], [kh * kw][lanes]
+  float *sums, *dbias, *dweight;  // [n][block]: [kSumPieces][lanes], [lanes], [kh * kw][lanes]
 };
 
 // Products over chunks of pixels of one image; all Views are one row of pixels but the image that patches come from.
@@ -115,7 +116,7 @@ struct ProductTrain {
   const void* weight;  // packed
   const float* bias;
   int64_t chunk;   // pixels
-  float* moments;  // [n][chunk][block][kPieces][lanes]
+  float* moments;  // [n][chunk][block][kMomentPieces][lanes]
 };
 
 struct ProductBackward {
@@ -126,7 +127,7 @@ struct ProductBackward {
   const void* transposed;  // the weight transposed, packed
   int64_t chunk;
   bool need_input, need_weight;
-  float *sums, *dbias;  // of a chunk: [block][kPieces][lanes], [block][lanes]
+  float *sums, *dbias;  // of a chunk: [block][kSumPieces][lanes], [block][lanes]
   // weight gradient of a group of chunks, each in a slot of a multiple of 16 pixels
   void *da, *panel;  // [c_out][pixel], pitch `pixels`; the input, packed as a product's weight
   int64_t pixels;

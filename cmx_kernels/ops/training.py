@@ -17,6 +17,7 @@ gradients are wanted; what is not is empty.
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,18 @@ def _with_sums(gradients: list[Tensor], x: Tensor, affine: Tensor | None, act: s
     return found, dweight, dbias, dx.new_empty(0) if affine is None else affine_sums(found, x, affine, act)
 
 
+def _define(
+    name: str, schema: str, fake: Callable[..., Any], reference: Callable[..., Any], flops: Callable[..., int]
+) -> Callable[..., Any]:
+    """The operator as it is called here: in float64, which no kernel takes, its reference."""
+    compiled = define(name, schema, fake, reference, flops=flops)
+
+    def call(first: Tensor, *args: Any, **keywords: Any) -> Any:
+        return (reference if first.dtype == torch.float64 else compiled)(first, *args, **keywords)
+
+    return call
+
+
 def _fake_forward(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     a = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
     return a, like.new_empty((2, shape[1]), dtype=compute_dtype(like))
@@ -141,14 +154,14 @@ def depthwise_backward_reference(
     return _with_sums(found, x, affine, act)
 
 
-depthwise_train = define(
+depthwise_train = _define(
     "depthwise_block_train",
     "(Tensor x, Tensor? affine, Tensor weight, Tensor? bias, str act) -> (Tensor, Tensor)",
     lambda x, affine, weight, bias, act: _fake_forward(x, x.shape),
     depthwise_reference,
     flops=_forward_flops(2),
 )
-depthwise_backward = define(
+depthwise_backward = _define(
     "depthwise_block_backward",
     "(Tensor grad, Tensor a, Tensor coefficients, Tensor x, Tensor? affine, Tensor weight, str act, bool residual, "
     "bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -196,7 +209,7 @@ def pointwise_backward_reference(
     return _with_sums(_backward(grad, a, coefficients, u, weight, act, need, Geometry()), x, affine, act)
 
 
-pointwise_train = define(
+pointwise_train = _define(
     "pointwise_block_train",
     "(Tensor x, Tensor? affine, Tensor? skip, Tensor? skip_affine, Tensor weight, Tensor? bias, str act) "
     "-> (Tensor, Tensor)",
@@ -206,7 +219,7 @@ pointwise_train = define(
     pointwise_reference,
     flops=_forward_flops(4),
 )
-pointwise_backward = define(
+pointwise_backward = _define(
     "pointwise_block_backward",
     "(Tensor grad, Tensor a, Tensor coefficients, Tensor x, Tensor? affine, Tensor? skip, Tensor? skip_affine, "
     "Tensor weight, str act, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -238,7 +251,7 @@ def patch_embed_backward_reference(
     return _with_sums(found, x, None, act)
 
 
-patch_embed_train = define(
+patch_embed_train = _define(
     "patch_embed_train",
     "(Tensor x, Tensor weight, Tensor? bias, str act) -> (Tensor, Tensor)",
     lambda x, weight, bias, act: _fake_forward(
@@ -247,7 +260,7 @@ patch_embed_train = define(
     patch_embed_reference,
     flops=_forward_flops(1),
 )
-patch_embed_backward = define(
+patch_embed_backward = _define(
     "patch_embed_backward",
     "(Tensor grad, Tensor a, Tensor coefficients, Tensor x, Tensor weight, str act, bool need_input, "
     "bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",

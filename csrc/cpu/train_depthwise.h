@@ -73,7 +73,7 @@ static void depthwise_train_band(const DepthwiseTrain& s, int64_t n, int64_t blo
     if (x + count < w) return;
     const Run r{n, block, y, 0, w};
     scatter_run(s.a, r, run);
-    moments_run(s.a, s.act, r, run, s.moments + ((n * ceil_div(s.a.c, VL) + block) * h + y) * kPieces * VL);
+    moments_run(s.a, s.act, r, run, s.moments + ((n * ceil_div(s.a.c, VL) + block) * h + y) * kMomentPieces * VL);
   });
 }
 
@@ -116,9 +116,9 @@ static void depthwise_backward_plane(const DepthwiseBackward& s, int64_t n, int6
   const int64_t h = s.dx.h, w = s.dx.w, kh = s.kh | 1, kw = s.kw | 1;  // an even filter turned has one more, a zero
   const int64_t up = before(s.kh), index = n * ceil_div(s.dx.c, VL) + block;
   float *const run = (float*)scratch, *const other = run + w * VL;
-  float *const sums = s.sums + index * kPieces * VL, *const dbias = s.dbias + index * VL;
+  float *const sums = s.sums + index * kSumPieces * VL, *const dbias = s.dbias + index * VL;
   float* const dweight = s.need_weight ? s.dweight + index * s.kh * s.kw * VL : nullptr;
-  clear(sums, kPieces);
+  clear(sums, kSumPieces);
   clear(dbias, 1);
   if (dweight) clear(dweight, s.kh * s.kw);
   for (int64_t y0 = 0; y0 < h; y0 += s.rows) {

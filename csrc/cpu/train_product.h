@@ -89,8 +89,7 @@ CMX_INLINE void product_into(const View& out, const P* panel, int64_t pitch, int
         for (int64_t i = 0; i < count; i++) store(to + i * VL, load(acc + i * VL) + b);
       },
       [&](int64_t, int64_t, int64_t block, int64_t blocks) {
-        for (int64_t j = 0; j < blocks; j++)
-          scatter_run(out, {n, block + j, 0, m0, pixels}, sums + j * pixels * VL);
+        for (int64_t j = 0; j < blocks; j++) scatter_run(out, {n, block + j, 0, m0, pixels}, sums + j * pixels * VL);
       });
 }
 
@@ -102,9 +101,9 @@ static void product_train_as(const ProductTrain& s, int64_t n, int64_t m0, char*
   const int64_t pixels = least(s.chunk, s.a.w - m0), blocks = ceil_div(s.a.c, VL);
   fill_input(s.in, s.act, n, m0, pixels, panel, plan.pitch, run, run + kRunPixels * VL);
   product_into(s.a, panel, plan.pitch, s.in.channels, s.weight, s.bias, n, m0, pixels, sums);
-  float* const moments = s.moments + (n * ceil_div(s.a.w, s.chunk) + m0 / s.chunk) * blocks * kPieces * VL;
+  float* const moments = s.moments + (n * ceil_div(s.a.w, s.chunk) + m0 / s.chunk) * blocks * kMomentPieces * VL;
   for (int64_t block = 0; block < blocks; block++)
-    moments_run(s.a, s.act, {n, block, 0, m0, pixels}, run, moments + block * kPieces * VL);
+    moments_run(s.a, s.act, {n, block, 0, m0, pixels}, run, moments + block * kMomentPieces * VL);
 }
 
 // da transposed: [channel][pixel], VL pixels of a run at a time
@@ -162,9 +161,9 @@ static void product_backward_as(const ProductBackward& s, int64_t n, int64_t m0,
     memset((P*)s.da + c * da_pitch + slot + whole, 0, (s.chunk - whole) * sizeof(P));
   if (s.need_input) {
     product_into(s.dx, panel, plan.pitch, c_out, s.transposed, nullptr, n, m0, pixels, sums);
-    clear(s.sums, blocks * kPieces);
+    clear(s.sums, blocks * kSumPieces);
     for (int64_t block = 0; s.in.in.rows && block < blocks; block++)
-      sums_run(s.dx, s.in.in, s.act, {n, block, 0, m0, pixels}, run, other, s.sums + block * kPieces * VL);
+      sums_run(s.dx, s.in.in, s.act, {n, block, 0, m0, pixels}, run, other, s.sums + block * kSumPieces * VL);
   }
   if (s.need_weight) {
     fill_input(s.in, s.act, n, m0, pixels, panel, plan.pitch, run, other);
@@ -178,15 +177,14 @@ static void weight_gradient_as(const ProductBackward& s, int64_t first, int64_t 
   const int64_t pitch = s.pixels + kPanelGap<P>, columns = round_up(s.in.channels, VL);
   Pointwise p{};
   p.weight = s.panel;
-  product(
-      (const P*)s.da + first * pitch, pitch, count, s.pixels, s.in.channels, p, count,
-      [&](int64_t m, int64_t rows, int64_t block, const float* acc) {
-        for (int64_t i = 0; i < rows; i++) {
-          float* to = s.dweight + (first + m + i) * columns + block * VL;
-          store(to, load(to) + load(acc + i * VL));
-        }
-      },
-      [](int64_t, int64_t, int64_t, int64_t) {});
+  product((const P*)s.da + first * pitch, pitch, count, s.pixels, s.in.channels, p, count,
+          [&](int64_t m, int64_t rows, int64_t block, const float* acc) {
+            for (int64_t i = 0; i < rows; i++) {
+              float* to = s.dweight + (first + m + i) * columns + block * VL;
+              store(to, load(to) + load(acc + i * VL));
+            }
+          },
+          [](int64_t, int64_t, int64_t, int64_t) {});
 }
 
 // Calls f(P()) with the element of the panels for activations in a dtype
@@ -211,9 +209,8 @@ static void weight_gradient(const ProductBackward& s, int64_t first, int64_t cou
 }
 // Sizes of the memory of a group: da, input
 static int64_t group_da_bytes(Dtype d, int64_t pixels, int64_t c_out) {
-  return with_panel(d, [&](auto p) {
-    return round_up(c_out, VL) * (pixels + kPanelGap<decltype(p)>) * (int64_t)sizeof(p);
-  });
+  return with_panel(d,
+                    [&](auto p) { return round_up(c_out, VL) * (pixels + kPanelGap<decltype(p)>)*(int64_t)sizeof(p); });
 }
 static int64_t group_input_bytes(Dtype d, int64_t pixels, int64_t channels) {
   return with_panel(d, [&](auto p) { return panel_channels(channels) * pixels * (int64_t)sizeof(p); });

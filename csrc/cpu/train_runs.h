@@ -51,7 +51,7 @@ static void gradient_run(const PreActivation& p, Act act, const Run& r, float* o
   });
 }
 
-// Mean and sum of squared deviations of act(a), from differences to its first value: right for any mean
+// Mean and squared deviations of act(a), from differences to its first value: right for any mean
 static void moments_run(const View& a, Act act, const Run& r, float* scratch, float* piece) {
   gather_run(a, r, scratch);
   with_activation(act, [&](auto f) {
@@ -63,8 +63,9 @@ static void moments_run(const View& a, Act act, const Run& r, float* scratch, fl
       squares += d * d;
     }
     const vf count = all((float)r.count);
-    store(piece + kSum * VL, first + sum / count);
-    store(piece + kCentred * VL, squares - sum * sum / count);
+    store(piece + kFirst * VL, first);
+    store(piece + kOffset * VL, sum / count);
+    store(piece + kSquares * VL, squares - sum * sum / count);
   });
 }
 
