@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from plain_models import check_against, check_step, one_step
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -107,8 +108,9 @@ def test_moving_average(average: str) -> None:
 
 
 @pytest.mark.parametrize("make", ["timm", "ours"])
-def test_grad_checkpointing(make: str) -> None:
-    """Gradients are the same, and running statistics change once a step."""
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_grad_checkpointing(make: str, early_stop: bool) -> None:
+    """Gradients are the same, and running statistics change once a step, also where a block is computed to its end."""
     fused, plain = twins()
     if make == "ours":
         model = ConvMixer(16, DEPTH, 5, 7, 10).train()
@@ -117,7 +119,8 @@ def test_grad_checkpointing(make: str) -> None:
     once = copy.deepcopy(fused)
     one_step(once, X)
     fused.set_grad_checkpointing()
-    check_step(fused, plain, X)
+    with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+        check_step(fused, plain, X)
     for (name, a), b in zip(fused.named_buffers(), once.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
     assert {int(n.num_batches_tracked) for n in norms(fused)} == {1}
