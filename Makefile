@@ -6,7 +6,7 @@
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    the small CPU build of torch (PyPI's is the CUDA build: gigabytes)
 #   ARGS="-k depthwise"       more arguments for pytest: options, or the files to run
 #   CMX_BENCH=full            make bench: every provider, batch size and operator (hours; else about five minutes)
-#   PART=correct|ops|network|training    a part of make gpu-check; all of them if it is not given
+#   PART=correct|ops|product|network|training    a part of make gpu-check; all of them if it is not given
 
 PYTHON ?= python3
 VENV ?= .venv

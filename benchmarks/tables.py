@@ -65,7 +65,23 @@ GPU_OPS: Columns = (
     ("largest error", "{error:.1e}"),
     ("note", "{note}"),
 )
-_TEXT = ("model", "network", "dtype", "provider", "backend", "published by", "shape", "note")
+GPU_PRODUCT: Columns = (
+    ("op", "{op}"),
+    ("shape", "{shape}"),
+    ("dtype", "{dtype}"),
+    ("fused", "{us[fused]:.1f}"),
+    ("fused channels_last", "{us[fused channels_last]:.1f}"),
+    ("eager", "{us[eager]:.1f}"),
+    ("eager channels_last", "{us[eager channels_last]:.1f}"),
+    ("cuBLAS", "{us[cuBLAS]:.1f}"),
+    ("cuBLAS channels_last", "{us[cuBLAS channels_last]:.1f}"),
+    ("TFLOP/s", "{tflop_per_s:.0f}"),
+    ("% of cuBLAS", "{percent_of_cublas:.0f}"),
+    ("x best PyTorch", "{speedup:.2f}"),
+    ("largest error", "{error:.1e}"),
+    ("note", "{note}"),
+)
+_TEXT = ("op", "model", "network", "dtype", "provider", "backend", "published by", "shape", "note")
 
 LEGEND = (
     "224 x 224 photographs, random weights; medians of calls; spread: half the distance of the quartiles",

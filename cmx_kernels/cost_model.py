@@ -1,4 +1,4 @@
-"""What a depthwise block must cost on a GPU, and what its kernel is predicted to take: csrc/cuda/cost.h, for Python.
+"""What the CUDA kernels must cost on a GPU, and what they are predicted to take: csrc/cuda/cost.h, for Python.
 
     python -m cmx_kernels.cost_model [GPU]
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from cmx_kernels import registry
 
 KERNELS = ("ffma", "mma", "mma_plane")
+TILES = ("128x128", "64x64", "64x32")  # of the matrix product
 DTYPES = ("float32", "float16", "bfloat16")
 TERMS = ("memory", "issue", "tensor", "ffma", "shared")
 ACTS = ("none", "relu", "gelu", "gelu_tanh")
@@ -75,13 +76,35 @@ def depthwise(
     channels_last: bool = False,
 ) -> Prediction:
     """The plan that would run for x of ``shape`` on ``gpu``, and its cost."""
+    return _ask("depthwise", KERNELS, gpu, (*shape, *kernel_size), dtype, act, channels_last)
+
+
+def product(
+    gpu: str,
+    shape: tuple[int, int, int, int],
+    channels: int,
+    patch: tuple[int, int] = (1, 1),
+    dtype: str = "bfloat16",
+    act: str = "gelu",
+    channels_last: bool = False,
+) -> Prediction:
+    """pointwise_block, or patch_embed, on x of ``shape``, to ``channels``; ``kernel`` is the tile. 16-bit types."""
+    n, c, h, w = shape
+    numbers = (n, c, channels, h // patch[0], w // patch[1], *patch)
+    return _ask("product", TILES, gpu, numbers, dtype, act, channels_last)
+
+
+def _ask(
+    what: str, kernels: tuple[str, ...], gpu: str, shape: tuple[int, ...], dtype: str, act: str, channels_last: bool
+) -> Prediction:
     if gpu not in gpus():
         raise ValueError(f"gpu: got {gpu!r}, wanted one of {', '.join(gpus())}")
-    numbers = (*shape, *kernel_size, DTYPES.index(dtype), ACTS.index(act))
+    numbers = (*shape, DTYPES.index(dtype), ACTS.index(act))
     out = _Prediction()
-    _library().cmx_cost_depthwise(gpu.encode(), (ctypes.c_int * 8)(*numbers), int(channels_last), ctypes.byref(out))
+    function = getattr(_library(), f"cmx_cost_{what}")
+    function(gpu.encode(), (ctypes.c_int * len(numbers))(*numbers), int(channels_last), ctypes.byref(out))
     values = {name: getattr(out, name) for name in Prediction.__dataclass_fields__}
-    return Prediction(**{**values, "kernel": KERNELS[out.kernel]})
+    return Prediction(**{**values, "kernel": kernels[out.kernel]})
 
 
 def main() -> None:
@@ -91,12 +114,19 @@ def main() -> None:
     for n, c, size in ((64, 1536, 32), (64, 768, 32), (64, 1024, 16), (64, 384, 56), (1, 1536, 32)):
         for k in (3, 7, 9, 13, 31):
             for dtype in ("bfloat16", "float32"):
-                p = depthwise(gpu, (n, c, size, size), (k, k), dtype)
-                share = f"{100 * p.floor_us / p.predicted_us:.0f} %"
-                print(
-                    f"{f'{n}x{c}x{size}x{size}':>20} {k:>3} {dtype:>9} {p.kernel:>10} {p.floor_us:8.1f} "
-                    f"{p.predicted_us:9.1f} {share:>8}  {p.bound_by}"
-                )
+                _print((n, c, size), str(k), dtype, depthwise(gpu, (n, c, size, size), (k, k), dtype))
+    for n in (1, 8, 64, 256):
+        for c, size in ((1536, 32), (768, 32), (1024, 16)):
+            _print((n, c, size), "1x1", "bfloat16", product(gpu, (n, c, size, size), c))
+
+
+def _print(shape: tuple[int, int, int], k: str, dtype: str, p: Prediction) -> None:
+    n, c, size = shape
+    share = f"{100 * p.floor_us / p.predicted_us:.0f} %"
+    print(
+        f"{f'{n}x{c}x{size}x{size}':>20} {k:>3} {dtype:>9} {p.kernel:>10} {p.floor_us:8.1f} "
+        f"{p.predicted_us:9.1f} {share:>8}  {p.bound_by}"
+    )
 
 
 if __name__ == "__main__":

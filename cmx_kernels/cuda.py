@@ -7,7 +7,7 @@ import torch
 
 from cmx_kernels import _build_info, registry
 
-OPS = ("depthwise_block",)
+OPS = ("patch_embed", "depthwise_block", "pointwise_block", "pool_head")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -1,11 +1,14 @@
 // The operators on CUDA tensors, behind torch's stable ABI. In a torch without CUDA this loads and is never called.
 #ifdef CMX_WITH_CUDA
+#include <array>
 #include <climits>
+#include <vector>
 
 #include "bind.h"
 #include "cuda/depthwise.h"
 #include "cuda/device.h"
 #include "cuda/gpu.h"
+#include "cuda/product.h"
 
 // From libtorch_cuda, where there is one; null in a torch without CUDA
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -45,14 +48,14 @@ void check_runs(int device) {
   STD_TORCH_CHECK(!why_not, "no CUDA kernel runs here: ", why_not);
 }
 
-// [channels] as dense float32; the tensor keeps its memory alive until the launch is enqueued
+// [count] as dense float32; the tensor keeps its memory alive until the launch is enqueued
 struct Vector {
   Optional tensor;
-  Vector(const Optional& v, const char* name, const Tensor& x) {
+  Vector(const Optional& v, const char* name, const Tensor& x, int64_t count) {
     if (!v) return;
     STD_TORCH_CHECK(
-        v->is_cuda() && v->get_device_index() == x.get_device_index() && v->dim() == 1 && v->size(0) == x.size(1), name,
-        ": got shape ", shape_of(*v), ", wanted [", x.size(1), "] on x's device");
+        v->is_cuda() && v->get_device_index() == x.get_device_index() && v->dim() == 1 && v->size(0) == count, name,
+        ": got shape ", shape_of(*v), ", wanted [", count, "] on x's device");
     tensor = dense(v->scalar_type() == ScalarType::Float ? *v : torch::stable::to(*v, ScalarType::Float));
   }
   const float* data() const { return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr; }
@@ -60,31 +63,50 @@ struct Vector {
 
 Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
-Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
-                       const Optional& shift, std::string act, bool residual) {
+// Checks x [N, C, H, W] and the weight's place and dtype; returns the device.
+int check_arguments(const Tensor& x, const Tensor& weight) {
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 4, "x: got shape ", shape_of(x),
                   ", wanted 4 dimensions [N, C, H, W] on a CUDA device");
   const int device = x.get_device_index();
   check_runs(device);
-  const Dtype dtype = dtype_of(x, "x");
   STD_TORCH_CHECK(weight.is_cuda() && weight.get_device_index() == device && weight.scalar_type() == x.scalar_type(),
                   "weight: wanted a tensor on x's device, in x's dtype");
+  for (const Tensor* const t : {&x, &weight})
+    for (int64_t d = 0; d < t->dim(); d++)
+      STD_TORCH_CHECK(t->size(d) <= INT_MAX, "got ", t->size(d), " along a dimension, wanted less than 2^31");
+  return device;
+}
+
+torch::headeronly::MemoryFormat format_of(const Tensor& x) {
+  return is_channels_last(x) ? torch::headeronly::MemoryFormat::ChannelsLast
+                             : torch::headeronly::MemoryFormat::Contiguous;
+}
+
+Tensor output_like(const Tensor& x, int64_t c, int64_t h, int64_t w) {
+  return torch::stable::empty({x.size(0), c, h, w}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                              format_of(x));
+}
+
+void check_launch(cudaError_t error, const char* op) {
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA says: ", cudaGetErrorString(error));
+}
+
+Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
+                       const Optional& shift, std::string act, bool residual) {
+  const int device = check_arguments(x, weight);
+  const Dtype dtype = dtype_of(x, "x");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1, "weight: got shape ",
                   shape_of(weight), " with x of ", shape_of(x), ", wanted [C, 1, kh, kw]");
   const int64_t kh = weight.size(2), kw = weight.size(3);
   STD_TORCH_CHECK(kh >= 1 && kw >= 1 && kh <= kMaxKernel && kw <= kMaxKernel, "weight: got a ", kh, "x", kw,
                   " kernel, wanted 1 to ", kMaxKernel, " on each side");
-  for (int64_t d = 0; d < 4; d++)
-    STD_TORCH_CHECK(x.size(d) <= INT_MAX, "x: got ", x.size(d), " along a dimension, wanted less than 2^31");
   const Act activation = act_of(act);
 
   const DeviceGuard guard(device);
-  const Vector bias32(bias, "bias", x), scale32(scale, "scale", x), shift32(shift, "shift", x);
+  const Vector bias32(bias, "bias", x, x.size(1)), scale32(scale, "scale", x, x.size(1)),
+      shift32(shift, "shift", x, x.size(1));
   const Tensor w = dense(weight);
-  const auto format =
-      is_channels_last(x) ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-  Tensor y = torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), std::nullopt,
-                                  x.device(), std::nullopt, format);
+  Tensor y = output_like(x, x.size(1), x.size(2), x.size(3));
   if (!y.numel()) return y;
 
   DepthwiseForward p{};
@@ -99,14 +121,108 @@ Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bi
              dtype};
   p.x_stride = strides_of(x), p.y_stride = strides_of(y);
   p.act = activation, p.residual = residual;
-  const cudaError_t error = depthwise_fwd(p, gpu_of(device), current_stream(device));
-  STD_TORCH_CHECK(error == cudaSuccess, "depthwise_block: CUDA says: ", cudaGetErrorString(error));
+  check_launch(depthwise_fwd(p, gpu_of(device), current_stream(device)), "depthwise_block");
+  return y;
+}
+
+Tensor convolution(const Tensor& x, const Tensor& weight, std::vector<int64_t> stride) {
+  using torch::stable::detail::from;
+  const std::vector<int64_t> zeros{0, 0}, ones{1, 1};
+  std::array<StableIValue, 9> stack{from(x),    from(weight), from(Optional{}), from(stride),    from(zeros),
+                                    from(ones), from(false),  from(zeros),      from(int64_t(1))};
+  STD_TORCH_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
+                  "torch's own convolution failed");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// float32: torch's own convolution, under its allow_tf32, and the rest in one pass in place
+Tensor product_float32(const Tensor& x, const Tensor& weight, const Vector& bias, const Vector& scale,
+                       const Vector& shift, Act act, int device) {
+  const int64_t c = weight.size(0), ph = weight.size(2), pw = weight.size(3);
+  Tensor y = x.size(1) ? torch::stable::contiguous(convolution(x, weight, {ph, pw}), format_of(x))
+                       : torch::stable::fill_(output_like(x, c, x.size(2) / ph, x.size(3) / pw), 0);
+  EpilogueInplace p{};
+  p.y = static_cast<float*>(y.mutable_data_ptr());
+  p.bias = bias.data(), p.scale = scale.data(), p.shift = shift.data();
+  p.channels = c, p.act = act, p.channels_last = is_channels_last(y);
+  const int64_t plane = y.size(2) * y.size(3);
+  p.rows = y.size(0) * (p.channels_last ? plane : c), p.columns = p.channels_last ? c : plane;
+  check_launch(epilogue_inplace(p, gpu_of(device), current_stream(device)), "epilogue");
+  return y;
+}
+
+// patch_embed, and pointwise_block, whose patches are 1x1
+Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
+                     const Optional& shift, const std::string& act, bool patches) {
+  const int device = check_arguments(x, weight);
+  const Dtype dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) >= 1 && weight.size(3) >= 1 &&
+                      (patches || (weight.size(2) == 1 && weight.size(3) == 1)),
+                  "weight: got shape ", shape_of(weight), " with x of ", shape_of(x), ", wanted ",
+                  patches ? "[C, Cin, p, q]" : "[C, Cin, 1, 1]");
+  const int64_t c = weight.size(0), ph = weight.size(2), pw = weight.size(3), h = x.size(2) / ph, w = x.size(3) / pw;
+  STD_TORCH_CHECK(!patches || (h && w), "x: got an image of ", x.size(2), "x", x.size(3),
+                  ", wanted at least one patch of ", ph, "x", pw);
+  const Act activation = act_of(act);
+
+  const DeviceGuard guard(device);
+  const Vector bias32(bias, "bias", x, c), scale32(scale, "scale", x, c), shift32(shift, "shift", x, c);
+  if (x.size(0) * c * h * w == 0) return output_like(x, c, h, w);
+  if (dtype == Dtype::float32) return product_float32(x, weight, bias32, scale32, shift32, activation, device);
+  const Tensor dense_weight = dense(weight);
+  Tensor y = output_like(x, c, h, w);
+  ProductForward p{};
+  p.x = x.const_data_ptr(), p.weight = dense_weight.const_data_ptr(), p.y = y.mutable_data_ptr();
+  p.bias = bias32.data(), p.scale = scale32.data(), p.shift = shift32.data();
+  p.shape = {static_cast<int>(x.size(0)), static_cast<int>(x.size(1)), static_cast<int>(c),  static_cast<int>(h),
+             static_cast<int>(w),         static_cast<int>(ph),        static_cast<int>(pw), dtype};
+  p.x_stride = strides_of(x), p.y_stride = strides_of(y);
+  p.act = activation;
+  check_launch(product_fwd(p, gpu_of(device), current_stream(device)), patches ? "patch_embed" : "pointwise_block");
+  return y;
+}
+
+Tensor patch_embed(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
+                   const Optional& shift, std::string act) {
+  return product_block(x, weight, bias, scale, shift, act, true);
+}
+
+Tensor pointwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
+                       const Optional& shift, std::string act) {
+  return product_block(x, weight, bias, scale, shift, act, false);
+}
+
+Tensor pool_head(const Tensor& x, const Tensor& weight, const Optional& bias) {
+  const int device = check_arguments(x, weight);
+  const Dtype dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1), "weight: got shape ", shape_of(weight),
+                  " with x of ", shape_of(x), ", wanted [classes, C]");
+  STD_TORCH_CHECK(x.size(2) * x.size(3) > 0, "x: got shape ", shape_of(x), ", wanted at least one pixel to average");
+  const int64_t n = x.size(0), c = x.size(1), classes = weight.size(0);
+  const DeviceGuard guard(device);
+  const Vector bias32(bias, "bias", x, classes);
+  const Tensor w = dense(weight);
+  Tensor y = torch::stable::empty({n, classes}, x.scalar_type(), std::nullopt, x.device());
+  if (!y.numel()) return y;
+  Tensor pooled = torch::stable::empty({n, c}, ScalarType::Float, std::nullopt, x.device());
+  PoolHeadForward p{};
+  p.x = x.const_data_ptr(), p.weight = w.const_data_ptr(), p.y = y.mutable_data_ptr();
+  p.bias = bias32.data(), p.pooled = static_cast<float*>(pooled.mutable_data_ptr());
+  p.n = static_cast<int>(n), p.c = static_cast<int>(c), p.classes = static_cast<int>(classes);
+  p.h = static_cast<int>(x.size(2)), p.w = static_cast<int>(x.size(3)), p.dtype = dtype;
+  p.x_stride = strides_of(x);
+  check_launch(pool_head_fwd(p, current_stream(device)), "pool_head");
   return y;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cmx, CUDA, m) { m.impl("depthwise_block", TORCH_BOX(&depthwise_block)); }
+STABLE_TORCH_LIBRARY_IMPL(cmx, CUDA, m) {
+  m.impl("patch_embed", TORCH_BOX(&patch_embed));
+  m.impl("depthwise_block", TORCH_BOX(&depthwise_block));
+  m.impl("pointwise_block", TORCH_BOX(&pointwise_block));
+  m.impl("pool_head", TORCH_BOX(&pool_head));
+}
 
 }  // namespace cmx
 #endif

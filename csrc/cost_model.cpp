@@ -1,14 +1,14 @@
 // The cost model for Python, through ctypes (cmx_kernels/cost_model.py): on every machine, with or without CUDA.
 #include <cstring>
 
-#include "cuda/cost.h"
+#include "cuda/product_cost.h"
 
 using namespace cmx;
 
 #define CMX_EXPORT extern "C" __attribute__((visibility("default")))
 
 // As in cmx_kernels/cost_model.py
-struct DepthwisePrediction {
+struct Prediction {
   int kernel, blocks, threads, shared_bytes;
   double bytes, flop, floor_us, predicted_us, memory_us, issue_us, tensor_us, ffma_us, shared_us;
 };
@@ -17,26 +17,20 @@ CMX_EXPORT const char* cmx_cost_gpu(int index) {
   return index < static_cast<int>(std::size(kGpus)) ? kGpus[index].name : nullptr;
 }
 
-// `shape`: n c h w kh kw dtype act. 0, or 1 for a GPU that is not in the table
-CMX_EXPORT int cmx_cost_depthwise(const char* gpu_name, const int* shape, int channels_last, DepthwisePrediction* out) {
-  const NamedGpu* found = nullptr;
+static const Gpu* named(const char* name) {
   for (const NamedGpu& g : kGpus)
-    if (!std::strcmp(g.name, gpu_name)) found = &g;
-  if (!found) return 1;
-  const Gpu& gpu = found->gpu;
-  const DepthwiseShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], static_cast<Dtype>(shape[6])};
-  const int64_t plane = int64_t(s.h) * s.w;
-  const Strides strides =
-      channels_last ? Strides{plane * s.c, 1, int64_t(s.w) * s.c, s.c} : Strides{plane * s.c, plane, s.w, 1};
-  const DepthwiseChoice choice =
-      choose_depthwise(s, memory_of(nullptr, strides, nullptr, strides, s), gpu, static_cast<Act>(shape[7]));
-  const bool ffma = choice.kernel == DepthwiseKernel::ffma;
+    if (!std::strcmp(g.name, name)) return &g.gpu;
+  return nullptr;
+}
+
+template <class Shape>
+static Prediction prediction(const Shape& s, const Cost& c, const Gpu& gpu, int kernel, int blocks, int threads,
+                             int shared_bytes) {
   const double us = 1e6 / (gpu.multiprocessors * gpu.ghz * 1e9);
-  const Cost& c = choice.cost;
-  *out = {static_cast<int>(choice.kernel),
-          ffma ? choice.ffma.blocks : choice.mma.blocks,
-          ffma ? choice.ffma.channels * choice.ffma.patches_x * choice.ffma.patches_y : 32 * choice.mma.warps,
-          ffma ? choice.ffma.shared_bytes : choice.mma.shared_bytes,
+  return {kernel,
+          blocks,
+          threads,
+          shared_bytes,
           bytes_of(s),
           flop_of(s),
           floor_seconds(s, gpu) * 1e6,
@@ -46,5 +40,39 @@ CMX_EXPORT int cmx_cost_depthwise(const char* gpu_name, const int* shape, int ch
           c.idle * c.tensor * us,
           c.idle * c.ffma * us,
           c.idle * c.shared * us};
+}
+
+// `shape`: n c h w kh kw dtype act. 0, or 1 for a GPU that is not in the table
+CMX_EXPORT int cmx_cost_depthwise(const char* gpu_name, const int* shape, int channels_last, Prediction* out) {
+  const Gpu* const found = named(gpu_name);
+  if (!found) return 1;
+  const Gpu& gpu = *found;
+  const DepthwiseShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], static_cast<Dtype>(shape[6])};
+  const int64_t plane = int64_t(s.h) * s.w;
+  const Strides strides =
+      channels_last ? Strides{plane * s.c, 1, int64_t(s.w) * s.c, s.c} : Strides{plane * s.c, plane, s.w, 1};
+  const DepthwiseChoice choice =
+      choose_depthwise(s, memory_of(nullptr, strides, nullptr, strides, s), gpu, static_cast<Act>(shape[7]));
+  const bool ffma = choice.kernel == DepthwiseKernel::ffma;
+  *out = prediction(s, choice.cost, gpu, static_cast<int>(choice.kernel), ffma ? choice.ffma.blocks : choice.mma.blocks,
+                    ffma ? choice.ffma.channels * choice.ffma.patches_x * choice.ffma.patches_y : 32 * choice.mma.warps,
+                    ffma ? choice.ffma.shared_bytes : choice.mma.shared_bytes);
+  return 0;
+}
+
+// `shape`: n c_in c_out h w ph pw dtype act, h and w of the output; 16-bit types. `kernel` is the tile.
+CMX_EXPORT int cmx_cost_product(const char* gpu_name, const int* shape, int channels_last, Prediction* out) {
+  const Gpu* const gpu = named(gpu_name);
+  if (!gpu) return 1;
+  const ProductShape s{shape[0], shape[1], shape[2], shape[3],
+                       shape[4], shape[5], shape[6], static_cast<Dtype>(shape[7])};
+  const auto dense = [&](int64_t c, int64_t h, int64_t w) {
+    return channels_last ? Strides{c * h * w, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
+  };
+  const Strides x = dense(s.c_in, int64_t(s.h) * s.ph, int64_t(s.w) * s.pw), y = dense(s.c_out, s.h, s.w);
+  const ProductMemory m = product_memory_of(nullptr, x, nullptr, nullptr, y, s);
+  const ProductChoice choice = choose_product(s, m, *gpu, static_cast<Act>(shape[8]));
+  *out = prediction(s, choice.cost, *gpu, choice.plan.tile, choice.plan.blocks(), kProductThreads,
+                    choice.plan.shared_bytes);
   return 0;
 }

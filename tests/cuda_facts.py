@@ -29,7 +29,9 @@ COLUMNS = {  # of the table, after registers, stack, static shared memory: instr
     "FFMA": r"FFMA",
     "MUFU": r"MUFU",
 }
-_NAME = re.compile(r"(depthwise_fwd_[a-z_]+)_kernelI(f|6__half|13__nv_bfloat16)((?:Li\d+E)+)E")
+_NAME = re.compile(
+    r"((?:depthwise|product|pool|head|epilogue)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16)?((?:Li\d+E)*)E"
+)
 _TYPES = {"f": "float", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 
 
@@ -92,14 +94,14 @@ def _facts(cubin: Path) -> dict[str, str]:
     for function, numbers in found.items():
         match = _NAME.search(function)
         if match:
-            arguments = ", ".join([_TYPES[match[2]], *re.findall(r"Li(\d+)E", match[3])])
+            arguments = ", ".join([*([_TYPES[match[2]]] if match[2] else []), *re.findall(r"Li(\d+)E", match[3])])
             rows[f"{match[1]}<{arguments}>"] = "".join(f"{n:>8}" for n in numbers)
     return rows
 
 
 def table() -> list[str]:
     """The header with the release of nvcc, then a line for every kernel and arch."""
-    sources = sorted(ROOT.glob("csrc/cuda/depthwise_fwd_*.cu"))
+    sources = [path for path in sorted(ROOT.glob("csrc/cuda/*.cu")) if "__launch_bounds__" in path.read_text()]
     jobs = [(source, arch) for source in sources for arch in ARCHS]
     cuobjdump()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -23,13 +23,14 @@ def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
     done = _run("-m", "benchmarks.gpu.check", "--device", "cpu", "--dry-run", "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     steps = json.loads((tmp_path / "gpu-check-all.json").read_text())["steps"]
-    assert [s["part"] for s in steps if s["passed"]] == ["correct", "ops", "network", "training"]
-    sections = {"network": "models", "training": "training", "ops": "gpu_ops"}
+    assert [s["part"] for s in steps if s["passed"]] == ["correct", "ops", "product", "network", "training"]
+    sections = {"network": "models", "training": "training", "ops": "gpu_ops", "product": "gpu_product"}
     rows = {part: json.loads((tmp_path / f"gpu-{part}.json").read_text())[name] for part, name in sections.items()}
     assert {r["dtype"] for r in rows["network"]} == {"fp32", "tf32", "bf16", "fp16"}
     assert all(r["status"] == "timed" and r["error"] <= r["allowed"] for r in [*rows["network"], *rows["training"]])
     assert {"fused", "eager", "inductor", "fused, CUDA graph"} <= {r["provider"] for r in rows["network"]}
     assert all({"fused", "eager", "inductor"} <= r["us"].keys() and not r["note"] for r in rows["ops"])
+    assert all({"fused", "eager"} <= r["us"].keys() and not r["note"] for r in rows["product"])
     for part in sections:
         assert "| " in (tmp_path / f"gpu-{part}.md").read_text()
 
@@ -45,7 +46,7 @@ def test_gpu_check_survives_a_part_that_fails(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(check, "run", run)
     assert check.main(["--device", "cpu", "--dry-run", "--results", str(tmp_path)]) == 1
-    assert ran[-3:] == ["ops", "network", "training"]
+    assert ran[-4:] == ["ops", "product", "network", "training"]
 
 
 def test_counts_of_the_networks() -> None:

@@ -36,3 +36,27 @@ def test_every_shape_has_a_plan(gpu: str) -> None:
 def test_unknown_gpu() -> None:
     with pytest.raises(ValueError, match="gpu: got 'Voodoo'"):
         cost_model.depthwise("Voodoo", (1, 1, 1, 1), (1, 1))
+
+
+def test_depthwise_without_tensor_cores() -> None:
+    """Where FFMA keeps up with memory: Ada, up to 9x9, and not Hopper or Ampere's server chip."""
+    for gpu, kernel in (("RTX 4090", "ffma"), ("L40S", "ffma"), ("A100", "mma_plane"), ("H200", "mma_plane")):
+        assert cost_model.depthwise(gpu, (64, 1536, 32, 32), (9, 9)).kernel == kernel
+
+
+def test_product() -> None:
+    """Bytes and FLOP from first principles; large tiles for large batches, more blocks than multiprocessors for one."""
+    p = cost_model.product("H200", (64, 1536, 32, 32), 1536)
+    assert p.flop == 2 * 64 * 1024 * 1536**2
+    assert p.bytes == 2 * (2 * 64 * 1024 * 1536 + 1536**2)
+    assert p.kernel == "128x128"
+    assert p.floor_us <= p.predicted_us
+    for c, size in ((1536, 32), (768, 32)):
+        assert cost_model.product("H200", (1, c, size, size), c).blocks >= 2 * 132
+    for gpu in SHARED:
+        for op in ("pointwise_block", "patch_embed"):
+            for n, c_in, c_out, h, w, *patch in (shape for shape in cases.SHAPES[op] if shape[0]):
+                for last in (False, True):
+                    p = cost_model.product(gpu, (n, c_in, h, w), c_out, tuple(patch or (1, 1)), channels_last=last)
+                    assert p.blocks > 0
+                    assert p.shared_bytes <= SHARED[gpu] << 10

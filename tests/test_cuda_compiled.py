@@ -25,14 +25,22 @@ def test_no_local_memory(lines: list[str]) -> None:
 
 
 def test_registers_allow_the_planned_blocks(lines: list[str]) -> None:
-    """Tensor cores: 4 blocks of 128 threads a multiprocessor; FFMA: 4 blocks of 128 too."""
-    for where, facts in _kernels(lines).items():
-        assert facts["regs"] <= 128, f"{where}: {facts}"
+    """Of 65536 registers: depthwise 4 blocks of 128 threads; product 2 or 3 by tile; the rest 4 blocks of 256."""
+    for (arch, name), facts in _kernels(lines).items():
+        threads, blocks = (128, 4) if name.startswith("depthwise") else (256, 4)
+        if name.startswith("product"):
+            threads, blocks = 128, (2, 3, 3)[int(name.rstrip(">")[-1])]
+        allowed = min(255, 65536 // (threads * blocks) // 8 * 8)
+        assert facts["regs"] <= allowed, f"{arch} {name}: {facts}"
 
 
 def test_instructions(lines: list[str]) -> None:
     for (arch, name), facts in _kernels(lines).items():
-        if "mma" in name:
+        if name.startswith(("pool", "head", "epilogue")):
+            assert facts["HMMA"] == 0
+            wide = "planes" in name or name.endswith("4>")
+            assert facts["load16"] > 0 or not wide, f"{arch} {name} has no 16-byte load"
+        elif "mma" in name:
             for instruction in ("HMMA", "LDSM", "store16"):
                 assert facts[instruction] > 0, f"{arch} {name} has no {instruction}"
             # an even window starts in the middle of 16 bytes: 8 at a time
@@ -47,7 +55,8 @@ def test_instructions(lines: list[str]) -> None:
 def test_every_instantiation_is_there(lines: list[str]) -> None:
     kernels = _kernels(lines)
     names = {name for _, name in kernels}
-    assert len(names) == 3 * 5 + 2 * 2 * 4 + 2 * 2 * 2
+    depthwise, product, other = 3 * 5 + 2 * 2 * 4 + 2 * 2 * 2, 2 * (2 * 3 + 1), 3 * 3 + 2 * 2
+    assert len(names) == depthwise + product + other
     assert set(kernels) == {(arch, name) for arch in cuda_facts.ARCHS for name in names}
 
 

@@ -37,7 +37,7 @@ def _emulated() -> dict[str, list[int]]:
 
 def test_instructions_compile_and_run_emulated() -> None:
     found = _emulated()
-    assert len(found) == 12
+    assert len(found) == 14
     assert all(any(words) for words in found.values())
 
 

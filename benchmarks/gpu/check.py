@@ -2,6 +2,7 @@
 
     correct     the emulator's instruction models on the hardware, operator tests, compute-sanitizer
     ops         the depthwise block against PyTorch
+    product     pointwise_block, patch_embed and pool_head against PyTorch and cuBLAS
     network     whole networks against PyTorch, Inductor and CUDA graphs, and the rivals of the paper's table
     training    training steps
 
@@ -26,8 +27,11 @@ from benchmarks.machine import commit
 from cmx_kernels import _build_info, cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("depthwise_fwd_ffma", "depthwise_fwd_mma", "depthwise_fwd_mma_plane")
-PARTS = ("correct", "ops", "network", "training")
+PROGRAMS = {  # under sanitizers: main, and the kernels it calls
+    "sanitized": ("depthwise_fwd_ffma", "depthwise_fwd_mma", "depthwise_fwd_mma_plane"),
+    "sanitized_product": ("product_mma", "pool_head", "epilogue_inplace"),
+}
+PARTS = ("correct", "ops", "product", "network", "training")
 BUDGET = 570  # seconds a part
 
 Step = dict[str, Any]
@@ -51,7 +55,7 @@ def skipped(name: str, why: str) -> Step:
 
 
 def correct(dry: bool) -> Iterator[Step]:
-    tests = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda_device.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda_device.py", "tests/test_cuda_product_device.py"]
     yield run("operator and instruction models", tests, 240)
     if dry:
         yield skipped("compute-sanitizer", "this is a dry run")
@@ -72,14 +76,15 @@ def sanitizers(folder: Path) -> Iterator[Step]:
     if not tool:
         yield from (skipped(name, "no compute-sanitizer beside nvcc or on PATH") for name in names)
         return
-    program = folder / "sanitized"
-    sources = ["tests/emulator/sanitized.cpp", *(f"csrc/cuda/{kernel}.cu" for kernel in KERNELS)]
-    command = [nvcc, "-std=c++20", "-O3", "-lineinfo", "-arch=native", "-Icsrc", "-Icsrc/cuda", "-x", "cu", *sources]
-    build = run("build for the sanitizers", [*command, "-o", str(program)], 150)
-    yield build
-    if build["passed"]:
-        for name in names:
-            yield run(name, [tool, f"--tool={name}", "--error-exitcode=9", str(program)], 60)
+    for main_file, kernels in PROGRAMS.items():
+        program = folder / main_file
+        sources = [f"tests/emulator/{main_file}.cpp", *(f"csrc/cuda/{kernel}.cu" for kernel in kernels)]
+        command = [nvcc, "-std=c++20", "-O3", "-lineinfo", "-arch=native", "-Icsrc", "-Icsrc/cuda", "-Itests/emulator"]
+        build = run(f"build {main_file}", [*command, "-x", "cu", *sources, "-o", str(program)], 100)
+        yield build
+        if build["passed"]:
+            for name in names:
+                yield run(f"{name}, {main_file}", [tool, f"--tool={name}", "--error-exitcode=9", str(program)], 60)
 
 
 def timings(part: str, options: argparse.Namespace) -> Iterator[Step]:

@@ -45,9 +45,8 @@ enum class DepthwiseKernel : int { ffma, mma, mma_plane };
 struct Cost {
   double memory, issue, tensor, ffma, shared;
   double idle;  // factor: the last round of blocks does not fill the GPU
-  double cycles() const {
-    return std::fmax(memory, idle * std::fmax(std::fmax(issue, tensor), std::fmax(ffma, shared)));
-  }
+  double compute() const { return idle * std::fmax(std::fmax(issue, tensor), std::fmax(ffma, shared)); }
+  double cycles() const { return std::fmax(memory, compute()); }
   double seconds(const Gpu& gpu) const {
     return cycles() / (gpu.multiprocessors * gpu.ghz * 1e9) + 2e-6;
   }  // and a launch
@@ -134,10 +133,14 @@ struct DepthwiseChoice {
   Cost cost;
 };
 
+// Under memory's time by so much, FFMA leaves the tensor cores nothing to gain, and it spreads no NaN.
+constexpr double kHidden = 0.75;
+
 // The kernel that is predicted to be fastest. The prediction is all there is until timings replace it.
 inline DepthwiseChoice choose_depthwise(const DepthwiseShape& s, const Memory& m, const Gpu& gpu, Act act = Act::gelu) {
   DepthwiseChoice best{DepthwiseKernel::ffma, ffma_plan(s, m, gpu), {}, {}};
   best.cost = ffma_cost(s, act, best.ffma, gpu);
+  if (best.cost.compute() <= kHidden * best.cost.memory) return best;
   for (const bool plane : {false, true}) {
     const MmaPlan plan = plane ? mma_plane_plan(s, m, gpu) : mma_plan(s, m, gpu);
     if (!plan.blocks) continue;

@@ -89,6 +89,24 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
 #endif
 }
 
+// The same, each matrix transposed: lane 4g + t gets elements g of rows 2t and 2t+1.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t row) {
+#ifdef CMX_EMULATED
+  uint32_t rows[32];
+  if (row % 16) emulator::fail("ldmatrix: a row is not 16-byte aligned");
+  emulator::show(row, rows);
+  const int g = emulator::self().lane / 4, t = emulator::self().lane % 4;
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 2; ++j)
+      std::memcpy(reinterpret_cast<char*>(&r[i]) + 2 * j, shared_pointer(rows[8 * i + 2 * t + j]) + 2 * g, 2);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+#endif
+}
+
 #ifdef CMX_EMULATED
 template <class T>
 inline float half_of(uint32_t pair, int i) {

@@ -36,14 +36,16 @@ __global__ void instructions_kernel(const Input* in, uint32_t* out, int which) {
       break;
     case 2:  // rows in a scattered order, every one 16-byte aligned
     case 3:
+    case 6:
       for (int i = lane; i < WORDS / 4; i += 32)
-        copy_async<16>(shared + 16 * i, in->words + 4 * i, which == 2 || i % 3 != 0);
+        copy_async<16>(shared + 16 * i, in->words + 4 * i, which != 3 || i % 3 != 0);
       commit_copies();
       wait_for_copies<0>();
       __syncwarp();
       {
         uint32_t r[4];
-        load_matrices(r, shared_address(shared + 16 * (lane * 37 % 256)));
+        const uint32_t row = shared_address(shared + 16 * (lane * 37 % 256));
+        which == 6 ? load_matrices_transposed(r, row) : load_matrices(r, row);
         for (int i = 0; i < 4; ++i) mine[i] = r[i];
       }
       break;
@@ -70,9 +72,9 @@ __global__ void instructions_kernel(const Input* in, uint32_t* out, int which) {
 
 template <class T>
 static void run(const Input* in, uint32_t* out, const char* type) {
-  const char* names[] = {"mma.m16n8k16",           "mma.m16n8k8",      "cp.async.16+ldmatrix",
-                         "cp.async.16 with zeros", "cp.async.8 and 4", "ex2, rcp, max.NaN"};
-  for (int which = 0; which < 6; ++which) {
+  const char* names[] = {"mma.m16n8k16",     "mma.m16n8k8",       "cp.async.16+ldmatrix",      "cp.async.16 with zeros",
+                         "cp.async.8 and 4", "ex2, rcp, max.NaN", "cp.async.16+ldmatrix.trans"};
+  for (int which = 0; which < 7; ++which) {
     for (int i = 0; i < 32 * RESULTS; ++i) out[i] = 0;
     CMX_LAUNCH(instructions_kernel<T>, dim3(1), dim3(32), WORDS * 4, nullptr, in, out, which);
 #ifndef CMX_EMULATED

@@ -4,51 +4,16 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <memory>
 #include <random>
-#include <stdexcept>
-#include <string>
 
+#include "buffers.h"
 #include "cuda/depthwise.h"
-#include "cuda/platform.cuh"
 
 using namespace cmx;
 
 struct Case {
   int n, c, h, w, kh, kw;
 };
-
-#ifdef CMX_EMULATED
-template <class T>
-using Buffer = std::unique_ptr<T[]>;
-template <class T>
-static Buffer<T> allocate(int64_t count) {
-  return Buffer<T>(new T[count]);
-}
-static void prepare(int order) {
-  emulator::machine.order = static_cast<emulator::Machine::Order>(order % 3);
-  emulator::machine.copies_arrive_at_once = order >= 3;
-}
-static cudaError_t finish() { return cudaSuccess; }
-#else
-struct Free {
-  void operator()(void* p) const { cudaFree(p); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-template <class T>
-static Buffer<T> allocate(int64_t count) {
-  void* p = nullptr;
-  if (cudaError_t error = cudaMallocManaged(&p, count * sizeof(T))) throw std::runtime_error(cudaGetErrorString(error));
-  return Buffer<T>(static_cast<T*>(p));
-}
-static void prepare(int) {}
-static cudaError_t finish() { return cudaDeviceSynchronize(); }
-#endif
-
-static void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error("CUDA error " + std::to_string(static_cast<int>(error)));
-}
 
 // The formula without scale, bias and activation, on small integers: exact in every type
 template <class T>

@@ -1,0 +1,133 @@
+"""pointwise_block, patch_embed and pool_head on a GPU against PyTorch and cuBLAS, as ops.py.
+
+    python -m benchmarks.gpu.product [--seconds 480] [--device cpu --dry-run]
+
+"cuBLAS" is the matrix product alone, without bias, activation and scale, on the same numbers: its rate is the measure.
+"""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu.device import Device, Store, flags, opened, parser, reason, say
+from cmx_kernels import backends, ops
+
+MODELS = ((1536, 32, 7), (768, 32, 7), (1024, 16, 14))  # channels, pixels on a side, patch
+CASES = [  # op, (n, c, size, patch), dtype
+    *[("pointwise_block", (n, c, size, 1), "bfloat16") for n in (64, 1, 8, 256) for c, size, _ in MODELS],
+    *[("pointwise_block", (64, c, size, 1), d) for c, size, _ in MODELS for d in ("float16", "float32")],
+    *[("patch_embed", (64, c, size, p), d) for c, size, p in MODELS for d in ("bfloat16", "float32")],
+    *[("pool_head", (n, c, size, 1), "bfloat16") for n in (64, 1) for c, size, _ in MODELS],
+    *[("pointwise_block", (64, 384, size, 1), "bfloat16") for size in (7, 14, 56)],
+]
+DRY = [(op, (2, 8, 4, 2 if op == "patch_embed" else 1), "bfloat16") for op in dict.fromkeys(c[0] for c in CASES)]
+_ROUNDS = 12
+_CLASSES = 1000
+
+
+def eager(op: str, x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
+    """The plain model's layers, BatchNorm already folded to scale and shift."""
+    if op == "pool_head":
+        return F.linear(x.mean((2, 3)), weight, vectors[0])
+    bias, scale, shift = vectors
+    y = F.gelu(F.conv2d(x, weight, bias, stride=weight.shape[2:]))
+    return torch.addcmul(shift[:, None, None], y, scale[:, None, None])
+
+
+def arguments_of(device: Device, op: str, case: tuple[int, int, int, int], kind: torch.dtype) -> tuple[Tensor, ...]:
+    n, c, size, patch = case
+    generator = torch.Generator(device.type).manual_seed(0)
+
+    def normal(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(sizes, device=device.type, generator=generator) * scale).to(kind)
+
+    if op == "pool_head":
+        return normal(n, c, size, size), normal(_CLASSES, c, scale=c**-0.5), normal(_CLASSES)
+    c_in = 3 if op == "patch_embed" else c
+    weight = normal(c, c_in, patch, patch, scale=(c_in * patch * patch) ** -0.5)
+    return normal(n, c_in, size * patch, size * patch), weight, normal(c), normal(c), normal(c)
+
+
+def providers(device: Device, op: str, x: Tensor, weight: Tensor, *vectors: Tensor) -> dict[str, Callable[[], Tensor]]:
+    last = x.contiguous(memory_format=torch.channels_last)
+    backend = "cuda" if device.cuda else backends.select(op, x, "gelu")
+
+    def ours(x: Tensor) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with backends.use(backend):
+                return getattr(ops, op)(x, weight, *vectors)
+
+        return call
+
+    found = {
+        "fused": ours(x),
+        "fused channels_last": ours(last),
+        "eager": lambda: eager(op, x, weight, *vectors),
+        "eager channels_last": lambda: eager(op, last, weight, *vectors),
+    }
+    if op == "pointwise_block":
+        a, b, rows = weight.flatten(1), x.flatten(2), last.permute(0, 2, 3, 1).flatten(0, 2)
+        found["cuBLAS"] = lambda: torch.matmul(a, b)
+        found["cuBLAS channels_last"] = lambda: torch.matmul(rows, a.t())
+    return found
+
+
+def measure(device: Device, op: str, case: tuple[int, int, int, int], dtype: str) -> dict[str, Any]:
+    n, c, size, patch = case
+    kind = getattr(torch, dtype)
+    args = arguments_of(device, op, case, kind)
+    flop = 2.0 * n * args[1].numel() * (1 if op == "pool_head" else size * size)
+    record: dict[str, Any] = {"op": op, "shape": f"{n}x{c}x{size}x{size}, {patch}", "dtype": dtype, "note": ""}
+    exact = eager(op, args[0][:2].double(), *(a.double() for a in args[1:]))
+    times: dict[str, list[float]] = {}
+    with flags():
+        of_eager = (eager(op, args[0][:2], *args[1:]).double() - exact).abs().max().item()
+        allowed = 2 * of_eager + 4 * torch.finfo(kind).eps * exact.abs().max().item()
+        calls = providers(device, op, *args)
+        for name in [name for name in calls if not name.startswith("cuBLAS")]:
+            error = (calls[name]()[:2].double() - exact).abs().max().item()
+            if name == "fused":
+                record |= {"error": error, "allowed": allowed}
+            if not error <= allowed:
+                record["note"] += f"{name} is wrong by {error:.3g}, allowed are {allowed:.3g}: not timed. "
+                del calls[name]
+        for _ in range(3 if device.dry else _ROUNDS):
+            for name, call in calls.items():
+                times.setdefault(name, []).append(device.once(call))
+    us = {name: median(values[1:]) for name, values in times.items()}
+    record["us"] = us
+    if "fused" in us:
+        record["tflop_per_s"] = flop / us["fused"] * 1e-6
+        record["speedup"] = min(us["eager"], us["eager channels_last"]) / us["fused"]
+        if "cuBLAS" in us:
+            best = min(us["cuBLAS"], us["cuBLAS channels_last"])
+            record["percent_of_cublas"] = 100 * best / us["fused"]
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser("pointwise_block, patch_embed and pool_head on a GPU.", "gpu-product").parse_args(arguments)
+    device = opened(options)
+    if device is None:
+        return 2
+    store, failed = Store(device, options), False
+    for op, case, dtype in DRY if device.dry else CASES:
+        if device.over:
+            say(f"{options.seconds:.0f} s are over: the remaining cases are left out")
+            break
+        try:
+            record = measure(device, op, case, dtype)
+        except Exception as error:  # a kernel that fails must not cost the other rows
+            record = {"op": op, "shape": "x".join(map(str, case)), "dtype": dtype, "note": reason(error)}
+        failed |= "fused" not in record.get("us", {})
+        store.add("gpu_product", record)
+        say(f"{op} {case} {dtype}: " + (", ".join(f"{n} {v:.1f}" for n, v in record.get("us", {}).items())))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,25 @@
+// pointwise_block and patch_embed: chooses the plan. The choice and its reasons: product_cost.h.
+#include "product.h"
+#include "product_cost.h"
+
+namespace cmx {
+
+cudaError_t product_fwd(const ProductForward& p, const Gpu& gpu, cudaStream_t stream) {
+  constexpr int64_t kMost = 1 << 30;  // pixels of a launch: they are counted in 32 bits
+  const ProductShape& s = p.shape;
+  if (s.plane() > kMost || s.k() > INT32_MAX) return cudaErrorInvalidValue;
+  const int most = static_cast<int>(kMost / std::max<int64_t>(s.plane(), 1));
+  for (int n = 0; n < s.n; n += most) {
+    ProductForward part = p;
+    part.shape.n = std::min(most, s.n - n);
+    const int64_t element = size_of(s.dtype);
+    part.x = static_cast<const char*>(p.x) + n * p.x_stride.n * element;
+    part.y = static_cast<char*>(p.y) + n * p.y_stride.n * element;
+    const ProductMemory m = product_memory_of(part.x, p.x_stride, p.weight, part.y, p.y_stride, part.shape);
+    const ProductChoice choice = choose_product(part.shape, m, gpu, p.act);
+    if (cudaError_t error = product_fwd_mma(part, choice.plan, stream)) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace cmx

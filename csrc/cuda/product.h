@@ -1,0 +1,51 @@
+// pointwise_block, patch_embed and pool_head on CUDA: parameters, kernels, and who chooses among them. No torch here.
+#pragma once
+
+#include <driver_types.h>
+
+#include "product_plan.h"
+
+namespace cmx {
+
+// y = scale * act(weight x' + bias) + shift, x' the patches of x: x'[(c, a, b)][n, i, j] = x[n][c][i ph + a][j pw + b]
+struct ProductForward {
+  const void *x, *weight;             // [n, c_in, >= h ph, >= w pw] and dense [c_out, c_in, ph, pw], in `dtype`
+  void* y;                            // [n, c_out, h, w] in `dtype`; rows of pixels follow each other without a gap
+  const float *bias, *scale, *shift;  // [c_out] or null
+  ProductShape shape;
+  Strides x_stride, y_stride;  // in elements
+  Act act;
+};
+
+// 16-bit types. Enqueues on `stream`, on the current device; neither allocates nor waits.
+cudaError_t product_fwd(const ProductForward& p, const Gpu& gpu, cudaStream_t stream);
+
+// With a given plan; the emulator's tests call every one of them.
+cudaError_t product_fwd_mma(const ProductForward& p, const ProductPlan& plan, cudaStream_t stream);
+
+// y = mean over the plane of x, times weight^T, plus bias
+struct PoolHeadForward {
+  const void *x, *weight;  // [n, c, h, w] and dense [classes, c] in `dtype`
+  const float* bias;       // [classes] or null
+  float* pooled;           // [n, c], scratch
+  void* y;                 // dense [n, classes] in `dtype`
+  int n, c, h, w, classes;
+  Dtype dtype;
+  Strides x_stride;
+  bool vector_loads;  // set by the launcher
+};
+
+cudaError_t pool_head_fwd(const PoolHeadForward& p, cudaStream_t stream);
+
+// y = scale * act(y + bias) + shift, float32 and dense: planes [n * channels][h * w], or channels_last [n * h * w][channels]
+struct EpilogueInplace {
+  float* y;
+  const float *bias, *scale, *shift;  // [channels] or null
+  int64_t rows, columns, channels;
+  Act act;
+  bool channels_last;
+};
+
+cudaError_t epilogue_inplace(const EpilogueInplace& p, const Gpu& gpu, cudaStream_t stream);
+
+}  // namespace cmx

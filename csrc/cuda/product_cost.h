@@ -1,0 +1,68 @@
+// The cost of the matrix product: bytes, instructions and cycles of a tile plan, and the cheapest plan. As cost.h.
+#pragma once
+
+#include "cost.h"
+#include "product_plan.h"
+
+namespace cmx {
+
+inline double bytes_of(const ProductShape& s) {  // x once, y once, the weight once
+  const double pixels = double(s.n) * s.plane();
+  return double(size_of(s.dtype)) * (pixels * (double(s.k()) + s.c_out) + double(s.k()) * s.c_out);
+}
+inline double flop_of(const ProductShape& s) { return 2. * s.n * s.plane() * s.k() * s.c_out; }
+inline double floor_seconds(const ProductShape& s, const Gpu& gpu) {
+  const double flop_per_s = rates_of(gpu).tensor * 2 * 2048 * gpu.multiprocessors * gpu.ghz * 1e9;
+  return std::fmax(bytes_of(s) / (gpu.tb_per_s * 1e12), flop_of(s) / flop_per_s);
+}
+
+// Terms of one block, its steps along k and its epilogue
+inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, const Gpu& gpu) {
+  const ProductTile& t = kProductTiles[p.tile];
+  const Rates rates = rates_of(gpu);
+  const double steps = std::ceil(double(p.k) / t.depth), outputs = double(t.rows) * t.columns;
+  const double mma = outputs * t.depth / 2048;
+  const double ldsm = t.depth / 16. * t.warps() * (t.warp_rows / 16. + t.warp_columns / 16.);
+  const bool gather = p.layout == ProductLayout::gather;
+  const double copies = 2. * t.depth *
+                        (t.rows * (p.a_bytes == 2 ? 8. : 4.) / p.a_bytes + t.columns *
+                                                                               (gather           ? 9.
+                                                                                : p.b_bytes == 2 ? 8.
+                                                                                                 : 4.) /
+                                                                               p.b_bytes) /
+                        32;
+  const double sums = (t.slices() - 1) * outputs / 32 / t.slices() * 2;  // to shared memory and back
+  const double per_output = activation_instructions(act, s.dtype) + 5 + (p.y_bytes == 16 ? 1 : 24. / p.y_bytes);
+  Cost c{};
+  const double blocks = p.blocks();
+  c.memory = bytes_of(s) / (gpu.tb_per_s * 1e12) * gpu.multiprocessors * gpu.ghz * 1e9;
+  c.tensor = blocks * steps * mma / rates.tensor;
+  c.issue = blocks * (steps * (mma + ldsm + copies + 4 * 25) + outputs / 32 * per_output + sums + 4 * 300) / 4;
+  c.shared = blocks * (steps * (4 * ldsm + t.stage_bytes() / 128.) + outputs / 32 + sums);
+  const double of_sm = std::ceil(blocks / gpu.multiprocessors);
+  const double resident =
+      std::fmax(1, std::fmin(t.blocks_per_sm, std::floor((gpu.shared_bytes + 1024.) / (p.shared_bytes + 1024))));
+  c.idle =
+      of_sm * gpu.multiprocessors / blocks * std::fmax(1, 2 / std::fmin(of_sm, resident));  // 8 warps fill the pipes
+  return c;
+}
+
+struct ProductChoice {
+  ProductPlan plan;
+  Cost cost;
+};
+
+// The tile that is predicted to be fastest; plan.blocks() is 0 where nothing is to be computed.
+inline ProductChoice choose_product(const ProductShape& s, const ProductMemory& m, const Gpu& gpu,
+                                    Act act = Act::gelu) {
+  ProductChoice best{};
+  for (int tile = 0; tile < kProductTileCount; ++tile) {
+    const ProductPlan plan = product_plan(s, m, tile);
+    if (!plan.blocks() || plan.shared_bytes > gpu.shared_bytes) continue;
+    const Cost cost = product_cost(s, act, plan, gpu);
+    if (!best.plan.blocks() || cost.cycles() < best.cost.cycles()) best = {plan, cost};
+  }
+  return best;
+}
+
+}  // namespace cmx

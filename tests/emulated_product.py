@@ -1,0 +1,120 @@
+"""Calls the CUDA kernels of pointwise_block, patch_embed and pool_head on torch CPU tensors (tests/emulator)."""
+
+import ctypes
+import functools
+
+import torch
+from emulated import ACTS, DTYPES, NoPlan, build
+from torch import Tensor
+
+LAYOUTS = ("pixels", "channels_last", "gather")
+TILES = range(3)
+SOURCES = (
+    "csrc/cuda/product_mma.cu",
+    "csrc/cuda/pool_head.cu",
+    "csrc/cuda/epilogue_inplace.cu",
+    "tests/emulator/product.cpp",
+)
+Int, Long, Pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+
+
+class _Forward(ctypes.Structure):
+    """ProductForward of csrc/cuda/product.h"""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("x", "weight", "y", "bias", "scale", "shift")),
+        ("shape", Int * 8),
+        ("strides", Long * 8),
+        ("act", Int),
+    )
+
+
+class _PoolHead(ctypes.Structure):
+    """PoolHeadForward of csrc/cuda/product.h"""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("x", "weight", "bias", "pooled", "y")),
+        ("sizes", Int * 6),
+        ("strides", Long * 4),
+        ("vector_loads", ctypes.c_bool),
+    )
+
+
+class _Epilogue(ctypes.Structure):
+    """EpilogueInplace of csrc/cuda/product.h"""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("y", "bias", "scale", "shift")),
+        *((name, Long) for name in ("rows", "columns", "channels")),
+        ("act", Int),
+        ("channels_last", ctypes.c_bool),
+    )
+
+
+class _Run(ctypes.Structure):
+    """struct Run of tests/emulator/product.cpp"""
+
+    _fields_ = (("order", Int), ("seed", ctypes.c_uint), ("message", ctypes.c_char_p))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build("library", *SOURCES)))
+
+
+def _call(function: str, order: int, *arguments: object) -> None:
+    message = ctypes.create_string_buffer(1000)
+    run = _Run(order, order + 1, ctypes.cast(message, ctypes.c_char_p))
+    result = getattr(_library(), function)(*arguments, ctypes.byref(run))
+    if result == -1:
+        raise NoPlan
+    if result:
+        raise RuntimeError(message.value.decode() or f"cudaError {result}")
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: str = "none",
+    *,
+    tile: int = 0,
+    out: Tensor | None = None,
+    order: int = 0,
+) -> tuple[Tensor, str]:
+    """patch_embed (pointwise_block where the patch is 1x1) with one tile, and the layout that was read."""
+    n, c_in, height, width = x.shape
+    c_out, _, ph, pw = weight.shape
+    y = x.new_full((n, c_out, height // ph, width // pw), torch.nan) if out is None else out
+    shape = (n, c_in, c_out, height // ph, width // pw, ph, pw, DTYPES.index(x.dtype))
+    p = _Forward(*_pointers(x, weight, y, bias, scale, shift), shape, (*x.stride(), *y.stride()), ACTS.index(act))
+    layout = Int()
+    _call("cmx_emulate_product", order, ctypes.byref(p), tile, ctypes.byref(layout))
+    return y, LAYOUTS[layout.value]
+
+
+def pool_head(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, order: int = 0) -> Tensor:
+    n, c, h, w = x.shape
+    y, pooled = x.new_full((n, len(weight)), torch.nan), torch.full((n, c), torch.nan)
+    sizes = (n, c, h, w, len(weight), DTYPES.index(x.dtype))
+    p = _PoolHead(*_pointers(x, weight, bias, pooled, y), sizes, x.stride(), False)
+    _call("cmx_emulate_pool_head", order, ctypes.byref(p))
+    return y
+
+
+def epilogue(
+    y: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str, *, order: int = 0
+) -> Tensor:
+    """In place on a dense float32 y."""
+    n, c, h, w = y.shape
+    last = not y.is_contiguous()
+    rows, columns = (n * h * w, c) if last else (n * c, h * w)
+    p = _Epilogue(*_pointers(y, bias, scale, shift), rows, columns, c, ACTS.index(act), last)
+    _call("cmx_emulate_epilogue", order, ctypes.byref(p))
+    return y

@@ -1,0 +1,45 @@
+// The matrix product, pooling and the float32 epilogue on the CPU, for ctypes (tests/emulated_product.py).
+#include <cstdio>
+
+#include "cuda/platform.cuh"
+#include "cuda/product.h"
+
+using namespace cmx;
+
+struct Run {
+  int order;  // 0 forward, 1 reverse, 2 random; + 3: copies arrive at once
+  unsigned seed;
+  char* message;  // what the emulator found, 1000 bytes
+};
+
+// 0, a cudaError, -1: no plan, -2: `message` says
+template <class F>
+static int emulate(const Run& run, const F& call) {
+  emulator::machine.order = static_cast<emulator::Machine::Order>(run.order % 3);
+  emulator::machine.copies_arrive_at_once = run.order >= 3;
+  emulator::machine.seed = run.seed;
+  try {
+    return call();
+  } catch (const std::exception& e) {
+    std::snprintf(run.message, 1000, "%s", e.what());
+    return -2;
+  }
+}
+
+#define CMX_EXPORT extern "C" __attribute__((visibility("default")))
+
+// `layout` tells what was read.
+CMX_EXPORT int cmx_emulate_product(const ProductForward* p, int tile, int* layout, const Run* run) {
+  const ProductMemory m = product_memory_of(p->x, p->x_stride, p->weight, p->y, p->y_stride, p->shape);
+  *layout = static_cast<int>(m.layout);
+  const ProductPlan plan = product_plan(p->shape, m, tile);
+  return plan.blocks() ? emulate(*run, [&] { return product_fwd_mma(*p, plan, nullptr); }) : -1;
+}
+
+CMX_EXPORT int cmx_emulate_pool_head(const PoolHeadForward* p, const Run* run) {
+  return emulate(*run, [&] { return pool_head_fwd(*p, nullptr); });
+}
+
+CMX_EXPORT int cmx_emulate_epilogue(const EpilogueInplace* p, const Run* run) {
+  return emulate(*run, [&] { return epilogue_inplace(*p, Gpu{90, 1, 227 << 10, 1.755, 4.3}, nullptr); });
+}

@@ -1,0 +1,149 @@
+// The matrix product, pooling and the float32 epilogue under a sanitizer, as sanitized.cpp. Arguments: layouts (pixels,
+// channels_last, gather, pool, epilogue); all of them if none. Ends with 1 where a value is wrong.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+
+#include "buffers.h"
+#include "cuda/product.h"
+
+using namespace cmx;
+
+struct Case {
+  int n, c_in, c_out, h, w, ph, pw;
+};
+
+template <class T>
+static void fill(T* v, int64_t count, int range, std::mt19937& dice) {
+  for (int64_t i = 0; i < count; ++i) v[i] = T(float(int(dice() % (2 * range + 1)) - range));
+}
+
+static Strides dense(const Case& k, int64_t c, int64_t h, int64_t w, bool last) {
+  return last ? Strides{c * h * w, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
+}
+
+// Small integers, no scale and no activation: exact
+static int product(const char* layout, const Case& k, int tile, int order) {
+  const bool last = !std::strcmp(layout, "channels_last");
+  const int64_t H = int64_t(k.h) * k.ph, W = int64_t(k.w) * k.pw, depth = int64_t(k.c_in) * k.ph * k.pw;
+  const int64_t count = k.n * k.c_in * H * W, out = int64_t(k.n) * k.c_out * k.h * k.w;
+  const Buffer<bf16> x = allocate<bf16>(count), weight = allocate<bf16>(k.c_out * depth), y = allocate<bf16>(out);
+  const Buffer<float> bias = allocate<float>(k.c_out);
+  std::mt19937 dice(7);
+  fill(x.get(), count, 2, dice), fill(weight.get(), k.c_out * depth, 1, dice), fill(bias.get(), k.c_out, 3, dice);
+  for (int64_t i = 0; i < out; ++i) y[i] = bf16(NAN);
+  ProductForward p{};
+  p.x = x.get(), p.weight = weight.get(), p.y = y.get(), p.bias = bias.get(), p.act = Act::none;
+  p.shape = {k.n, k.c_in, k.c_out, k.h, k.w, k.ph, k.pw, Dtype::bfloat16};
+  p.x_stride = dense(k, k.c_in, H, W, last), p.y_stride = dense(k, k.c_out, k.h, k.w, last);
+  const ProductMemory m = product_memory_of(p.x, p.x_stride, p.weight, p.y, p.y_stride, p.shape);
+  const char* const found[] = {"pixels", "channels_last", "gather"};
+  if (std::strcmp(found[static_cast<int>(m.layout)], layout)) throw std::runtime_error(std::string("not ") + layout);
+  const ProductPlan plan = product_plan(p.shape, m, tile);
+  if (!plan.blocks()) return 0;
+  prepare(order);
+  check(product_fwd_mma(p, plan, nullptr));
+  check(finish());
+  int bad = 0;
+  for (int n = 0; n < k.n; ++n)
+    for (int o = 0; o < k.c_out; ++o)
+      for (int i = 0; i < k.h; ++i)
+        for (int j = 0; j < k.w; ++j) {
+          float sum = bias[o];
+          for (int c = 0; c < k.c_in; ++c)
+            for (int a = 0; a < k.ph; ++a)
+              for (int b = 0; b < k.pw; ++b)
+                sum += float(weight[((o * int64_t(k.c_in) + c) * k.ph + a) * k.pw + b]) *
+                       float(x[n * p.x_stride.n + c * p.x_stride.c + (i * k.ph + a) * p.x_stride.h +
+                               (j * k.pw + b) * p.x_stride.w]);
+          const bf16 got = y[n * p.y_stride.n + o * p.y_stride.c + i * p.y_stride.h + j * p.y_stride.w];
+          bad += !(float(got) == float(bf16(sum)));
+        }
+  if (bad)
+    std::printf("%s %dx%dx%dx%dx%d tile %d order %d: %d wrong\n", layout, k.n, k.c_in, k.c_out, k.h, k.w, tile, order,
+                bad);
+  return bad;
+}
+
+static int pool(const Case& k, bool last, int order) {
+  const int64_t plane = int64_t(k.h) * k.w, count = k.n * k.c_in * plane;
+  const Buffer<bf16> x = allocate<bf16>(count), weight = allocate<bf16>(k.c_out * k.c_in),
+                     y = allocate<bf16>(k.n * k.c_out);
+  const Buffer<float> pooled = allocate<float>(k.n * k.c_in);
+  std::mt19937 dice(7);
+  fill(x.get(), count, 2, dice), fill(weight.get(), k.c_out * k.c_in, 1, dice);
+  PoolHeadForward p{};
+  p.x = x.get(), p.weight = weight.get(), p.pooled = pooled.get(), p.y = y.get();
+  p.n = k.n, p.c = k.c_in, p.h = k.h, p.w = k.w, p.classes = k.c_out, p.dtype = Dtype::bfloat16;
+  p.x_stride = dense(k, k.c_in, k.h, k.w, last);
+  prepare(order);
+  check(pool_head_fwd(p, nullptr));
+  check(finish());
+  int bad = 0;
+  for (int n = 0; n < k.n; ++n)
+    for (int o = 0; o < k.c_out; ++o) {
+      double sum = 0, size = 0;
+      for (int c = 0; c < k.c_in; ++c)
+        for (int i = 0; i < plane; ++i) {
+          const double term =
+              double(float(weight[o * k.c_in + c])) * float(x[n * p.x_stride.n + c * p.x_stride.c + i * p.x_stride.w]);
+          sum += term / plane, size += std::fabs(term) / plane;
+        }
+      bad += !(std::fabs(float(y[n * k.c_out + o]) - sum) <= std::fabs(sum) / 256 + size * 1e-5);
+    }
+  if (bad) std::printf("pool %dx%d last %d order %d: %d wrong\n", k.n, k.c_in, last, order, bad);
+  return bad;
+}
+
+static int epilogue(const Case& k, bool last, int order) {
+  const int64_t plane = int64_t(k.h) * k.w, count = k.n * k.c_in * plane;
+  const Buffer<float> y = allocate<float>(count), before = allocate<float>(count), bias = allocate<float>(k.c_in),
+                      scale = allocate<float>(k.c_in);
+  std::mt19937 dice(7);
+  fill(y.get(), count, 9, dice), fill(bias.get(), k.c_in, 3, dice), fill(scale.get(), k.c_in, 3, dice);
+  std::memcpy(before.get(), y.get(), count * 4);
+  EpilogueInplace p{
+      y.get(), bias.get(), scale.get(), nullptr, last ? k.n * plane : int64_t(k.n) * k.c_in, last ? k.c_in : plane,
+      k.c_in,  Act::relu,  last};
+  prepare(order);
+  check(epilogue_inplace(p, Gpu{90, 1, 227 << 10, 1.755, 4.3}, nullptr));
+  check(finish());
+  int bad = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t c = last ? i % k.c_in : i / plane % k.c_in;
+    bad += y[i] != std::fmax(before[i] + bias[c], 0.f) * scale[c];
+  }
+  if (bad) std::printf("epilogue %dx%d last %d order %d: %d wrong\n", k.n, k.c_in, last, order, bad);
+  return bad;
+}
+
+static int all_wrong(const char* name) {
+  const Case planes[] = {{2, 130, 70, 4, 18, 1, 1}, {1, 24, 131, 1, 136, 1, 1}, {3, 40, 9, 2, 2, 1, 1}};
+  const Case last[] = {{2, 136, 72, 3, 11, 1, 1}, {1, 21, 33, 5, 29, 1, 1}, {3, 260, 6, 2, 2, 1, 1}};
+  const Case patches[] = {{2, 3, 70, 5, 7, 7, 7}, {3, 270, 5, 3, 5, 1, 1}, {1, 5, 9, 1, 9, 2, 3}};
+  const Case pooled[] = {{9, 35, 11, 3, 5, 1, 1}, {2, 33, 9, 4, 8, 1, 1}};
+  int bad = 0, order = 0;  // every call another order
+  if (!std::strcmp(name, "pool") || !std::strcmp(name, "epilogue")) {
+    for (const Case& k : pooled)
+      for (const bool channels_last : {false, true})
+        bad += *name == 'p' ? pool(k, channels_last, order++ % 6) : epilogue(k, channels_last, order++ % 6);
+    return bad;
+  }
+  for (int tile = 0; tile < kProductTileCount; ++tile)
+    for (int i = 0; i < 3; ++i)
+      bad += product(name, *name == 'p' ? planes[i] : *name == 'c' ? last[i] : patches[i], tile, order++ % 6);
+  return bad;
+}
+
+int main(int count, char** names) {
+  const char* all[] = {"", "pixels", "channels_last", "gather", "pool", "epilogue"};
+  int bad = 0;
+  try {
+    for (int i = 1; i < (count > 1 ? count : 6); ++i) bad += all_wrong(count > 1 ? names[i] : all[i]);
+  } catch (const std::exception& e) {
+    std::printf("%s\n", e.what());
+    return 1;
+  }
+  return bad != 0;
+}
