@@ -75,6 +75,26 @@ def test_counts_of_the_networks() -> None:
         assert spec.flop == sum(flop) + 2 * spec.dim * spec.classes
 
 
+def test_pictures_of_what_was_measured_and_no_others(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plots are an extra: pip install '.[plots]'")
+    from benchmarks.plots import draw
+
+    (stored,) = (ROOT / "benchmarks" / "results").glob("epyc-zen4-2-cores.json")
+    networks, operators = tmp_path / "networks.json", tmp_path / "operators.json"
+    networks.write_text(stored.read_text())
+    found = {"fp32": 200.0, "copy": 20.0}
+    op = {"op": "depthwise_block", "dtype": "fp32", "x_best": 2.0, "flop": 1e9, "bytes": 1e6, "gflops": 100.0}
+    machine = {**json.loads(stored.read_text())["machine"], "ceilings": found}
+    operators.write_text(json.dumps({"machine": machine, "ops": [{**op, "k": k} for k in (3, 7, 31)]}))
+    drawn = {path.stem for path in draw([networks])}
+    assert drawn == {f"networks_{name}" for name in ("throughput", "latency", "errors")}
+    drawn = {path.stem for path in draw([operators, networks])}
+    assert drawn == {f"operators_{name}" for name in ("throughput", "latency", "errors", "speedup", "roofline")}
+    operators.write_text(operators.read_text().replace("AMD", "Another"))
+    with pytest.raises(ValueError, match="different machines"):
+        draw([operators, networks])
+
+
 def test_a_run_is_stored_and_compared(tmp_path: Path) -> None:
     """JSON, table and timm's columns; --benchmark-compare-fail passes against itself and fails against a faster run."""
     results = ROOT / "benchmarks" / "results"
