@@ -141,6 +141,9 @@ Tensor product_float32(const Tensor& x, const Tensor& weight, const Vector& bias
   const int64_t c = weight.size(0), ph = weight.size(2), pw = weight.size(3);
   Tensor y = x.size(1) ? torch::stable::contiguous(convolution(x, weight, {ph, pw}), format_of(x))
                        : torch::stable::fill_(output_like(x, c, x.size(2) / ph, x.size(3) / pw), 0);
+  STD_TORCH_CHECK(y.scalar_type() == ScalarType::Float,
+                  "x: got float32 under autocast, which runs torch's convolution in another dtype: "
+                  "call cmx_kernels.ops, which follows autocast, or turn it off here");
   EpilogueInplace p{};
   p.y = static_cast<float*>(y.mutable_data_ptr());
   p.bias = bias.data(), p.scale = scale.data(), p.shift = shift.data();

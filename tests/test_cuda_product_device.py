@@ -112,3 +112,12 @@ def test_a_network_in_a_graph() -> None:
         graph.replay()
         torch.cuda.synchronize()
     check_equal(out.cpu(), wanted.cpu())
+
+
+def test_autocast() -> None:
+    """The public function follows autocast; the bare operator on float32 refuses rather than mix dtypes."""
+    args = [a.cuda() if isinstance(a, Tensor) else a for a in cases.inputs("pointwise_block", (2, 16, 24, 4, 8))]
+    with backends.use("cuda"), torch.autocast("cuda", dtype=torch.bfloat16):
+        assert ops.pointwise_block(*args).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="under autocast"):
+            torch.ops.cmx.pointwise_block(*args)
