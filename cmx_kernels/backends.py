@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -171,6 +172,25 @@ def select(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = No
 def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = None) -> bool:
     """Whether anything better than the reference runs ``op`` on ``x``."""
     return select(op, x, act, quiet, weight) != "reference"
+
+
+# Measured with benchmarks/bench_ops.py, see csrc/cpu/NOTES.md
+_PLAIN_TAPS, _PLAIN_ELEMENTS = 25, 1 << 17
+
+
+def plain_is_faster(x: Tensor, weight: Tensor) -> str | None:
+    """A sentence if PyTorch's own depthwise convolution, with nothing behind it, is faster than the CPU kernels."""
+    if torch.compiler.is_compiling() or kernels_are_forced() or x.device.type != "cpu":
+        return None  # a size asked for in a graph would bind it to that size
+    taps = prod(weight.shape[2:])
+    if taps > _PLAIN_TAPS or x.numel() < _PLAIN_ELEMENTS or x.stride(1) != 1:
+        return None
+    if _measured("depthwise_block", x, "none", weight.shape) is not None:
+        return None  # tune() knows better
+    return (
+        f"PyTorch's own is faster for a convolution alone, with {_PLAIN_TAPS} taps or fewer, on {_PLAIN_ELEMENTS} "
+        f"channels_last values or more; x has {x.numel()}, the kernel {taps} taps"
+    )
 
 
 def _listed(op: str, x: Tensor, act: str) -> str:

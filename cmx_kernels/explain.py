@@ -143,10 +143,14 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
         return
     if isinstance(part, LargeKernelDepthwiseConv2d):
         reason = "CMX_FUSED=0" if plain_is_wanted(x) else part.why_plain(x)
+        given, row = autocast(x)[0], None
         if reason is None:
-            yield _op_row(name or "layer", ["depthwise_block"], autocast(x)[0], "none", weights=[part.weight])
+            row = _op_row(name or "layer", ["depthwise_block"], given, "none", weights=[part.weight])
+        faster = backends.plain_is_faster(given, part.weight) if row and row.backend == "cpu" else None
+        if row is not None and faster is None:
+            yield row
         else:
-            yield Row(name or "layer", PLAIN, "conv2d", {"fusion": reason})
+            yield Row(name or "layer", PLAIN, "conv2d", {"fusion": str(reason)} if reason else {"cpu": str(faster)})
         return
     try:
         stack, obstacle = stack_of(part, x)

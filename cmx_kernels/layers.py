@@ -1,16 +1,18 @@
 """Layers on their own: a depthwise convolution with a large kernel, as RepLKNet and its successors use it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from cmx_kernels import backends, ops
+from cmx_kernels import backends, ops, profiling
 from cmx_kernels.models.fused import Block, Stem
-from cmx_kernels.models.stack import check_call, plain_is_wanted
+from cmx_kernels.models.stack import STATE, check_call, plain_is_wanted
 from cmx_kernels.models.structure import Refusal
-from cmx_kernels.ops.checks import MAX_KERNEL, autocast
+from cmx_kernels.ops.block_stack import ConvParams, PackedCache
+from cmx_kernels.ops.checks import MAX_KERNEL, autocast, wants_grad
+from cmx_kernels.ops.depthwise_packed import PackedDepthwise, depthwise_packed, pack
 
 
 def why_not_depthwise(conv: nn.Conv2d) -> str | None:
@@ -82,6 +84,10 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
             return str(reason)
         return None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.__dict__.pop(STATE, None)
+        return super()._apply(fn, recurse)
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._conv_forward(x, self.weight, self.bias)
@@ -95,9 +101,36 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
         if reason is not None:
             backends.say_once(f"a LargeKernelDepthwiseConv2d runs in plain PyTorch: {reason}")
             return super().forward(x)
-        if not backends.has_kernel("depthwise_block", autocast(x)[0], "none", weight=self.weight.shape):
-            return super().forward(x)
-        return ops.depthwise_block(x, self.weight, self.bias, act="none", residual=False)
+        weight, bias = self.weight, self.bias
+        inference = not (torch.compiler.is_compiling() or wants_grad(x, weight, bias))
+        given, (x,) = x, autocast(x)
+        backend = backends.select("depthwise_block", x, "none", weight=weight.shape)
+        if backend == "reference" or (backend == "cpu" and backends.plain_is_faster(x, weight) is not None):
+            return super().forward(given)
+        if inference and backend == "cpu" and not weight.is_inference():
+            packed = self._packed(x, weight, bias)
+            if packed is not None:
+                return profiling.call(depthwise_packed, "depthwise_block", backend, x, packed, "none", False)
+        return ops.depthwise_block(given, weight, bias, act="none", residual=False)
+
+    def _packed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> PackedDepthwise | None:
+        """The weight in the kernel's layout, packed again after every change; None if it does not fit x."""
+        shape = (self.out_channels, 1, *self.kernel_size)
+        mixed = torch.is_autocast_enabled(x.device.type)
+        if weight.shape != shape or x.shape[1] != shape[0] or not (mixed or weight.dtype == x.dtype):
+            return None
+        if bias is not None and (bias.shape != shape[:1] or bias.is_inference() or bias.dtype != weight.dtype):
+            return None
+        if weight.device != x.device or (bias is not None and bias.device != x.device):
+            return None
+        cache: PackedCache | None = self.__dict__.get(STATE)
+        if cache is None:
+            cache = self.__dict__[STATE] = PackedCache()
+        tensors = (weight,) if bias is None else (weight, bias)
+        found: PackedDepthwise = cache.get(
+            tensors, (x.dtype, weight.stride()), lambda: pack(ConvParams(weight, bias, None, None), x.dtype)
+        )
+        return found
 
 
 class SwappedDepthwiseConv2d(LargeKernelDepthwiseConv2d):
@@ -151,4 +184,5 @@ def _outside_fused(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Conv2
 
 
 def _become(module: nn.Module, kind: type[Any]) -> None:
+    module.__dict__.pop(STATE, None)
     module.__class__ = kind

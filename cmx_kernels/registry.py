@@ -6,12 +6,16 @@ Schemas live in Python, so the operators exist without any compiled code; ``_C``
 import importlib
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from cmx_kernels.flops import count
 
+# Private, so a torch without it takes the longer way
+below_autograd: Callable[[], AbstractContextManager[None]]
+below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 

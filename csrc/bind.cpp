@@ -148,6 +148,20 @@ Tensor pointwise_block(const Tensor& x, const Tensor& weight, const Optional& bi
   return product_block(x, weight, bias, scale, shift, act, Stage::Producer::copy);
 }
 
+Tensor depthwise_layer(const View& in, const Tensor& x, const Depthwise& depthwise, Act act) {
+  Tensor y = output_like(x, in.c, in.h, in.w);
+  if (!in.n || !in.h || !in.w) return y;
+  const CpuKernels& k = cpu_kernels();
+  const int64_t blocks = ceil_div(in.c, k.lanes);
+  DepthwiseStage s{in, view_of(y, "y"), depthwise, act, 0};
+  s.rows = band_rows(in.n * blocks, in.h, l2_bytes() / 4 / (in.w * k.lanes * 4) + depthwise.kh);
+  const int64_t bands = ceil_div(in.h, s.rows);
+  run(in.n * blocks * bands, k.depthwise_scratch_bytes(s), [&](int64_t task, char* scratch) {
+    k.depthwise_band(s, task / bands / blocks, task / bands % blocks, task % bands * s.rows, scratch);
+  });
+  return y;
+}
+
 Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
                        const Optional& shift, std::string act, bool residual) {
   check_activations(x);
@@ -159,21 +173,8 @@ Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bi
   const View in = view_of(x, "x");
   const ConstantsBuffer constants(bias, scale, shift, in.c);
   const Tensor packed = pack_depthwise(weight);
-  Tensor y = output_like(x, in.c, in.h, in.w);
-  if (!y.numel()) return y;
-  const CpuKernels& k = cpu_kernels();
-  const int64_t blocks = ceil_div(in.c, k.lanes);
-  DepthwiseStage s{in,
-                   view_of(y, "y"),
-                   {packed.const_data_ptr(), constants.get(), weight.size(2), weight.size(3), residual},
-                   act_of(act),
-                   0};
-  s.rows = band_rows(in.n * blocks, in.h, l2_bytes() / 4 / (in.w * k.lanes * 4) + weight.size(2));
-  const int64_t bands = ceil_div(in.h, s.rows);
-  run(in.n * blocks * bands, k.depthwise_scratch_bytes(s), [&](int64_t task, char* scratch) {
-    k.depthwise_band(s, task / bands / blocks, task / bands % blocks, task % bands * s.rows, scratch);
-  });
-  return y;
+  return depthwise_layer(in, x, {packed.const_data_ptr(), constants.get(), weight.size(2), weight.size(3), residual},
+                         act_of(act));
 }
 
 void pool(const PoolHead& p) {
@@ -221,7 +222,13 @@ void check_packed(const Tensor& t, int64_t bytes, const char* name) {
                   ": pack it on this machine, for x's dtype");
 }
 
-// bias, scale and shift of a packed stack, one row each
+void check_kernel(const std::vector<int64_t>& kernel) {
+  STD_TORCH_CHECK(
+      kernel.size() == 2 && std::min(kernel[0], kernel[1]) >= 1 && std::max(kernel[0], kernel[1]) <= kMaxKernel,
+      "kernel: wanted two sizes from 1 to ", kMaxKernel);
+}
+
+// bias, scale and shift in float32, one row each
 ConstantsBuffer packed_constants(const Tensor& t, int64_t c) {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Float && t.dim() == 2 &&
                       t.size(0) == 3 && t.size(1) == c,
@@ -232,6 +239,18 @@ ConstantsBuffer packed_constants(const Tensor& t, int64_t c) {
     std::copy(from, from + c, buffer.data.begin() + row * buffer.padded);
   }
   return buffer;
+}
+
+Tensor depthwise_packed(const Tensor& x, const Tensor& packed, const Tensor& packed_rows, std::vector<int64_t> kernel,
+                        std::string act, bool residual) {
+  check_activations(x);
+  const View in = view_of(x, "x");
+  check_kernel(kernel);
+  check_packed(packed, cpu_kernels().packed_depthwise_bytes(in.dtype, in.c, kernel[0], kernel[1]),
+               "a depthwise weight");
+  const ConstantsBuffer constants = packed_constants(packed_rows, in.c);
+  return depthwise_layer(in, x, {packed.const_data_ptr(), constants.get(), kernel[0], kernel[1], residual},
+                         act_of(act));
 }
 
 View blocked(void* data, Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w) {
@@ -256,9 +275,7 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
   STD_TORCH_CHECK((stem ? patch.size() == 2 && ph > 0 && pw > 0 : depth > 0) &&
                       (int64_t)packed.size() == first + 4 * depth && depth >= 0 && channels > 0,
                   "packed: got ", packed.size(), " tensors, wanted 2 for a stem and 4 for every block");
-  STD_TORCH_CHECK(!depth || (kernel.size() == 2 && std::min(kernel[0], kernel[1]) >= 1 &&
-                             std::max(kernel[0], kernel[1]) <= kMaxKernel),
-                  "kernel: wanted two sizes from 1 to ", kMaxKernel);
+  if (depth) check_kernel(kernel);
   STD_TORCH_CHECK(stem || in.c == channels, "x: got ", in.c, " channels, wanted ", channels);
   STD_TORCH_CHECK(!stem || (in.h >= ph && in.w >= pw), "x: got an image of ", in.h, "x", in.w,
                   ", wanted at least one patch of ", ph, "x", pw);
@@ -328,6 +345,7 @@ STABLE_TORCH_LIBRARY_IMPL(cmx, CPU, m) {
   m.impl("pointwise_block", TORCH_BOX(&pointwise_block));
   m.impl("pool_head", TORCH_BOX(&pool_head));
   m.impl("block_stack", TORCH_BOX(&block_stack));
+  m.impl("depthwise_packed", TORCH_BOX(&depthwise_packed));
   m.impl("pack_depthwise", TORCH_BOX(&pack_depthwise));
   m.impl("pack_pointwise", TORCH_BOX(&pack_pointwise));
 }

@@ -53,14 +53,11 @@ inline void check_weight(const Tensor& x, const Tensor& w, bool fits, const char
   STD_TORCH_CHECK(fits, "weight: got shape ", shape_of(w), " with x of ", shape_of(x), ", wanted ", wanted);
 }
 
-inline double element(const Tensor& t, int64_t i) {
-  const char* p = (const char*)t.const_data_ptr() + i * t.stride(0) * t.element_size();
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return *(const double*)p;
-    case ScalarType::Float: return *(const float*)p;
-    case ScalarType::Half: return (float)*(const torch::headeronly::Half*)p;
-    default: return (float)*(const torch::headeronly::BFloat16*)p;
-  }
+template <class T>
+void copy_values(const Tensor& t, std::vector<double>& out) {
+  const T* p = (const T*)t.const_data_ptr();
+  const int64_t step = t.stride(0);
+  for (size_t i = 0; i < out.size(); i++) out[i] = (double)p[i * step];
 }
 
 inline std::vector<double> values(const Optional& v, const char* name, int64_t count, double missing) {
@@ -68,11 +65,13 @@ inline std::vector<double> values(const Optional& v, const char* name, int64_t c
   if (!v) return out;
   STD_TORCH_CHECK(v->is_cpu() && v->dim() == 1 && v->size(0) == count, name, ": got shape ", shape_of(*v), ", wanted [",
                   count, "] on the CPU");
-  const ScalarType t = v->scalar_type();
-  STD_TORCH_CHECK(
-      t == ScalarType::Double || t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16, name,
-      ": wanted a floating point dtype");
-  for (int64_t i = 0; i < count; i++) out[i] = element(*v, i);
+  switch (v->scalar_type()) {
+    case ScalarType::Double: copy_values<double>(*v, out); break;
+    case ScalarType::Float: copy_values<float>(*v, out); break;
+    case ScalarType::Half: copy_values<torch::headeronly::Half>(*v, out); break;
+    case ScalarType::BFloat16: copy_values<torch::headeronly::BFloat16>(*v, out); break;
+    default: STD_TORCH_CHECK(false, name, ": wanted a floating point dtype");
+  }
   return out;
 }
 

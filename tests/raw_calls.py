@@ -122,6 +122,10 @@ def stacks(refused: Calls, either: Calls) -> None:
             dtype = cases.name(good["x"].dtype)
             calls[f"block_stack {dtype}: {what}"] = lambda: OPS.block_stack(*(args[name] for name in order))
 
+        layer = (x.new_zeros(2, 19, 6, 5), *packed.tensors[2:4], list(packed.kernel), "gelu", True)
+        for at, value in enumerate((x, packed.tensors[0], packed.tensors[3][:2], [5, 32], "swish")):
+            changed = [*layer[:at], value, *layer[at + 1 :]]
+            refused[f"depthwise_packed {dtype}: argument {at}"] = partial(OPS.depthwise_packed, *changed)
         tensors = packed.tensors
         for keep in (0, 1, 3, 5, 7, 8, 9):
             add(f"{keep} of 10 tensors", packed=tensors[:keep])

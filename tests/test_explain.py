@@ -19,6 +19,7 @@ from cmx_kernels import (
     explain,
     fuse,
     ops,
+    profiling,
     use,
 )
 
@@ -145,6 +146,65 @@ def test_large_depthwise_layer(kernel: Any, bias: bool, dtype: torch.dtype) -> N
             m(x).square().sum().backward()
         for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-3, msg=name)
+
+
+@pytest.mark.skipif(not NATIVE, reason="nothing is packed without compiled kernels")
+@torch.no_grad()
+def test_the_layer_follows_its_parameters() -> None:
+    """Every way of changing them is seen by a layer that has packed them, and the operator gives the same bits."""
+    ours, _ = conv_pair(7)
+    other, x = conv_pair(7)[0], torch.randn(2, 12, 9, 8)
+    changes = (
+        lambda: None,
+        lambda: ours.weight.mul_(2),
+        lambda: ours.bias.add_(1),
+        lambda: ours.load_state_dict(other.state_dict()),
+        lambda: setattr(ours, "weight", nn.Parameter(ours.weight.flip(0))),
+        lambda: setattr(ours, "bias", None),
+        lambda: ours.weight.data.mul_(3),
+        lambda: setattr(ours.weight, "data", ours.weight.transpose(2, 3)),
+        lambda: ours.bfloat16(),
+    )
+    for change in changes:
+        change()
+        given = x.to(ours.weight.dtype)
+        assert torch.equal(ours(given), ops.depthwise_block(given, ours.weight, ours.bias, act="none", residual=False))
+    ours.float()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ours(x), ops.depthwise_block(x, ours.weight, act="none", residual=False))
+        assert torch.equal(ours(x), ops.depthwise_block(x, ours.weight, act="none", residual=False))
+    with pytest.raises(ValueError, match=r"x has 11 channels"):
+        ours(x[:, 1:])
+
+
+@pytest.mark.skipif(not NATIVE, reason="only beside compiled kernels PyTorch's own can be the faster one")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_pytorch_runs_what_it_is_faster_at(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few taps on a large channels_last tensor with nothing behind them; all else stays on the kernels."""
+    monkeypatch.setattr(backends, "_PLAIN_ELEMENTS", 2000)
+    monkeypatch.setattr(backends, "STRICT", True)
+    ran: list[str] = []
+    monkeypatch.setattr(profiling, "call", lambda f, op, backend, *args: ran.append(backend) or f(*args))
+    ours, plain = (m.to(dtype) for m in conv_pair(5))
+    x = torch.randn(2, 12, 9, 11).to(dtype).to(memory_format=torch.channels_last)
+
+    def op(x: torch.Tensor, **behind: Any) -> torch.Tensor:
+        return ops.depthwise_block(x, ours.weight, ours.bias, **{"act": "none", "residual": False, **behind})
+
+    for run in (ours, op):
+        assert torch.equal(run(x), plain(x)) and run(x).stride() == x.stride()
+    assert not ran
+    kernels = [run(given) for run in (ours, op) for given in (x.contiguous(), x[:1])]
+    behind = ({"residual": True}, {"act": "relu"}, {"scale": torch.ones(12)}, {"shift": torch.zeros(12)})
+    kernels += [op(x, **what) for what in behind]
+    with use("cpu"):
+        kernels += [ours(x), op(x)]
+        assert not explain(ours, x).refusals
+    assert ran == ["cpu"] * len(kernels)
+    row = explain(ours, x).rows[0]
+    assert row.backend == "torch" and "25 taps or fewer" in row.refusals["cpu"]
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ _compiled = define(
     None,
     flops=_flops,
 )
-_pack_depthwise, _pack_pointwise = (
+pack_depthwise, _pack_pointwise = (
     define(
         name,
         "(Tensor weight) -> Tensor",
@@ -112,7 +112,7 @@ def why_not(x: Tensor, act: str, size: Sequence[int] | None = None) -> str | Non
     return None
 
 
-def _constants(conv: ConvParams) -> Tensor:
+def constants_of(conv: ConvParams) -> Tensor:
     """bias, scale and shift as float32 [3, C]"""
     rows = conv.weight.new_empty((3, conv.weight.shape[0]), dtype=torch.float32)
     for row, vector, missing in zip(rows, (conv.bias, conv.scale, conv.shift), (0.0, 1.0, 0.0), strict=True):
@@ -126,10 +126,10 @@ def pack(
     """Pack a stem and blocks of one width, kernel size and activation for activations in ``dtype``."""
     tensors: list[Tensor] = []
     if stem is not None:
-        tensors += [_pack_pointwise(stem.weight.detach().to(dtype).flatten(1)), _constants(stem)]
+        tensors += [_pack_pointwise(stem.weight.detach().to(dtype).flatten(1)), constants_of(stem)]
     for depthwise, pointwise in blocks:
-        tensors += [_pack_depthwise(depthwise.weight.detach().to(dtype)), _constants(depthwise)]
-        tensors += [_pack_pointwise(pointwise.weight.detach().to(dtype).flatten(1)), _constants(pointwise)]
+        tensors += [pack_depthwise(depthwise.weight.detach().to(dtype)), constants_of(depthwise)]
+        tensors += [_pack_pointwise(pointwise.weight.detach().to(dtype).flatten(1)), constants_of(pointwise)]
     first = stem.weight if stem is not None else blocks[0][0].weight
     patch = tuple(stem.weight.shape[2:]) if stem is not None else ()
     kernel = tuple(blocks[0][0].weight.shape[2:]) if blocks else ()

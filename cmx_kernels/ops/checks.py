@@ -117,3 +117,8 @@ def autocast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return (x, *weights)
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in (x, *weights))
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

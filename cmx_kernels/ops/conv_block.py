@@ -21,7 +21,11 @@ from cmx_kernels.ops.checks import (
     check_vector,
     column,
     compute_dtype,
+    in_format,
+    memory_format,
+    wants_grad,
 )
+from cmx_kernels.registry import below_autograd
 
 
 class Geometry(NamedTuple):
@@ -144,5 +148,13 @@ def run(op: ConvOp, x: Tensor, weight: Tensor, bias: Any, scale: Any, shift: Any
     backend = backends.select(op.name, x, act, quiet=True, weight=weight.shape)
     if backend == "reference":  # what tune() compared with a model's modules is no news about our reference
         backend = backends.select(op.name, x, act)
-    call = op.reference if backend == "reference" else op.compiled
-    return profiling.call(call, op.name, backend, x, weight, bias, scale, shift, act, *extra)
+    args = x, weight, bias, scale, shift, act, *extra
+    alone = op.name == "depthwise_block" and args[3:] == (None, None, "none", False)
+    if alone and backend == "cpu" and (bias is None or bias.dtype == x.dtype) and backends.plain_is_faster(x, weight):
+        return in_format(F.conv2d(x, weight, bias, padding="same", groups=x.shape[1]), memory_format(x))
+    if backend == "reference":
+        return profiling.call(op.reference, op.name, backend, *args)
+    if torch.compiler.is_compiling() or wants_grad(x, weight, bias, scale, shift):
+        return profiling.call(op.compiled, op.name, backend, *args)
+    with below_autograd():  # whose Python code takes as long as a small layer
+        return profiling.call(op.compiled, op.name, backend, *args)

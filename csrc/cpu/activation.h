@@ -95,16 +95,16 @@ CMX_INLINE auto with_activation(Act act, F f) {
   }
 }
 
-// What is added at the end: nothing, float32 pixels `step` apart, or bfloat16 pixel pairs
+// What is added at the end: nothing, float32 pixels, or bfloat16 pixel pairs
 struct NoResidual {
-  CMX_INLINE vf at(const float*, int64_t, int64_t) { return vf{}; }
+  CMX_INLINE vf at(const float*, int64_t) { return vf{}; }
 };
 struct FloatResidual {
-  CMX_INLINE vf at(const float* p, int64_t step, int64_t i) { return load(p + i * step); }
+  CMX_INLINE vf at(const float* p, int64_t i) { return load(p + i * VL); }
 };
 struct PairResidual {
-  CMX_INLINE vf at(const float* p, int64_t step, int64_t i) {
-    const vu pair = *(const vu*)(p + i / 2 * step);
+  CMX_INLINE vf at(const float* p, int64_t i) {
+    const vu pair = *(const vu*)(p + i / 2 * VL);
     return i % 2 ? high(pair) : low(pair);
   }
 };
@@ -118,14 +118,14 @@ struct BlockConstants {
 // acc [count][VL] -> out, `step` elements from pixel to pixel
 template <class Residual, class Out>
 static __attribute__((noinline)) void epilogue(const float* acc, int64_t count, const Constants& constants,
-                                               int64_t channel, Act act, const float* residual, int64_t residual_step,
-                                               Out* out, int64_t step) {
+                                               int64_t channel, Act act, const float* residual, Out* out,
+                                               int64_t step) {
   const BlockConstants c(constants, channel);
   with_activation(act, [&](auto a) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < count; i++)
-      store(out + i * step, activate<decltype(a)::value>(load(acc + i * VL) + c.bias) * c.scale + c.shift +
-                                Residual::at(residual, residual_step, i));
+      store(out + i * step,
+            activate<decltype(a)::value>(load(acc + i * VL) + c.bias) * c.scale + c.shift + Residual::at(residual, i));
   });
 }
 

@@ -20,7 +20,7 @@ CMX_INLINE bool pairs_depthwise(Dtype d, int64_t kw) { return kBf16Products && d
 // What one call of a tap loop needs. `in` points at the first column of the block in the first row of taps.
 struct Taps {
   const float* in;      // float32 [VL] a pixel, or bfloat16 pairs [VL][2]
-  int64_t step, pitch;  // floats from pixel (or pair) to pixel, from row to row
+  int64_t pitch;        // floats from row to row
   const float* weight;  // of the first row of taps
   int64_t weight_row;   // vectors
   int64_t rows, kw;
@@ -40,29 +40,55 @@ CMX_INLINE void store_block(const vf (&acc)[B], float* out) {
   for (int c = 0; c < B; c++) store(out + c * VL, acc[c]);
 }
 
+// acc[c] += sum of x[c + t] w[t], t < T. Columns lo <= i < hi of those that x points at lie in the image.
+template <int T, int B>
+CMX_INLINE void tap_row(vf (&acc)[B], const float* x, const float* w, int lo, int hi) {
+  vf wv[T];
+#pragma GCC unroll 32
+  for (int t = 0; t < T; t++) wv[t] = load(w + t * VL);
+#pragma GCC unroll 64
+  for (int i = 0; i < B + T - 1; i++) {
+    if (i < lo || i >= hi) continue;
+    const vf v = load(x + i * VL);
+#pragma GCC unroll 64
+    for (int c = 0; c < B; c++)
+      if (i - c >= 0 && i - c < T) acc[c] += v * wv[i - c];
+  }
+}
+
 // acc[c] = sum of x[c + t - P] w[t], c < B
 template <int K, int B>
 static __attribute__((noinline)) void float_taps(const Taps& a, float* out) {
   constexpr int P = before(K);
   vf acc[B] = {};
-  const float *row = a.in, *w = a.weight;
+  const float *row = a.in - P * VL, *w = a.weight;
   const char* ahead = a.ahead;
-  const int lo = a.lo, hi = a.hi;
+  const int lo = a.lo + P, hi = a.hi + P;
   for (int64_t r = 0; r < a.rows; r++, row += a.pitch, w += a.weight_row * VL) {
     ahead = prefetch(ahead, a.lines);
-    vf wv[K];
-#pragma GCC unroll 32
-    for (int t = 0; t < K; t++) wv[t] = load(w + t * VL);
-    const float* at = row - P * a.step;
-#pragma GCC unroll 64
-    for (int i = -P; i < B + K - 1 - P; i++, at += a.step) {
-      if (i < 0 ? i < lo : i >= hi) continue;
-      const vf x = load(at);
-#pragma GCC unroll 64
-      for (int c = 0; c < B; c++)
-        if (i - c + P >= 0 && i - c + P < K) acc[c] += x * wv[i - c + P];
-    }
+    tap_row<K>(acc, row, w, lo, hi);
   }
+  store_block(acc, out);
+}
+
+// Any width: a row of taps in groups; groups that see nothing but padding are skipped.
+template <int B>
+static __attribute__((noinline)) void general_taps(const Taps& a, float* out) {
+  constexpr int T = 4;
+  vf acc[B] = {};
+  const int k = a.kw, p = before(k), lo = a.lo + p, hi = a.hi + p;
+  const int t0 = most(0, lo - (B + T - 2)) / T * T, t1 = least(k, hi);
+  const float *row = a.in - p * VL, *w = a.weight;
+  for (int64_t r = 0; r < a.rows; r++, row += a.pitch, w += a.weight_row * VL)
+    for (int t = t0; t < t1; t += T) {
+      const float *x = row + t * VL, *wt = w + t * VL;
+      switch (least(T, k - t)) {
+        case 1: tap_row<1>(acc, x, wt, lo - t, hi - t); break;
+        case 2: tap_row<2>(acc, x, wt, lo - t, hi - t); break;
+        case 3: tap_row<3>(acc, x, wt, lo - t, hi - t); break;
+        default: tap_row<T>(acc, x, wt, lo - t, hi - t);
+      }
+    }
   store_block(acc, out);
 }
 
@@ -96,21 +122,6 @@ static __attribute__((noinline)) void pair_taps(const Taps& a, float* out) {
   store_block(acc, out);
 }
 
-// Any width, on rows that are padded with zeros; taps that see nothing but padding are skipped.
-template <int B>
-static __attribute__((noinline)) void general_taps(const Taps& a, float* out) {
-  const int64_t p = before(a.kw), t0 = most(0, a.lo + p - (B - 1)), t1 = least(a.kw, a.hi + p);
-  vf acc[B] = {};
-  const float *row = a.in - p * VL, *w = a.weight;
-  for (int64_t r = 0; r < a.rows; r++, row += a.pitch, w += a.weight_row * VL)
-    for (int64_t t = t0; t < t1; t++) {
-      const vf wv = load(w + t * VL);
-#pragma GCC unroll 64
-      for (int c = 0; c < B; c++) acc[c] += load(row + (t + c) * VL) * wv;
-    }
-  store_block(acc, out);
-}
-
 typedef void (*TapLoop)(const Taps&, float*);
 template <int B>
 CMX_INLINE TapLoop tap_loop(int64_t kw, bool pairs) {
@@ -123,25 +134,21 @@ CMX_INLINE TapLoop tap_loop(int64_t kw, bool pairs) {
 
 // Rows [top, end) of one block of channels in the form that the tap loop reads
 struct Rows {
-  const float* first;   // row `top`, column 0
-  int64_t step, pitch;  // floats
+  const float* first;  // row `top`, column 0
+  int64_t pitch;       // floats from row to row
 };
 
 struct RowPlan {
-  bool pairs, general;
-  bool float_vectors;     // whole vectors of float32 channels lie side by side: most blocks are read where they are
-  int64_t margin, width;  // of a converted row, in vectors
+  bool pairs;
+  bool in_place;           // blocks of float32 are read where they are
+  int64_t width, at_once;  // of a converted row, in vectors; rows that are gathered before they become pairs
   RowPlan(const View& in, int64_t kw)
       : pairs(pairs_depthwise(in.dtype, kw)),
-        general(!unrolled(kw)),
-        float_vectors(in.dtype == Dtype::float32 && !general && (in.blocked || in.sc == 1)),
-        margin(general ? before(kw) : 0),
-        width(general ? round_up(in.w, CB) + kw - 1
-              : pairs ? ceil_div(in.w, 2)
-                      : in.w) {}
-  bool direct(const View& in, int64_t block) const { return float_vectors && (in.blocked || (block + 1) * VL <= in.c); }
+        in_place(in.dtype == Dtype::float32 && in.blocked),
+        width(pairs ? ceil_div(in.w, 2) : in.w),
+        at_once(ceil_div(4 * VL, most(in.w, 1))) {}
   int64_t scratch_vectors(const View& in, int64_t rows, int64_t kh) const {
-    return float_vectors && in.blocked ? 0 : least(in.h, rows + kh - 1) * width + (pairs ? in.w + 1 : 0);
+    return in_place ? 0 : least(in.h, rows + kh - 1) * width + (pairs ? at_once * in.w : 0);
   }
 };
 
@@ -149,48 +156,52 @@ template <class T>
 CMX_INLINE void convert_row(const T* from, int64_t w, float* to) {
   for (int64_t x = 0; x < w; x++) store(to + x * VL, load(from + x * VL));
 }
-template <class T>
-CMX_INLINE void pair_row(const T* from, int64_t w, vu* to) {
-  for (int64_t x = 0; x + 1 < w; x += 2) to[x / 2] = pack_pair(load(from + x * VL), load(from + (x + 1) * VL));
-  if (w % 2) to[w / 2] = pack_pair(load(from + (w - 1) * VL), vf{});
+// Pixels `step` apart
+CMX_INLINE void pair_row(const float* from, int64_t step, int64_t w, vu* to) {
+  for (int64_t x = 0; x + 1 < w; x += 2) to[x / 2] = pack_pair(load(from + x * step), load(from + (x + 1) * step));
+  if (w % 2) to[w / 2] = pack_pair(load(from + (w - 1) * step), vf{});
 }
 // Neighbouring bfloat16 pixels need no arithmetic to become pairs.
-CMX_INLINE void pair_row(const bfloat16* from, int64_t w, vu* to) {
-  auto word = [&](int64_t x) { return __builtin_convertvector(*(const vh*)(from + x * VL), vu); };
+CMX_INLINE void pair_row(const bfloat16* from, int64_t step, int64_t w, vu* to) {
+  auto word = [&](int64_t x) { return __builtin_convertvector(*(const vh*)(from + x * step), vu); };
   for (int64_t x = 0; x + 1 < w; x += 2) to[x / 2] = word(x) | word(x + 1) << 16;
   if (w % 2) to[w / 2] = word(w - 1);
 }
 
 static Rows prepare_rows(const View& in, const RowPlan& plan, int64_t n, int64_t block, int64_t top, int64_t end,
                          float* scratch) {
-  if (plan.direct(in, block))
-    return in.blocked ? Rows{block_of<const float>(in, n, block) + top * in.w * VL, VL, in.w * VL}
-                      : Rows{address<const float>(in, n, block * VL, top, 0), in.sw, in.sh};
-  const int64_t pitch = plan.width * VL;
-  float* const first = scratch + plan.margin * VL;
-  float* const row_scratch = scratch + (end - top) * pitch;
-  for (int64_t y = top; y < end; y++) {
-    float* to = first + (y - top) * pitch;
-    if (plan.general) {
-      for (int64_t i = -plan.margin; i < 0; i++) store(to + i * VL, vf{});
-      for (int64_t i = in.w; i < plan.width - plan.margin; i++) store(to + i * VL, vf{});
-    }
-    if (in.blocked) {
+  if (plan.in_place) return {block_of<const float>(in, n, block) + top * in.w * VL, in.w * VL};
+  const int64_t pitch = plan.width * VL, channel = block * VL;
+  auto gather_rows = [&](int64_t y, int64_t rows, float* to) {
+    for_rows(in, y, rows, [&](int64_t at, int64_t x, int64_t count, int64_t before) {
+      gather(in, n, channel, at, x, count, to + before * VL, VL);
+    });
+  };
+  if (!plan.pairs) {
+    if (in.blocked)
       with_dtype(in.dtype, [&](auto t) {
-        const auto* from = block_of<const decltype(t)>(in, n, block) + y * in.w * VL;
-        plan.pairs ? pair_row(from, in.w, (vu*)to) : convert_row(from, in.w, to);
+        convert_row(block_of<const decltype(t)>(in, n, block) + top * in.w * VL, (end - top) * in.w, scratch);
       });
-    } else if (plan.pairs) {
-      gather(in, n, block * VL, y, 0, in.w, row_scratch, VL);
-      pair_row(row_scratch, in.w, (vu*)to);
-    } else {
-      gather(in, n, block * VL, y, 0, in.w, to, VL);
+    else
+      gather_rows(top, end - top, scratch);
+  } else if (in.blocked || (in.sc == 1 && channel + VL <= in.c)) {
+    const auto* from = in.blocked ? block_of<const bfloat16>(in, n, block) + top * in.w * VL
+                                  : address<const bfloat16>(in, n, channel, top, 0);
+    const int64_t step = in.blocked ? VL : in.sw, row = in.blocked ? in.w * VL : in.sh;
+    for (int64_t r = 0; r < end - top; r++) pair_row(from + r * row, step, in.w, (vu*)(scratch + r * pitch));
+  } else {
+    float* const some = scratch + (end - top) * pitch;
+    for (int64_t y = top, rows; y < end; y += rows) {
+      rows = least(plan.at_once, end - y);
+      gather_rows(y, rows, some);
+      for (int64_t r = 0; r < rows; r++)
+        pair_row(some + r * in.w * VL, VL, in.w, (vu*)(scratch + (y - top + r) * pitch));
     }
   }
-  return {first, VL, pitch};
+  return {scratch, pitch};
 }
 
-// Output rows [y0, y0 + rows) of one block of channels. f(y, x, count, acc, residual, its step) gets CB columns of
+// Output rows [y0, y0 + rows) of one block of channels. f(y, x, count, acc, residual) gets CB columns of
 // sums at a time.
 template <class F>
 CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, int64_t n, int64_t block, int64_t y0, int64_t rows,
@@ -201,12 +212,11 @@ CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, int64_t n, in
   const Rows from = prepare_rows(in, plan, n, block, top, end, scratch);
   const TapLoop loop = tap_loop<CB>(d.kw, plan.pairs), narrow = tap_loop<CB / 2>(d.kw, plan.pairs);
   Taps taps;
-  taps.step = from.step;
   taps.pitch = from.pitch;
   taps.kw = d.kw;
   taps.weight_row = d.kw + plan.pairs;
   const float* weight = (const float*)d.weight + block * d.kh * taps.weight_row * VL;
-  const bool more = in.blocked && plan.float_vectors && (block + 1) * VL < in.c;  // the next block, on its way to L1
+  const bool more = plan.in_place && (block + 1) * VL < in.c;  // the next block, on its way to L1
   taps.ahead = (const char*)(from.first + in.h * in.w * VL);
   taps.lines = more ? ceil_div((end - top) * in.w * VL * 4 / 64, rows * ceil_div(in.w, CB) * d.kh) : 0;
   const char* const ahead_end = taps.ahead + (end - top) * in.w * VL * 4;
@@ -215,7 +225,7 @@ CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, int64_t n, in
     taps.weight = weight + t0 * taps.weight_row * VL;
     taps.rows = t1 - t0;
     for (int64_t x = 0; x < in.w; x += CB) {
-      const int64_t column = plan.pairs ? x / 2 * VL : x * from.step, count = least(CB, in.w - x);
+      const int64_t column = (plan.pairs ? x / 2 : x) * VL, count = least(CB, in.w - x);
       taps.in = from.first + (y - up + t0 - top) * from.pitch + column;
       taps.lo = -x;
       taps.hi = in.w - x;
@@ -223,7 +233,7 @@ CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, int64_t n, in
       (count > CB / 2 ? loop : narrow)(taps, acc);
       if (taps.ahead < ahead_end) taps.ahead += taps.lines * taps.rows * 64;
       const float* residual = from.first + (y - top) * from.pitch + column;
-      f(y, x, count, acc, d.residual ? residual : nullptr, from.step);
+      f(y, x, count, acc, d.residual ? residual : nullptr);
     }
   }
 }
@@ -231,12 +241,12 @@ CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, int64_t n, in
 // act(...) * scale + shift (+ x) of one run of columns, out of the sums of a tap loop
 template <class Out>
 CMX_INLINE void depthwise_epilogue(const float* acc, int64_t count, const Depthwise& d, int64_t block, Act act,
-                                   bool pairs, const float* residual, int64_t residual_step, Out* out, int64_t step) {
+                                   bool pairs, const float* residual, Out* out, int64_t step) {
   const int64_t channel = block * VL;
-  if (!residual) return epilogue<NoResidual>(acc, count, d.constants, channel, act, residual, 0, out, step);
+  if (!residual) return epilogue<NoResidual>(acc, count, d.constants, channel, act, residual, out, step);
   if (kBf16Products && pairs)
-    return epilogue<PairResidual>(acc, count, d.constants, channel, act, residual, VL, out, step);
-  epilogue<FloatResidual>(acc, count, d.constants, channel, act, residual, residual_step, out, step);
+    return epilogue<PairResidual>(acc, count, d.constants, channel, act, residual, out, step);
+  epilogue<FloatResidual>(acc, count, d.constants, channel, act, residual, out, step);
 }
 
 static int64_t packed_depthwise_bytes(Dtype dtype, int64_t c, int64_t kh, int64_t kw) {
@@ -245,19 +255,17 @@ static int64_t packed_depthwise_bytes(Dtype dtype, int64_t c, int64_t kh, int64_
 
 // weight [1, c, kh, kw] -> [block][kh][kw][VL], or in the layout of pair_taps
 static void pack_depthwise(const View& weight, int64_t block, void* out) {
-  const bool pairs = pairs_depthwise(weight.dtype, weight.w);
-  const int64_t k = weight.w, row = (k + pairs) * VL;
-  float* to = (float*)out + block * weight.h * row;
-  for (int64_t y = 0; y < weight.h; y++, to += row) {
-    float taps[kMaxKernel * VL];
-    gather(weight, 0, block * VL, y, 0, k, taps, VL);
-    if (!pairs) {
-      memcpy(to, taps, k * VL * 4);
-      continue;
-    }
-    for (int64_t t = 0; t + 1 < k; t++) ((vu*)to)[t] = pack_pair(load(taps + t * VL), load(taps + (t + 1) * VL));
-    store(to + (k - 1) * VL, load(taps));
-    store(to + k * VL, load(taps + (k - 1) * VL));
+  const int64_t h = weight.h, k = weight.w, channel = block * VL;
+  if (!pairs_depthwise(weight.dtype, k))
+    return gather(as_one_row(weight), 0, channel, 0, 0, h * k, (float*)out + block * h * k * VL, VL);
+  float taps[kMaxKernel * kMaxKernel * VL];
+  gather(as_one_row(weight), 0, channel, 0, 0, h * k, taps, VL);
+  float* to = (float*)out + block * h * (k + 1) * VL;
+  for (int64_t y = 0; y < h; y++, to += (k + 1) * VL) {
+    const float* from = taps + y * k * VL;
+    for (int64_t t = 0; t + 1 < k; t++) ((vu*)to)[t] = pack_pair(load(from + t * VL), load(from + (t + 1) * VL));
+    store(to + (k - 1) * VL, load(from));
+    store(to + k * VL, load(from + (k - 1) * VL));
   }
 }
 

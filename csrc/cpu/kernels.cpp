@@ -99,9 +99,9 @@ static void fill_depthwise(const Stage& s, const StagePlan<P>& plan, int64_t n, 
   const bool pairs = pairs_depthwise(s.in.dtype, s.depthwise.kw);
   for (int64_t block = 0; block < plan.channels / VL; block++)
     depthwise_rows(s.in, s.depthwise, n, block, y0, rows, row_scratch,
-                   [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual, int64_t step) {
+                   [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
                      P* to = panel + ((y - y0) * s.out.w + x) * plan.pitch + block * VL;
-                     depthwise_epilogue(acc, count, s.depthwise, block, s.act, pairs, residual, step, to, plan.pitch);
+                     depthwise_epilogue(acc, count, s.depthwise, block, s.act, pairs, residual, to, plan.pitch);
                    });
 }
 
@@ -126,12 +126,12 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
         const Constants& constants = s.pointwise.constants;
         if (out.blocked) {
           T* to = block_of<T>(out, n, block) + (y0 * out.w + m) * VL;
-          epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, 0, to, VL);
+          epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, VL);
           for (int64_t lane = out.c - block * VL; lane < VL; lane++)  // 0 * inf made NaN of what must stay zero
             for (int64_t i = 0; i < count; i++) to[i * VL + lane] = T{};
         } else {
           float* to = sums + ((block % NR) * plan.part + m - part_begin) * VL;
-          epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, 0, to, VL);
+          epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, VL);
         }
       },
       [&](int64_t m0, int64_t m1, int64_t block, int64_t blocks) {
@@ -168,18 +168,18 @@ static void depthwise_band(const DepthwiseStage& s, int64_t n, int64_t block, in
   if (s.out.sc == 1 && (block + 1) * VL <= s.out.c) {  // whole vectors of channels: no detour over scratch memory
     with_dtype(s.out.dtype, [&](auto t) {
       depthwise_rows(s.in, s.depthwise, n, block, y0, rows, row_scratch,
-                     [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual, int64_t step) {
+                     [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
                        auto* to = address<decltype(t)>(s.out, n, block * VL, y, x);
-                       depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, step, to,
+                       depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to,
                                           s.out.sw);
                      });
     });
     return;
   }
   depthwise_rows(s.in, s.depthwise, n, block, y0, rows, row_scratch,
-                 [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual, int64_t step) {
+                 [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
                    float* to = sums + ((y - y0) * w + x) * VL;
-                   depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, step, to, VL);
+                   depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to, VL);
                  });
   for_rows(s.out, y0, rows, [&](int64_t y, int64_t x, int64_t count, int64_t before) {
     scatter(s.out, n, block * VL, y, x, count, sums + before * VL, VL);

@@ -26,15 +26,17 @@ static __attribute__((noinline)) void gather_as(const View& v, int64_t n, int64_
       store(out + i * step, lanes == VL ? load(p + i * v.sw) : load_some(p + i * v.sw, 1, lanes));
     return;
   }
-  int64_t i = 0;
-  if (v.sw == 1)
-    for (; i + VL <= count; i += VL) {
+  if (v.sw == 1 && count >= VL) {
+    for (int64_t i = 0; i < count; i += VL) {
+      const int64_t at = least(i, count - VL);  // the last VL pixels overlap those before
       vf rows[VL] = {};
-      for (int64_t l = 0; l < lanes; l++) rows[l] = load(p + l * v.sc + i);
+      for (int64_t l = 0; l < lanes; l++) rows[l] = load(p + l * v.sc + at);
       transpose(rows);
-      for (int64_t k = 0; k < VL; k++) store(out + (i + k) * step, rows[k]);
+      for (int64_t k = 0; k < VL; k++) store(out + (at + k) * step, rows[k]);
     }
-  for (; i < count; i++) store(out + i * step, load_some(p + i * v.sw, v.sc, lanes));
+    return;
+  }
+  for (int64_t i = 0; i < count; i++) store(out + i * step, load_some(p + i * v.sw, v.sc, lanes));
 }
 
 // Pixels x .. x + count of row y, channels c .. c + VL, as float32; channels beyond v.c are zero.
@@ -56,15 +58,17 @@ static __attribute__((noinline)) void scatter_as(const View& v, int64_t n, int64
         store_some(p + i * v.sw, 1, lanes, load(in + i * step));
     return;
   }
-  int64_t i = 0;
-  if (v.sw == 1)
-    for (; i + VL <= count; i += VL) {
+  if (v.sw == 1 && count >= VL) {
+    for (int64_t i = 0; i < count; i += VL) {
+      const int64_t at = least(i, count - VL);
       vf columns[VL];
-      for (int64_t k = 0; k < VL; k++) columns[k] = load(in + (i + k) * step);
+      for (int64_t k = 0; k < VL; k++) columns[k] = load(in + (at + k) * step);
       transpose(columns);
-      for (int64_t l = 0; l < lanes; l++) store(p + l * v.sc + i, columns[l]);
+      for (int64_t l = 0; l < lanes; l++) store(p + l * v.sc + at, columns[l]);
     }
-  for (; i < count; i++) store_some(p + i * v.sw, v.sc, lanes, load(in + i * step));
+    return;
+  }
+  for (int64_t i = 0; i < count; i++) store_some(p + i * v.sw, v.sc, lanes, load(in + i * step));
 }
 
 CMX_INLINE void scatter(const View& v, int64_t n, int64_t c, int64_t y, int64_t x, int64_t count, const float* in,

@@ -35,7 +35,6 @@ CMX_INLINE void convolve(const PaddedRows& in, int64_t h, const float* weight, i
   const int64_t up = before(kh);
   const TapLoop loop = tap_loop<CB>(kw, false), narrow = tap_loop<CB / 2>(kw, false);
   Taps taps{};
-  taps.step = VL;
   taps.pitch = in.pitch;
   taps.kw = taps.weight_row = kw;
   taps.ahead = (const char*)weight;
