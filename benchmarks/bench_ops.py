@@ -2,7 +2,7 @@
 
 Runs with --full, or when it is named: pytest benchmarks/bench_ops.py --benchmark-only -k "k9 and c768"
 A user who swaps a layer keeps the layout; a user who optimises takes the best one. A shape counts as slower if the
-fused operator loses either way. Both run in this process, in turns: they share PyTorch's threads.
+fused operator loses either way by more than noise. Both run in this process, in turns: they share PyTorch's threads.
 """
 
 import statistics
@@ -24,12 +24,13 @@ KERNELS = (3, 5, 7, 8, 9, 11, 15, 31)
 # (C, H, W): ConvMixer, ConvNeXt and RepLKNet sizes, and some that fit no vector
 PLANES = (
     *((96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7), (256, 64, 64), (512, 33, 20), (100, 17, 23)),
-    *((768, 32, 32), (1024, 16, 16), (1536, 32, 32)),
+    *((768, 32, 32), (1024, 16, 16), (1536, 32, 32), (96, 7, 7), (96, 14, 14), (1536, 7, 7), (1536, 14, 14)),
 )
 BATCHES = (1, 8, 32)
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 _MOST_FLOP, _MOST_ELEMENTS = 5e9, 2**24  # beyond, plain PyTorch takes seconds
 _SECONDS, _ROUNDS = 0.15, (3, 30)  # of each shape
+_NOISE = 0.05  # of a ratio of two medians on a quiet machine
 
 
 class Shape(NamedTuple):
@@ -152,5 +153,5 @@ def _compared(seconds: dict[Any, float]) -> dict[str, Any]:
     found: dict[str, Any] = {f"ms_{who}_{name}": value * 1e3 for (who, name), value in seconds.items()}
     found |= {f"x_{name}": seconds["plain", name] / seconds["fused", name] for name in LAYOUTS}
     found["x_best"] = min(seconds["plain", n] for n in LAYOUTS) / min(seconds["fused", n] for n in LAYOUTS)
-    found["slower"] = min(found["x_best"], *(found[f"x_{name}"] for name in LAYOUTS)) < 1
+    found["slower"] = min(found["x_best"], *(found[f"x_{name}"] for name in LAYOUTS)) < 1 - _NOISE
     return found

@@ -16,7 +16,7 @@ def summary(ops: Sequence[Mapping[str, Any]]) -> list[str]:
     )
     lines = [title, *_means(ops)]
     slower = sorted((op for op in ops if op["slower"]), key=_worst)
-    lines += ["", f"slower than plain PyTorch: {len(slower)} of {len(ops)} shapes, the worst first"]
+    lines += ["", f"slower than plain PyTorch by more than noise: {len(slower)} of {len(ops)} shapes, the worst first"]
     lines += [f"  {_worst(op):5.2f}x  {_shape(op)}  {_layouts(op)}" for op in slower[:_MOST_LINES]]
     if len(slower) > _MOST_LINES:
         lines.append(f"  and {len(slower) - _MOST_LINES} more, in the JSON file")

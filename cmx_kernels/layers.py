@@ -33,7 +33,8 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
     """nn.Conv2d(channels, channels, kernel_size, groups=channels, padding="same"): [N, C, H, W] -> [N, C, H, W].
 
     Same parameters, state dict and initialisation as nn.Conv2d, and the same result. Other strides, paddings and
-    dilations, kernels larger than 31 and unbatched input run in plain PyTorch, which is said once.
+    dilations, kernels larger than 31 and unbatched input run in plain PyTorch, which is said once. So do, without
+    a word, the few shapes where PyTorch's own convolution was measured as the faster one: backends.plain_is_faster.
 
     Args:
         channels: C, of input and output.

@@ -12,8 +12,8 @@ import torch
 from plain_models import check_against, counted, fused_and_plain, needs_kernels, paper, trained
 from torch import nn
 
-import cmx_kernels
 from cmx_kernels import ConvMixer, LargeKernelDepthwiseConv2d, backends, explain, fuse, tune, tuned, use
+from cmx_kernels.ops import depthwise_packed
 
 X = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(2))
 PATCHES = torch.randn(2, 32, 4, 4)
@@ -91,8 +91,8 @@ def test_in_a_compiled_graph(speeds: dict[str, float]) -> None:
 @torch.no_grad()
 def test_a_wrong_backend_is_never_kept(speeds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     layer = LargeKernelDepthwiseConv2d(8, 5).eval()
-    real = cmx_kernels.ops.depthwise_block
-    monkeypatch.setattr("cmx_kernels.layers.ops.depthwise_block", lambda *a, **kw: real(*a, **kw) * 1.001)
+    real = depthwise_packed.depthwise_packed
+    monkeypatch.setattr("cmx_kernels.layers.depthwise_packed", lambda *a: real(*a) * 1.001)
     (row,) = tune(layer, torch.randn(2, 8, 9, 9))
     assert row.backend == "reference"
     assert "wrong by" in row.refusals["cpu"]

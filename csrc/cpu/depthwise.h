@@ -244,8 +244,7 @@ CMX_INLINE void depthwise_epilogue(const float* acc, int64_t count, const Depthw
                                    bool pairs, const float* residual, Out* out, int64_t step) {
   const int64_t channel = block * VL;
   if (!residual) return epilogue<NoResidual>(acc, count, d.constants, channel, act, residual, out, step);
-  if (kBf16Products && pairs)
-    return epilogue<PairResidual>(acc, count, d.constants, channel, act, residual, out, step);
+  if (kBf16Products && pairs) return epilogue<PairResidual>(acc, count, d.constants, channel, act, residual, out, step);
   epilogue<FloatResidual>(acc, count, d.constants, channel, act, residual, out, step);
 }
 

@@ -170,8 +170,7 @@ static void depthwise_band(const DepthwiseStage& s, int64_t n, int64_t block, in
       depthwise_rows(s.in, s.depthwise, n, block, y0, rows, row_scratch,
                      [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
                        auto* to = address<decltype(t)>(s.out, n, block * VL, y, x);
-                       depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to,
-                                          s.out.sw);
+                       depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to, s.out.sw);
                      });
     });
     return;
