@@ -16,14 +16,18 @@ CMX_INLINE T* address(const View& v, int64_t n, int64_t c, int64_t y, int64_t x)
   return (T*)v.data + n * v.sn + c * v.sc + y * v.sh + x * v.sw;
 }
 
+constexpr int64_t kAhead = 16;  // pixels
+
 template <class T>
 static __attribute__((noinline)) void gather_as(const View& v, int64_t n, int64_t c, int64_t y, int64_t x,
                                                 int64_t count, float* out, int64_t step) {
   const int64_t lanes = least(VL, v.c - c);
   const T* p = address<const T>(v, n, c, y, x);
   if (v.sc == 1 || v.c == 1) {
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < count; i++) {
+      __builtin_prefetch(p + (i + kAhead) * v.sw);  // pixels lie pages apart: no hardware follows
       store(out + i * step, lanes == VL ? load(p + i * v.sw) : load_some(p + i * v.sw, 1, lanes));
+    }
     return;
   }
   if (v.sw == 1 && count >= VL) {

@@ -21,8 +21,8 @@ CMX_INLINE void put(bfloat16* to, vf v) { store(to, v); }
 // f(block, first pixel, count, run): fills `run`, which goes to panel[pixel][channel]
 template <class P, class F>
 CMX_INLINE void fill_panel(int64_t channels, int64_t pixels, P* panel, int64_t pitch, float* run, F f) {
-  for (int64_t block = 0; block < channels / VL; block++)
-    for (int64_t x = 0; x < pixels; x += kRunPixels) {
+  for (int64_t x = 0; x < pixels; x += kRunPixels)
+    for (int64_t block = 0; block < channels / VL; block++) {
       const int64_t count = least(kRunPixels, pixels - x);
       f(block, x, count, run);
       for (int64_t i = 0; i < count; i++) put(panel + (x + i) * pitch + block * VL, load(run + i * VL));
