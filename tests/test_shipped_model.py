@@ -1,6 +1,7 @@
 """The trained ConvMixer of the package: what classify uses when no model is named."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -14,43 +15,54 @@ from cmx_kernels.models.variants import CIFAR10
 
 Image = pytest.importorskip("PIL.Image")
 save_file = pytest.importorskip("safetensors.torch").save_file
-SHEET = Path(__file__).parent / "cifar10_sheet.png"
 SIDE = 32
 shipped = pytest.mark.skipif(
-    not (classify.SHIPPED.is_file() and SHEET.is_file()),
+    not classify.SHIPPED.is_file(),
     reason="no trained weights are shipped in this version (examples/publish_cifar10.py makes them)",
 )
 
 
-def photographs() -> tuple[Tensor, Tensor]:
-    """Images of CIFAR-10's test set, normalised [N, 3, 32, 32], and their classes: a row of the sheet a class."""
-    with Image.open(SHEET) as file:
-        pixels = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
-        per_class = file.width // SIDE
-    images = pixels.view(len(CIFAR10), SIDE, per_class, SIDE, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, SIDE, SIDE)
+def crops() -> Tensor:
+    """Pieces of photographs at three scales, normalised [N, 3, 32, 32]."""
+    data = pytest.importorskip("skimage.data")
+    found = []
+    for name in ("chelsea", "coffee", "rocket", "astronaut"):
+        photo = torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)[None].float() / 255
+        for size in (64, 96, 192):
+            small = torch.nn.functional.interpolate(photo, (size, size), mode="area")
+            found.append(
+                small.unfold(2, SIDE, SIDE).unfold(3, SIDE, SIDE).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 32, 32)
+            )
     mean, std = (torch.tensor(v)[:, None, None] for v in (classify.CIFAR.mean, classify.CIFAR.std))
-    return (images.float() / 255 - mean) / std, torch.arange(len(CIFAR10)).repeat_interleave(per_class)
+    return (torch.cat(found) - mean) / std
 
 
 @shipped
 @torch.no_grad()
 def test_fused_sees_what_plain_sees() -> None:
-    """Every top-1 in float32; in bfloat16 the accuracy within 0.1 point."""
-    images, labels = photographs()
+    """Every top-1 in float32; bfloat16 flips no more of them than plain bfloat16 does, to 0.5 %."""
+    images = crops()
     fused = classify.load_shipped()
     plain = unfuse(copy.deepcopy(fused))
     wanted = plain(images).argmax(1)
+    assert len(wanted.unique()) > 5
     assert torch.equal(fused(images).argmax(1), wanted)
-    accuracy = (wanted == labels).double().mean()
-    assert accuracy >= 0.6, "at least 70 % of the whole test set"
-    low = fused.bfloat16()(images.bfloat16()).argmax(1)
-    assert abs((low == labels).double().mean() - accuracy) <= 0.001
-    assert classify.SHIPPED.stat().st_size <= 3_000_000 and SHEET.stat().st_size <= 300_000
+    flips = [(m.bfloat16()(images.bfloat16()).argmax(1) != wanted).double().mean() for m in (fused, plain)]
+    assert flips[0] <= flips[1] + 0.005
+    assert classify.SHIPPED.stat().st_size <= 3_000_000
+
+
+def test_the_accuracy_is_recorded() -> None:
+    """On the whole test set, in the run that wrote the weights: bfloat16 within 0.1 point."""
+    if not classify.SHIPPED.is_file():
+        pytest.skip("no trained weights are shipped in this version (examples/publish_cifar10.py makes them)")
+    record = json.loads((Path(__file__).parent.parent / "examples" / "cifar10_curves.json").read_text())
+    assert record["accuracy"] >= 0.7 and abs(record["bfloat16"] - record["accuracy"]) <= 0.001
 
 
 @shipped
 def test_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Image.open(SHEET).crop((0, 0, SIDE, SIDE)).save(tmp_path / "x.png")
+    Image.new("RGB", (SIDE, SIDE), (90, 140, 210)).save(tmp_path / "x.png")
     assert main(["classify", str(tmp_path / "x.png")]) == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 5 and not captured.err
