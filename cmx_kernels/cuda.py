@@ -7,7 +7,10 @@ import torch
 
 from cmx_kernels import _build_info, registry
 
-OPS = ("patch_embed", "depthwise_block", "pointwise_block", "pool_head")
+OPS = (
+    *("patch_embed", "depthwise_block", "pointwise_block", "pool_head"),
+    *("patch_embed_train", "depthwise_block_train", "pointwise_block_train"),
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -45,6 +45,11 @@ def define(
     return operator
 
 
+def on_device(name: str, key: str, function: Callable[..., Any]) -> None:
+    """An implementation in Python of a defined operator, for one dispatch key."""
+    torch.library.impl(f"cmx::{name}", key, function)
+
+
 def _load() -> tuple[Any, str | None]:
     """The native library, or None and the reason in a sentence."""
     try:

@@ -4,49 +4,13 @@
 #include <climits>
 #include <vector>
 
-#include "bind.h"
+#include "bind_cuda.h"
 #include "cuda/depthwise.h"
-#include "cuda/device.h"
 #include "cuda/gpu.h"
 #include "cuda/product.h"
 
-// From libtorch_cuda, where there is one; null in a torch without CUDA
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-
-extern "C" cudaError_t cudaGetDevice(int*);
-extern "C" cudaError_t cudaSetDevice(int);
-extern "C" const char* cudaGetErrorString(cudaError_t);
-
 namespace cmx {
 namespace {
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    if (cudaGetDevice(&before_) == cudaSuccess && before_ != device) cudaSetDevice(device), changed_ = true;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-cudaStream_t current_stream(int device) {
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
-                  "torch has no current CUDA stream");
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_runs(int device) {
-  const char* const why_not = cmx_cuda_why_not(device);
-  STD_TORCH_CHECK(!why_not, "no CUDA kernel runs here: ", why_not);
-}
 
 // [count] as dense float32; the tensor keeps its memory alive until the launch is enqueued
 struct Vector {
@@ -60,8 +24,6 @@ struct Vector {
   }
   const float* data() const { return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr; }
 };
-
-Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
 // Checks x [N, C, H, W] and the weight's place and dtype; returns the device.
 int check_arguments(const Tensor& x, const Tensor& weight) {

@@ -74,29 +74,44 @@ SOURCES = (
     "csrc/cuda/depthwise_fwd_mma.cu",  # the longest first
     "csrc/cuda/depthwise_fwd_mma_plane.cu",
     "csrc/cuda/depthwise_fwd_ffma.cu",
+    "csrc/cuda/depthwise_bwd_ffma.cu",
+    "csrc/cuda/depthwise_fwd.cu",
+    "csrc/cuda/training_final.cu",
+    "csrc/cuda/training_rows.cu",
     "tests/emulator/depthwise.cpp",
+    "tests/emulator/training.cpp",
 )
+
+
+class _Forward(ctypes.Structure):
+    """struct DepthwiseForward"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "y", "bias", "scale", "shift", "affine", "partials")),
+        ("shape", ctypes.c_int * 7),
+        ("strides", ctypes.c_int64 * 8),
+        ("act", ctypes.c_int),
+        ("in_act", ctypes.c_int),
+        ("residual", ctypes.c_bool),
+    )
 
 
 class _Call(ctypes.Structure):
     """struct Call of tests/emulator/depthwise.cpp"""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "y", "bias", "scale", "shift", "in_scale", "in_shift")),
-        ("shape", ctypes.c_int * 7),
-        ("strides", ctypes.c_int64 * 8),
-        ("act", ctypes.c_int),
-        ("residual", ctypes.c_bool),
+        ("p", _Forward),
         ("gpu", ctypes.c_int * 3),
         ("speed", ctypes.c_double * 2),
         ("kernel", ctypes.c_int),
         ("order", ctypes.c_int),
         ("seed", ctypes.c_uint),
+        ("moments", ctypes.c_void_p),
     )
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(build("library", *SOURCES)))
 
 
@@ -114,29 +129,39 @@ def depthwise(
     act: str = "none",
     residual: bool = False,
     *,
-    in_scale: Tensor | None = None,
-    in_shift: Tensor | None = None,
+    affine: Tensor | None = None,
+    in_act: str = "none",
+    moments: Tensor | None = None,
     out: Tensor | None = None,
     order: int = 0,
     multiprocessors: int = 1,
 ) -> Tensor:
-    """One kernel on CPU tensors. ``out`` may have strides of its own; vectors are float32."""
+    """One kernel on CPU tensors. ``out`` may have strides of its own; vectors are float32.
+
+    affine [3, C] of x, after in_act. moments [2, C]: y = conv(x) + bias, and here the moments of act(y).
+    """
     y = torch.full_like(x, torch.nan) if out is None else out
-    pointers = [None if t is None else t.data_ptr() for t in (x, weight, y, bias, scale, shift, in_scale, in_shift)]
-    call = _Call(
+    pointers = [None if t is None else t.data_ptr() for t in (x, weight, y, bias, scale, shift, affine)]
+    p = _Forward(
         *pointers,
+        None,
         (*x.shape, *weight.shape[2:], DTYPES.index(x.dtype)),
         (*x.stride(), *y.stride()),
         ACTS.index(act),
+        ACTS.index(in_act),
         residual,
+    )
+    call = _Call(
+        p,
         (90, multiprocessors, 227 << 10),
         (1.755, 4.3),
         KERNELS.index(kernel),
         order,
         order + 1,
+        None if moments is None else moments.data_ptr(),
     )
     message = ctypes.create_string_buffer(1000)
-    result = _library().cmx_emulate(ctypes.byref(call), message, ctypes.c_size_t(len(message)))
+    result = library().cmx_emulate(ctypes.byref(call), message, ctypes.c_size_t(len(message)))
     if result == -1:
         raise NoPlan
     if result:

@@ -6,6 +6,7 @@ Skipped where there is no GPU; `make gpu-check` runs this first.
 import re
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import cases
@@ -13,10 +14,12 @@ import cuda_facts
 import emulated
 import pytest
 import torch
-from compare import check, check_equal
+import training_cases as problems
+from compare import Expected, check, check_equal
 from torch import Tensor
 
 from cmx_kernels import backends, cuda, ops
+from cmx_kernels.ops import training, training_products
 
 WHY_NOT = "torch sees no CUDA device" if not torch.cuda.is_available() else cuda.why_not(0)
 on_gpu = pytest.mark.skipif(WHY_NOT is not None, reason=f"needs a GPU: {WHY_NOT}")
@@ -147,3 +150,51 @@ def test_streams_graphs_and_memory() -> None:
     zero = (torch.zeros_like(args[0]), *args[1:])
     check(out.cpu(), cases.expect("depthwise_block", zero))
     assert expected.dtype == out.dtype
+
+
+# ---- training: the operators on the device against their references on the CPU
+
+
+def on_device(operator: Callable[..., tuple], args: tuple) -> list[Tensor]:
+    found = operator(*(a.cuda() if isinstance(a, Tensor) else a for a in args))
+    return [t.cpu() for t in found]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=cases.name)
+@pytest.mark.parametrize("shape", [(7, 40, 32, 32, 9, 9), (7, 40, 16, 16, 7, 7), (2, 19, 9, 11, 5, 4)], ids=cases.name)
+def test_depthwise_training(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Forward without an affine, so that no kernel rounds X; backward with one. Twice the same bits."""
+    args = problems.depthwise_inputs(shape, dtype, affine=False)
+    a, moments = on_device(training.depthwise_train, args)
+    check(a, problems.expect_pre_activation(args))
+    check(moments, problems.expect_moments(a, "gelu"), "moments")
+    back = problems.backward_inputs(problems.depthwise_inputs(shape, dtype), a)
+    found = on_device(training.depthwise_backward, back)
+    for expected, out, what in zip(problems.expect_gradients(back), found, ("dx", "dweight", "dbias"), strict=False):
+        check(out, expected, what)
+    check(found[3], problems.expect_sums(found[0], back[3], back[4], "gelu"), "sums")
+    for out, same in zip(on_device(training.depthwise_backward, back), found, strict=True):
+        check_equal(out, same)
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=cases.name)
+def test_pointwise_training(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Composed of passes and torch's products: torch on the CPU in the same dtype rounds at the same places."""
+    n, cin, cout = 4, 24, 40
+    x, skip = (problems.normal(n, cin, 9, 8, seed=i).to(dtype).contiguous(memory_format=layout) for i in range(2))
+    weight = (problems.normal(cout, cin, 1, 1) * cin**-0.5).to(dtype)
+    given = (x, problems.rows(3, cin), skip, problems.rows(3, cin, 1), weight)
+    a, moments = on_device(training.pointwise_train, (*given, problems.rows(1, cout)[0], "gelu"))
+    check(moments, problems.expect_moments(a, "gelu"), "moments")
+    grad = problems.normal(*a.shape, seed=5).to(dtype).contiguous(memory_format=layout)
+    back = (grad, a, problems.rows(4, cout), *given, "gelu", True, True)
+    found, plain = on_device(training.pointwise_backward, back), training_products.pointwise_backward(*back)
+    ref = training.pointwise_backward_reference(*problems.to(torch.float64, back))
+    magnitude = training.pointwise_backward_reference(*problems.positive_pointwise_backward(back))
+    for out, *expected in zip(found[:3], ref, plain, magnitude, strict=False):
+        assert out.stride() == expected[1].stride()
+        check(out, Expected(expected[0], expected[1].float(), expected[2], n * 72, expected[1].dtype))
+    check(found[3], problems.expect_sums(found[0], x, given[1], "gelu"), "sums")

@@ -93,19 +93,24 @@ def test_integers_are_exact(kernel: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), [*EVERY_KERNEL, ("mma_plane", F16), ("mma_plane", BF16)], ids=ids)
-def test_scale_on_load(kernel: str, dtype: torch.dtype) -> None:
-    """x' = in_scale x + in_shift, rounded; the padding stays zero; the residual is x'."""
+def test_affine_on_load(kernel: str, dtype: torch.dtype) -> None:
+    """Rounded by the tensor cores; the padding stays zero; the residual is the same."""
     for shape in [(2, 3, 16, 16, 7, 7), (1, 3, 32, 32, 9, 9)] + [(2, 3, 9, 11, 5, 4), (1, 2, 36, 35, 3, 12)] * (
         kernel != "mma_plane"
     ):
         x, *rest = cases.inputs("depthwise_block", shape, dtype, "gelu", VECTORS)
-        for scale, shift in ((torch.randn(shape[1]), torch.randn(shape[1])), (None, torch.randn(shape[1]))):
-            scaled = x.float() if scale is None else x.float() * scale[:, None, None]
-            seen = (scaled.double() + shift[:, None, None].double()).to(dtype)  # one rounding, as an FMA
-            out = run(kernel, (x, *rest), in_scale=scale, in_shift=shift)
-            expected = cases.expect("depthwise_block", (seen, *rest))
-            slack = (torch.finfo(dtype).eps / 2 if dtype != F32 else 2**-23) * 4  # x' itself may round the other way
-            check(out, expected._replace(magnitude=expected.magnitude + slack / 2**-24 * seen.abs().max()), f"{shape}")
+        for act in ("none", "gelu"):
+            rows = torch.randn(3, shape[1])
+            mean, scale, shift = (r[:, None, None].double() for r in rows)
+            seen = (cases._act(act, x.double()) - mean) * scale + shift
+            rounded = seen.to(dtype) if kernel != "ffma" else seen
+            out = run(kernel, (x, *rest), affine=rows, in_act=act)
+            wide = [r.double() if isinstance(r, Tensor) else r for r in rest]
+            expected = cases.expect("depthwise_block", (rounded, *wide))
+            plain = cases.formula(F32, "depthwise_block", rounded, *rest)
+            slack = 2**-22 if kernel == "ffma" else torch.finfo(dtype).eps * 2  # x' itself may round the other way
+            size = expected.magnitude + slack / 2**-24 * seen.abs().max()
+            check(out, expected._replace(plain=plain, magnitude=size, dtype=dtype), f"{shape}")
 
 
 def surrounded(t: Tensor, value: float) -> Tensor:

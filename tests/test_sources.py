@@ -220,7 +220,7 @@ def test_native_includes(path: Path) -> None:
     """Only bind*.{h,cpp} know torch, only module.cpp Python; kernels include the shared lists and their own folder."""
     includes = re.findall(r'#include\s*[<"]([^>"]+)[>"]', path.read_text())
     torch_headers = [i for i in includes if i.split("/")[0] in ("torch", "ATen", "c10")]
-    assert path.name in ("bind.h", "bind.cpp", "bind_cuda.cpp") or not torch_headers
+    assert re.fullmatch(r"bind(_cuda\w*)?\.(h|cpp)", path.name) or not torch_headers
     assert path.name == "module.cpp" or not [i for i in includes if i.startswith("pybind11") or i == "Python.h"]
     if path.parent == CSRC:
         assert not [i for i in includes if i.startswith("cpu/")], "which level's?"

@@ -1,5 +1,6 @@
 """The operators: one file each, with formula, reference, schema, gradient and public function."""
 
+from cmx_kernels.ops import training_products  # noqa: F401  (registers)
 from cmx_kernels.ops.depthwise_block import depthwise_block
 from cmx_kernels.ops.patch_embed import patch_embed
 from cmx_kernels.ops.pointwise_block import pointwise_block

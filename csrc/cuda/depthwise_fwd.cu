@@ -3,9 +3,26 @@
 #include "depthwise.h"
 
 namespace cmx {
+namespace {
+
+DepthwiseChoice choice_of(const DepthwiseForward& p, const Gpu& gpu) {
+  return choose_depthwise(p.shape, memory_of(p.x, p.x_stride, p.y, p.y_stride, p.shape), gpu);
+}
+
+}  // namespace
+
+int64_t depthwise_fwd_parts(const DepthwiseForward& p, const Gpu& gpu) {
+  const DepthwiseChoice choice = choice_of(p, gpu);
+  return choice.kernel == DepthwiseKernel::ffma ? choice.ffma.parts(p.shape) : choice.mma.parts();
+}
+
+BackwardPlan depthwise_bwd_plan(const DepthwiseGradients& p, const Gpu& gpu) {
+  return backward_plan(p.shape, memory_of(p.x, p.x_stride, p.dx ? p.dx : p.x, p.dx ? p.dx_stride : p.x_stride, p.shape),
+                       memory_of(p.grad, p.grad_stride, p.a, p.a_stride, p.shape), gpu);
+}
 
 cudaError_t depthwise_fwd(const DepthwiseForward& p, const Gpu& gpu, cudaStream_t stream) {
-  const DepthwiseChoice choice = choose_depthwise(p.shape, memory_of(p.x, p.x_stride, p.y, p.y_stride, p.shape), gpu);
+  const DepthwiseChoice choice = choice_of(p, gpu);
   switch (choice.kernel) {
     case DepthwiseKernel::ffma: return depthwise_fwd_ffma(p, choice.ffma, stream);
     case DepthwiseKernel::mma: return depthwise_fwd_mma(p, choice.mma, stream);

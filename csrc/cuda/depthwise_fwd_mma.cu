@@ -126,6 +126,8 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
   __syncthreads();
 
   const ChannelConstants k = constants_of(p, c);
+  const InputAffine affine = affine_of(p.affine, c, p.shape.c);
+  RunningMoments moments;
   float shift4[4];
   four_registers(shift4, k.shift);
   const uint32_t own[2] = {identity<T>(0, G::OFFSET, lane), identity<T>(1, G::OFFSET, lane)};
@@ -142,9 +144,9 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
     wait_for_copies<MmaPlan::kStages - 1>();
     unsigned char* const tile = ring + stage * plan.stage_bytes;
     const Where at = where(unit, plan, G::IMAGES, G::ROWS, G::ROWS);
-    if (p.in_scale || p.in_shift)  // on the blocks that this lane has loaded itself
+    if (p.affine)  // on the blocks that this lane has loaded itself
       each_block<G>(tile, at, s, plan, lane, [&](unsigned char* to, int n, int y, int x) {
-        if (n < s.n && y >= 0 && y < s.h) scale_on_load<T>(to, -x, s.w - x, k.in_scale, k.in_shift);
+        if (n < s.n && y >= 0 && y < s.h) affine_on_load<T>(to, -x, s.w - x, affine, p.in_act);
       });
     __syncwarp();
 
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
     for (int pair = 1; pair < pairs; ++pair) multiply_pair(pair, true, true);
     multiply_pair(pairs, false, true);
 
-    activate<T, 2 * NT * 4>(&acc[0][0][0], p.act);
+    if (!p.partials) activate<T, 2 * NT * 4>(&acc[0][0][0], p.act);
 
     // the results take the place of the rows that their residuals come from
 #pragma unroll
@@ -222,9 +224,12 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
           tile + i * 2 * plan.half_plane + row_offset(lane / NT + before, plan.half_plane, G::PITCH) + lane % NT * 16;
 #pragma unroll 2
       for (int r = lane / NT; r < G::ROWS; r += 32 / NT, from += 8 / NT * G::FOUR_ROWS)
-        if (at.n + i < s.n && at.y + r < s.h)
-          store8(to + (at.n + i) * p.y_stride.n + (at.y + r) * p.y_stride.h, at.x + lane % NT * 8, s.w,
-                 get<uint4>(from), plan.store_bytes);
+        if (at.n + i < s.n && at.y + r < s.h) {
+          const int x = at.x + lane % NT * 8;
+          const uint4 v = get<uint4>(from);
+          store8(to + (at.n + i) * p.y_stride.n + (at.y + r) * p.y_stride.h, x, s.w, v, plan.store_bytes);
+          if (p.partials && x < s.w) add_moments<T>(moments, v, s.w - x, p.act);
+        }
     }
     __syncwarp();  // the stage is free
     if (unit + MmaPlan::kStages * step < plan.units)
@@ -233,6 +238,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
     stage = stage + 1 == MmaPlan::kStages ? 0 : stage + 1;
   }
   wait_for_copies<0>();
+  store_moments(moments, p, split * warps + warp, c, lane);
 }
 
 template <class T, int NT>

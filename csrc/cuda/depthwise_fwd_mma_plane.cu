@@ -65,6 +65,8 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
 #pragma unroll
     for (int b = 0; b < 2; ++b) filter[ky / 2][b][ky % 2] = toeplitz<T, 2>(weight + ky * K, ky < K, b, K, lane);
   const ChannelConstants k = constants_of(p, c);
+  const InputAffine affine = affine_of(p.affine, c, p.shape.c);
+  RunningMoments moments;
   float bias4[4], shift4[4];
   four_registers(bias4, k.bias);
   four_registers(shift4, k.shift);
@@ -82,12 +84,12 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
   for (int unit = first; unit < plan.units; unit += step) {
     wait_for_copies<STAGES - 1>();
     unsigned char* const tile = ring + stage * G::STAGE;
-    if (p.in_scale || p.in_shift) {  // on the blocks that this lane has loaded itself
+    if (p.affine) {  // on the blocks that this lane has loaded itself
 #pragma unroll
       for (int image = 0; image < G::IMAGES; ++image)
 #pragma unroll
         for (int i = 0; i < G::MOVES; ++i)
-          scale_on_load<T>(tile + image * G::IMAGE + mine + i * G::MOVE, 0, 8, k.in_scale, k.in_shift);
+          affine_on_load<T>(tile + image * G::IMAGE + mine + i * G::MOVE, 0, 8, affine, p.in_act);
     }
     __syncwarp();
 
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
       for (int i = 0; i < NT; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) out[set][i][e] = i < NT - 1 || left_half ? acc[set][i][e] : acc[set][NT][e];
-    activate<T, 2 * NT * 4>(&out[0][0][0], p.act);
+    if (!p.partials) activate<T, 2 * NT * 4>(&out[0][0][0], p.act);
 
     // the results take the place of the rows that their residuals come from
 #pragma unroll
@@ -181,12 +183,21 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
         for (int i = 0; i < G::MOVES; ++i)
           put(to + n * p.y_stride.n + i * 256, get<uint4>(tile + image * G::IMAGE + mine + i * G::MOVE));
     }
+    if (p.partials) {
+#pragma unroll
+      for (int image = 0; image < G::IMAGES; ++image)
+        if (G::IMAGES == 1 || unit * G::IMAGES + image < images)
+#pragma unroll 1  // the code is already long
+          for (int i = 0; i < G::MOVES; ++i)
+            add_moments<T>(moments, get<uint4>(tile + image * G::IMAGE + mine + i * G::MOVE), 8, p.act);
+    }
     // no barrier: every lane refills just the blocks that it has read itself
     if (unit + STAGES * step < plan.units) load(tile, unit + STAGES * step);
     commit_copies();
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
   wait_for_copies<0>();
+  store_moments(moments, p, split * warps + warp, c, lane);
 }
 
 template <class T>

@@ -13,7 +13,7 @@
 #pragma once
 
 #include "depthwise.h"
-#include "epilogue.cuh"
+#include "moments.cuh"
 
 namespace cmx {
 
@@ -60,27 +60,45 @@ __device__ __forceinline__ void four_registers(float (&to)[4], float v) {
   for (int i = 0; i < 4; ++i) to[i] = __shfl_sync(ALL_LANES, v, i);
 }
 
-// x' = in_scale x + in_shift on eight numbers in shared memory, of which [from, to) lie in the plane
+// x' of eight numbers in shared memory, of which [from, to) lie in the plane
 template <class T>
-__device__ __forceinline__ void scale_on_load(void* shared, int from, int to, float in_scale, float in_shift) {
+__device__ __forceinline__ void affine_on_load(void* shared, int from, int to, const InputAffine& affine, Act act) {
   const uint4 words = get<uint4>(shared);
   uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 v = unpack<T>(word[i]);
-    const float low = fmaf(v.x, in_scale, in_shift), high = fmaf(v.y, in_scale, in_shift);
-    word[i] = pack<T>(2 * i >= from && 2 * i < to ? low : 0.f, 2 * i + 1 >= from && 2 * i + 1 < to ? high : 0.f);
+    const float2 pair = unpack<T>(word[i]);
+    float v[2] = {pair.x, pair.y};
+    activate<T, 2>(v, act);
+    word[i] = pack<T>(2 * i >= from && 2 * i < to ? affine(v[0]) : 0.f,
+                      2 * i + 1 >= from && 2 * i + 1 < to ? affine(v[1]) : 0.f);
   }
   put(shared, make_uint4(word[0], word[1], word[2], word[3]));
 }
 
+// Moments of eight outputs as they were stored, of which `valid` exist
+template <class T>
+__device__ __forceinline__ void add_moments(RunningMoments& moments, const uint4& words, int valid, Act act) {
+  const float2 a = unpack<T>(words.x), b = unpack<T>(words.y), c = unpack<T>(words.z), d = unpack<T>(words.w);
+  float v[8] = {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
+  activate<float, 8>(v, act);  // the sums are float32
+  moments.add<8>(v, valid);
+}
+
 struct ChannelConstants {
-  float bias, scale, shift, in_scale, in_shift;
+  float bias, scale, shift;
 };
 
 __device__ __forceinline__ ChannelConstants constants_of(const DepthwiseForward& p, int c) {
-  return {p.bias ? p.bias[c] : 0.f, p.scale ? p.scale[c] : 1.f, p.shift ? p.shift[c] : 0.f,
-          p.in_scale ? p.in_scale[c] : 1.f, p.in_shift ? p.in_shift[c] : 0.f};
+  return {p.bias ? p.bias[c] : 0.f, p.scale ? p.scale[c] : 1.f, p.shift ? p.shift[c] : 0.f};
+}
+
+// This warp's part of its channel's moments
+__device__ __forceinline__ void store_moments(const RunningMoments& moments, const DepthwiseForward& p, int part, int c,
+                                              int lane) {
+  if (!p.partials) return;
+  const PartMoments all = merge_warp(moments.result());
+  if (lane == 0) store_part(p.partials, part, p.shape.c, c, all);
 }
 
 template <class Kernel>

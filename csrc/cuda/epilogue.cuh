@@ -91,4 +91,65 @@ __device__ __forceinline__ void activate(float* v, Act act) {
   }
 }
 
+// act(v) in place of v, and act'(v), for sums in float32 whatever the storage. phi(v) = exp(-v^2 / 2) / sqrt(2 pi)
+//   gelu       Phi(v) + v phi(v)
+//   gelu_tanh  s + v s (1 - s) (2u)', s = 1 / (1 + exp(-2u)), (2u)' = 2 sqrt(2/pi) (1 + 3 * 0.044715 v^2)
+template <int N>
+__device__ __forceinline__ void activate_with_slope(float* v, float* slope, Act act) {
+  switch (act) {
+    case Act::none:
+#pragma unroll
+      for (int i = 0; i < N; ++i) slope[i] = 1.f;
+      break;
+    case Act::relu:
+#pragma unroll
+      for (int i = 0; i < N; ++i) slope[i] = v[i] > 0 ? 1.f : 0.f, v[i] = max0_or_nan(v[i]);
+      break;
+    case Act::gelu:
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float density = 0.39894228f * exp2_approx(-0.72134752f * v[i] * v[i]);
+        const float below = 0.5f * (1.f + erff(v[i] * 0.70710678f));  // Phi(v)
+        slope[i] = fmaf(v[i], density, below);
+        v[i] *= below;
+      }
+      break;
+    case Act::gelu_tanh:
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float square = v[i] * v[i];
+        const float s = reciprocal_approx(1.f + exp2_approx(v[i] * fmaf(-0.10294324f, square, -2.3022082f)));
+        slope[i] = fmaf(v[i] * s * (1.f - s), fmaf(0.21406582f, square, 1.5957691f), s);
+        v[i] *= s;
+      }
+      break;
+  }
+}
+
+// The part of the gradient that BatchNorm leaves: da = (p grad + q (act(a) - mean) + r) act'(a)
+struct GradientAffine {
+  float p, q, r, mean;
+};
+
+__device__ __forceinline__ GradientAffine gradient_affine(const float* rows, int c, int channels) {
+  return {rows[c], rows[channels + c], rows[2 * channels + c], rows[3 * channels + c]};
+}
+
+__device__ __forceinline__ float pre_gradient(float grad, float activated, float slope, const GradientAffine& k,
+                                              Act act) {
+  const float g = fmaf(k.p, grad, fmaf(k.q, activated - k.mean, k.r));
+  return act == Act::relu && slope == 0 ? 0.f : g * slope;  // relu: whatever the gradient was
+}
+
+// grad -> da in place; a is lost
+template <int N>
+__device__ __forceinline__ void through_activation(float* grad, float* a, const GradientAffine& k, Act act) {
+  float slope[N];
+  activate_with_slope<N>(a, slope, act);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    grad[i] = pre_gradient(grad[i], a[i], slope[i], k, act);
+  }
+}
+
 }  // namespace cmx

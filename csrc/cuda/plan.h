@@ -66,11 +66,14 @@ struct FfmaPlan {
   bool channels_first;  // neighbouring threads take neighbouring channels
   bool vector_loads, vector_stores;
   int shared_bytes;
+
+  int64_t parts(const DepthwiseShape& s) const { return int64_t(s.n) * tiles_y * tiles_x; }  // of a channel's moments
 };
 
-inline bool ffma_layout(FfmaPlan& p, const DepthwiseShape& s) {
-  p.skip = (4 - (s.kw - 1) / 2 % 4) % 4;
-  p.left = static_cast<int>(round_up((s.kw - 1) / 2, 4));
+// `before`: columns of padding on the left
+inline bool ffma_layout(FfmaPlan& p, const DepthwiseShape& s, int before) {
+  p.skip = (4 - before % 4) % 4;
+  p.left = static_cast<int>(round_up(before, 4));
   p.tile_rows = p.patches_y * FfmaPlan::kRows + s.kh - 1;
   p.pitch = static_cast<int>(round_up(p.patches_x * FfmaPlan::kColumns + p.skip + s.kw - 1, 4));
   p.channel_pitch = p.tile_rows * p.pitch;
@@ -82,6 +85,17 @@ inline bool ffma_layout(FfmaPlan& p, const DepthwiseShape& s) {
   }
   p.shared_bytes = 4 * p.channels * (p.channel_pitch + p.weight_channel_pitch);
   return p.shared_bytes <= FfmaPlan::kShared;
+}
+
+inline void ffma_tiles(FfmaPlan& p, const DepthwiseShape& s) {
+  p.tiles_x = static_cast<int>(ceil_div(s.w, FfmaPlan::kColumns * p.patches_x));
+  p.tiles_y = static_cast<int>(ceil_div(s.h, FfmaPlan::kRows * p.patches_y));
+  p.groups = static_cast<int>(ceil_div(s.c, p.channels));
+  p.items = static_cast<int64_t>(s.n) * p.groups * p.tiles_y * p.tiles_x;
+}
+
+inline int load_lanes(const FfmaPlan& p, int threads, int pitch) {
+  return std::max(1, std::min(pitch / 4, threads / (p.channels_first ? p.channels : 1)));
 }
 
 inline FfmaPlan ffma_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu) {
@@ -98,21 +112,80 @@ inline FfmaPlan ffma_plan(const DepthwiseShape& s, const Memory& m, const Gpu& g
     p.patches_y = std::min(along_y, 8);
     p.channels = std::clamp(FfmaPlan::kThreads / (p.patches_x * p.patches_y), 1, s.c);
   }
-  while (!ffma_layout(p, s) && p.channels > (p.channels_first ? 8 : 1)) p.channels = std::max(1, p.channels / 2);
-  while (!ffma_layout(p, s) && p.patches_y > 1 && p.shared_bytes > gpu.shared_bytes) p.patches_y /= 2;
-  while (!ffma_layout(p, s) && p.channels > 1 && p.shared_bytes > gpu.shared_bytes) p.channels /= 2;
+  while (!ffma_layout(p, s, (s.kw - 1) / 2) && p.channels > (p.channels_first ? 8 : 1))
+    p.channels = std::max(1, p.channels / 2);
+  while (!ffma_layout(p, s, (s.kw - 1) / 2) && p.patches_y > 1 && p.shared_bytes > gpu.shared_bytes) p.patches_y /= 2;
+  while (!ffma_layout(p, s, (s.kw - 1) / 2) && p.channels > 1 && p.shared_bytes > gpu.shared_bytes) p.channels /= 2;
 
-  p.tiles_x = static_cast<int>(ceil_div(along_x, p.patches_x));
-  p.tiles_y = static_cast<int>(ceil_div(along_y, p.patches_y));
-  p.groups = static_cast<int>(ceil_div(s.c, p.channels));
-  p.items = static_cast<int64_t>(s.n) * p.groups * p.tiles_y * p.tiles_x;
+  ffma_tiles(p, s);
   p.blocks = static_cast<int>(std::min<int64_t>(p.items, 1 << 30));
-  const int threads = p.channels * p.patches_x * p.patches_y;
-  p.load_lanes = std::max(1, std::min(p.pitch / 4, threads / (p.channels_first ? p.channels : 1)));
+  p.load_lanes = load_lanes(p, p.channels * p.patches_x * p.patches_y, p.pitch);
   const int four = static_cast<int>(4 * size_of(s.dtype));
   p.vector_loads = m.x_rows && m.x_alignment % four == 0;
   p.vector_stores = m.y_rows && m.y_alignment == 16;
   return p;
+}
+
+// Backward: depthwise_bwd_ffma.cu
+
+struct BackwardPlan {
+  static constexpr int kThreads = 128;
+  static constexpr int kChunk = 8;  // taps of a filter row that a thread sums, where the width has no code of its own
+  static constexpr int kBlocksPerSm = 8;  // so many rounds of blocks even out their ends
+
+  FfmaPlan tile;                 // of the gradient, with its halo
+  int splits;                    // blocks = groups * splits; each block takes every splits-th tile of its channels
+  int x_pitch, x_channel_pitch;  // of the input, which needs no halo
+  int x_load_lanes;
+  int chunks, tasks, row_parts;  // tasks: sums of taps of a block; row_parts: threads that share one
+  int shared_bytes;
+
+  int64_t items(const DepthwiseShape& s) const { return tile.parts(s); }  // of a group of channels
+};
+
+constexpr bool own_width(int kw) { return kw == 3 || kw == 5 || kw == 7 || kw == 9; }
+
+inline bool backward_layout(BackwardPlan& b, const DepthwiseShape& s) {
+  FfmaPlan& p = b.tile;
+  ffma_layout(p, s, s.kw / 2);
+  b.chunks = own_width(s.kw) ? 1 : static_cast<int>(ceil_div(p.skip + s.kw, BackwardPlan::kChunk));
+  b.tasks = p.channels * s.kh * b.chunks;
+  b.row_parts = std::max(1, std::min(BackwardPlan::kThreads / b.tasks, p.patches_y * FfmaPlan::kRows));
+  b.x_pitch = p.patches_x * FfmaPlan::kColumns + 4;
+  b.x_channel_pitch = p.patches_y * FfmaPlan::kRows * b.x_pitch;
+  const int taps = own_width(s.kw) ? s.kw : BackwardPlan::kChunk;
+  const int sums = std::max(b.tasks * b.row_parts * taps, 3 * BackwardPlan::kThreads);  // at the end, over the tiles
+  b.shared_bytes = std::max(p.shared_bytes + 4 * p.channels * b.x_channel_pitch, 4 * sums);
+  return b.shared_bytes <= FfmaPlan::kShared;
+}
+
+// `m` of the input and its gradient, `g` of the gradient that comes in and the pre-activation
+inline BackwardPlan backward_plan(const DepthwiseShape& s, const Memory& m, const Memory& g, const Gpu& gpu) {
+  BackwardPlan b{};
+  FfmaPlan& p = b.tile;
+  const int along_x = static_cast<int>(ceil_div(s.w, FfmaPlan::kColumns)),
+            along_y = static_cast<int>(ceil_div(s.h, FfmaPlan::kRows));
+  p.channels_first = m.channels_last && g.channels_last;
+  p.patches_x = std::min(along_x, p.channels_first ? 2 : 4);
+  p.patches_y = std::min(along_y, p.channels_first ? 4 : 8);
+  p.channels = 1;
+  backward_layout(b, s);
+  const int most = std::max(1, BackwardPlan::kThreads / std::max(b.tasks, p.patches_x * p.patches_y));
+  p.channels = std::min(s.c, most);
+  while (!backward_layout(b, s) && p.channels > 1) p.channels /= 2;
+  while (!backward_layout(b, s) && p.patches_y > 1 && b.shared_bytes > gpu.shared_bytes) p.patches_y /= 2;
+
+  ffma_tiles(p, s);
+  const int64_t wanted = ceil_div(int64_t(gpu.multiprocessors) * BackwardPlan::kBlocksPerSm, p.groups);
+  b.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, b.items(s))));
+  p.blocks = p.groups * b.splits;
+  p.load_lanes = load_lanes(p, BackwardPlan::kThreads, p.pitch);
+  b.x_load_lanes = load_lanes(p, BackwardPlan::kThreads, b.x_pitch - 4);
+  const int four = static_cast<int>(4 * size_of(s.dtype));
+  p.vector_loads = m.x_rows && g.x_rows && g.y_rows && m.x_alignment % four == 0 && g.x_alignment % four == 0 &&
+                   g.y_alignment % four == 0;
+  p.vector_stores = m.y_rows && m.y_alignment == 16;
+  return b;
 }
 
 // ---- tensor cores: depthwise_fwd_mma.cu and, for whole planes of 16x16 and 32x32, depthwise_fwd_mma_plane.cu
@@ -135,6 +208,7 @@ struct MmaPlan {
 
   int tile_rows() const { return 8 * column_tiles; }
   int images() const { return 4 / column_tiles; }
+  int64_t parts() const { return int64_t(splits) * warps; }  // of a channel's moments
   int pitch() const { return ((column_tiles + window - 1) | 1) * 16; }
 };
 

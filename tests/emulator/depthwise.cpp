@@ -1,9 +1,12 @@
 // The depthwise kernels on the CPU, for ctypes: one function per kernel would repeat fifteen arguments, so one with a name.
+#include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <vector>
 
 #include "cuda/depthwise.h"
 #include "cuda/platform.cuh"
+#include "cuda/training.h"
 
 using namespace cmx;
 
@@ -13,6 +16,7 @@ struct Call {  // as in tests/emulator/__init__.py
   int kernel;  // 0 ffma, 1 mma, 2 mma_plane
   int order;   // 0 forward, 1 reverse, 2 random; + 3: copies arrive at once
   unsigned seed;
+  float* moments;  // [2][c] or null
 };
 
 // 0, a cudaError, -1: no plan, -2: `message` says what the emulator found
@@ -20,13 +24,31 @@ extern "C" __attribute__((visibility("default"))) int cmx_emulate(const Call* ca
   emulator::machine.order = static_cast<emulator::Machine::Order>(call->order % 3);
   emulator::machine.copies_arrive_at_once = call->order >= 3;
   emulator::machine.seed = call->seed;
-  const DepthwiseForward& p = call->p;
+  DepthwiseForward p = call->p;
+  std::vector<float> partials;
+  const auto parts = [&](int64_t count) {
+    if (!call->moments) return;
+    partials.assign(count * p.shape.c * 3, NAN);
+    p.partials = partials.data();
+  };
+  const auto final = [&](int64_t count) {
+    return call->moments ? moments_final(p.partials, count, p.shape.c, call->moments, nullptr) : cudaSuccess;
+  };
   const Memory m = memory_of(p.x, p.x_stride, p.y, p.y_stride, p.shape);
   try {
-    if (call->kernel == 0) return depthwise_fwd_ffma(p, ffma_plan(p.shape, m, call->gpu), nullptr);
+    if (call->kernel == 0) {
+      const FfmaPlan plan = ffma_plan(p.shape, m, call->gpu);
+      parts(plan.parts(p.shape));
+      if (const cudaError_t error = depthwise_fwd_ffma(p, plan, nullptr)) return error;
+      return final(plan.parts(p.shape));
+    }
     const MmaPlan plan = call->kernel == 1 ? mma_plan(p.shape, m, call->gpu) : mma_plane_plan(p.shape, m, call->gpu);
     if (!plan.blocks) return -1;
-    return call->kernel == 1 ? depthwise_fwd_mma(p, plan, nullptr) : depthwise_fwd_mma_plane(p, plan, nullptr);
+    parts(plan.parts());
+    if (const cudaError_t error =
+            call->kernel == 1 ? depthwise_fwd_mma(p, plan, nullptr) : depthwise_fwd_mma_plane(p, plan, nullptr))
+      return error;
+    return final(plan.parts());
   } catch (const std::exception& e) {
     std::snprintf(message, size, "%s", e.what());
     return -2;

@@ -1,0 +1,223 @@
+"""pointwise_block and patch_embed of training on CUDA: passes that form X, da and the sums, and torch's own products.
+
+What a product reads, X and da, is written once in x's dtype and freed after the call: nothing more is kept for backward
+than the operators' contract says. It lies as the product wants it ("product layout"): [C, N, H, W] in memory, or, for
+channels_last, [N, H, W, C]. Products add in float32, or in TF32 where torch.backends.cuda.matmul.allow_tf32 says so;
+a 16-bit pre-activation takes its bias in its own dtype, as nn.Conv2d does. On the CPU, for tests, the same code runs on
+the references of the passes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmx_kernels.activations import activation, activation_backward
+from cmx_kernels.ops import training
+from cmx_kernels.ops.checks import column, compute_dtype, in_format, memory_format
+from cmx_kernels.ops.training import Gradients
+from cmx_kernels.registry import define, on_device
+
+LAST = torch.channels_last
+
+
+def _product_layout(t: Tensor, last: bool) -> Tensor:
+    return t.contiguous(memory_format=LAST) if last else t.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _is_last(x: Tensor) -> bool:
+    return memory_format(x) == LAST
+
+
+# ---- the passes: x and its companions are contiguous, or all of them channels_last
+
+
+def _sum_reference(
+    x: Tensor, affine: Tensor | None, skip: Tensor | None, skip_affine: Tensor | None, act: str
+) -> Tensor:
+    u = training.value(x, affine, act)
+    u = u if skip is None else u + training.value(skip, skip_affine, act)
+    return _product_layout(u.to(x.dtype), _is_last(x)).clone()
+
+
+def _gradient_reference(grad: Tensor, a: Tensor, coefficients: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(a)
+    wide = a.to(dtype)
+    p, q, r, mean = (column(row) for row in coefficients)
+    da = activation_backward(act, p * grad.to(dtype) + q * (activation(act)(wide) - mean) + r, wide)
+    return _product_layout(da.to(a.dtype), _is_last(a)), da.sum((0, 2, 3))
+
+
+def _moments_reference(a: Tensor, act: str) -> Tensor:
+    var, mean = torch.var_mean(activation(act)(a.to(compute_dtype(a))), (0, 2, 3), correction=0)
+    return torch.stack((mean, var))
+
+
+def _per_channel(like: Tensor, *rows: int) -> Tensor:
+    return like.new_empty((*rows, like.shape[1]), dtype=compute_dtype(like))
+
+
+form_sum = define(
+    "training_sum",
+    "(Tensor x, Tensor? affine, Tensor? skip, Tensor? skip_affine, str act) -> Tensor",
+    lambda x, *_: _product_layout(torch.empty_like(x), _is_last(x)),
+    _sum_reference,
+)
+form_gradient = define(
+    "training_gradient",
+    "(Tensor grad, Tensor a, Tensor coefficients, str act) -> (Tensor, Tensor)",
+    lambda grad, a, *_: (_product_layout(torch.empty_like(a), _is_last(a)), _per_channel(a)),
+    _gradient_reference,
+)
+moments = define(
+    "training_moments", "(Tensor a, str act) -> Tensor", lambda a, act: _per_channel(a, 2), _moments_reference
+)
+sums = define(
+    "training_sums",
+    "(Tensor grad, Tensor x, Tensor affine, str act) -> Tensor",
+    lambda grad, x, *_: _per_channel(x, 2),
+    training.affine_sums,
+)
+
+
+# ---- the products, on tensors in product layout
+
+
+def _matrix(t: Tensor, last: bool) -> Tensor:
+    """[N, C, H, W] in product layout -> [C, N * H * W], a view"""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]).t() if last else t.transpose(0, 1).reshape(t.shape[1], -1)
+
+
+def _product(weight: Tensor, u: Tensor, bias: Tensor | None, last: bool) -> Tensor:
+    """weight [O, K] times u [N, K, H, W] -> [N, O, H, W] in x's own layout"""
+    n, _, h, w = u.shape
+    out = weight.shape[0]
+    bias = None if bias is None else bias.to(u.dtype)
+    if last:
+        flat = _matrix(u, last).t()
+        found = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
+        return found.view(n, h, w, out).permute(0, 3, 1, 2)
+    weights, pixels = weight.expand(n, *weight.shape), u.flatten(2)
+    if bias is None:
+        return torch.bmm(weights, pixels).view(n, out, h, w)
+    return torch.baddbmm(bias.view(1, -1, 1).expand(n, out, h * w), weights, pixels).view(n, out, h, w)
+
+
+def _outer(da: Tensor, u: Tensor, last: bool) -> Tensor:
+    """sum over pixels of da [N, O, H, W] times u [N, K, H, W] -> [O, K], added and returned in float32"""
+    left, right = _matrix(da, last), _matrix(u, last).t()
+    if da.dtype == torch.float32 or not da.is_cuda:  # torch has no such product on the CPU
+        return torch.mm(left.float(), right.float())
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _forward(weight: Tensor, u: Tensor, bias: Tensor | None, act: str, last: bool) -> tuple[Tensor, Tensor]:
+    a = in_format(_product(weight.flatten(1), u, bias, last), LAST if last else torch.contiguous_format)
+    return a, moments(a, act)
+
+
+def pointwise_train(
+    x: Tensor,
+    affine: Tensor | None,
+    skip: Tensor | None,
+    skip_affine: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str,
+) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.float64:
+        return training.pointwise_reference(x, affine, skip, skip_affine, weight, bias, act)
+    layout = memory_format(x)
+    x, skip = in_format(x, layout), None if skip is None else in_format(skip, layout)
+    plain = affine is None and skip is None
+    u = x if plain else form_sum(x, affine, skip, skip_affine, act)
+    return _forward(weight, u, bias, act, layout == LAST)
+
+
+def pointwise_backward(
+    grad: Tensor,
+    a: Tensor,
+    coefficients: Tensor,
+    x: Tensor,
+    affine: Tensor | None,
+    skip: Tensor | None,
+    skip_affine: Tensor | None,
+    weight: Tensor,
+    act: str,
+    need_input: bool,
+    need_weight: bool,
+) -> Gradients:
+    if x.dtype == torch.float64:
+        args = (grad, a, coefficients, x, affine, skip, skip_affine, weight, act, need_input, need_weight)
+        return training.pointwise_backward_reference(*args)
+    layout = memory_format(x)
+    grad, a, x = (in_format(t, layout) for t in (grad, a, x))
+    skip = None if skip is None else in_format(skip, layout)
+    last = layout == LAST
+    da, dbias = form_gradient(grad, a, coefficients, act)
+    wide, nothing = torch.float32, x.new_empty
+    dx, dweight, found = nothing(0), nothing(0, dtype=wide), nothing(0, dtype=wide)
+    if need_weight:
+        dweight = _outer(da, form_sum(x, affine, skip, skip_affine, act), last).view_as(weight)
+    if need_input:
+        dx = in_format(_product(weight.flatten(1).t(), da, None, last), layout)
+        found = found if affine is None else sums(dx, x, affine, act)
+    return dx, dweight, dbias if need_weight else nothing(0, dtype=wide), found
+
+
+def _patches(x: Tensor, weight: Tensor, last: bool) -> Tensor:
+    """[N, Cin, H, W] -> [N, Cin * p * q, H / p, W / q] in product layout; the rest of the image is dropped"""
+    n, channels, p, q = x.shape[0], *weight.shape[1:]
+    h, w = x.shape[2] // p, x.shape[3] // q
+    cut = x[:, :, : h * p, : w * q].reshape(n, channels, h, p, w, q)
+    if last:
+        return cut.permute(0, 2, 4, 1, 3, 5).reshape(n, h, w, -1).permute(0, 3, 1, 2)
+    return cut.permute(1, 3, 5, 0, 2, 4).reshape(-1, n, h, w).transpose(0, 1)
+
+
+def _image(patches: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The inverse, zeros where the image was dropped"""
+    n, channels, p, q = x.shape[0], *weight.shape[1:]
+    h, w = patches.shape[2:]
+    image = patches.reshape(n, channels, p, q, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, channels, h * p, w * q)
+    return F.pad(image, (0, x.shape[3] - w * q, 0, x.shape[2] - h * p))
+
+
+def patch_embed_train(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.float64:
+        return training.patch_embed_reference(x, weight, bias, act)
+    last = _is_last(x)
+    return _forward(weight, _patches(x, weight, last), bias, act, last)
+
+
+def patch_embed_backward(
+    grad: Tensor,
+    a: Tensor,
+    coefficients: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    act: str,
+    need_input: bool,
+    need_weight: bool,
+) -> Gradients:
+    if x.dtype == torch.float64:
+        return training.patch_embed_backward_reference(grad, a, coefficients, x, weight, act, need_input, need_weight)
+    layout = memory_format(x)
+    grad, a = in_format(grad, layout), in_format(a, layout)
+    last = layout == LAST
+    da, dbias = form_gradient(grad, a, coefficients, act)
+    nothing = x.new_empty(0, dtype=torch.float32)
+    dx, dweight = x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    if need_weight:
+        dweight = _outer(da, _patches(x, weight, last), last).view_as(weight)
+    if need_input:
+        dx = in_format(_image(_product(weight.flatten(1).t(), da, None, last), x, weight), layout)
+    return dx, dweight, dbias if need_weight else nothing.clone(), nothing
+
+
+for _name, _function in (
+    ("pointwise_block_train", pointwise_train),
+    ("pointwise_block_backward", pointwise_backward),
+    ("patch_embed_train", patch_embed_train),
+    ("patch_embed_backward", patch_embed_backward),
+):
+    on_device(_name, "CUDA", _function)

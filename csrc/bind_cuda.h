@@ -1,0 +1,49 @@
+// What the files that bind CUDA kernels share: device, stream, strides.
+#pragma once
+
+#include <driver_types.h>
+
+#include "bind.h"
+#include "cuda/device.h"
+#include "cuda/plan.h"
+
+// From libtorch_cuda, where there is one; null in a torch without CUDA
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+extern "C" cudaError_t cudaGetDevice(int*);
+extern "C" cudaError_t cudaSetDevice(int);
+extern "C" const char* cudaGetErrorString(cudaError_t);
+
+namespace cmx {
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    if (cudaGetDevice(&before_) == cudaSuccess && before_ != device) cudaSetDevice(device), changed_ = true;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+inline cudaStream_t current_stream(int device) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                  "torch has no current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_runs(int device) {
+  const char* const why_not = cmx_cuda_why_not(device);
+  STD_TORCH_CHECK(!why_not, "no CUDA kernel runs here: ", why_not);
+}
+
+inline Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+}  // namespace cmx

@@ -1,0 +1,77 @@
+// The second stage of every reduction: the blocks' parts, in their order, in float64. Small beside the first.
+#include "platform.cuh"
+#include "training.h"
+
+namespace cmx {
+namespace {
+
+constexpr int THREADS = 128;
+
+// The sum over the block, in every thread
+__device__ __forceinline__ double block_sum(double* shared, double v) {
+  shared[threadIdx.x] = v;
+  for (int step = THREADS / 2; step; step /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < step) shared[threadIdx.x] += shared[threadIdx.x + step];
+  }
+  __syncthreads();
+  const double sum = shared[0];
+  __syncthreads();
+  return sum;
+}
+
+__global__ void __launch_bounds__(THREADS)
+    moments_final_kernel(const float* partials, int64_t parts, int c_count, float* moments) {
+  CMX_DYNAMIC_SHARED(bytes);
+  double* const shared = reinterpret_cast<double*>(bytes);
+  const int c = blockIdx.x;
+  double count = 0, sum = 0, squares = 0;
+  for (int64_t i = threadIdx.x; i < parts; i += THREADS) {
+    const float* const from = partials + (i * c_count + c) * 3;
+    count += from[0], sum += static_cast<double>(from[0]) * from[1];
+  }
+  count = block_sum(shared, count);
+  const double mean = block_sum(shared, sum) / count;
+  for (int64_t i = threadIdx.x; i < parts; i += THREADS) {
+    const float* const from = partials + (i * c_count + c) * 3;
+    const double d = from[1] - mean;
+    squares += from[2] + from[0] * d * d;
+  }
+  squares = block_sum(shared, squares);
+  if (threadIdx.x == 0) {
+    moments[c] = static_cast<float>(mean);
+    moments[c_count + c] = static_cast<float>(squares / count);
+  }
+}
+
+__global__ void __launch_bounds__(THREADS) sums_final_kernel(const __grid_constant__ SumsFinal p) {
+  const int64_t all = p.count[0] + p.count[1] + p.count[2];
+  int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= all) return;
+  const float* from = p.partials + i;
+  int which = 0;
+  while (i >= p.count[which]) i -= p.count[which++];
+  float* const to = p.out[which];
+  if (!to) return;
+  double sum = 0;
+  for (int64_t part = 0; part < p.parts; ++part, from += all) sum += *from;
+  to[i] = static_cast<float>(sum);
+}
+
+}  // namespace
+
+cudaError_t moments_final(const float* partials, int64_t parts, int c, float* moments, cudaStream_t stream) {
+  if (!c) return cudaSuccess;
+  CMX_LAUNCH(moments_final_kernel, dim3(c), dim3(THREADS), THREADS * sizeof(double), stream, partials, parts, c,
+             moments);
+  return cudaGetLastError();
+}
+
+cudaError_t sums_final(const SumsFinal& p, cudaStream_t stream) {
+  const int64_t all = p.count[0] + p.count[1] + p.count[2];
+  if (!all) return cudaSuccess;
+  CMX_LAUNCH(sums_final_kernel, dim3(static_cast<unsigned>(ceil_div(all, THREADS))), dim3(THREADS), 0, stream, p);
+  return cudaGetLastError();
+}
+
+}  // namespace cmx
