@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cmx_kernels import cuda, registry, tuned
+from cmx_kernels import cuda, registry, triton_kernels, tuned
 from cmx_kernels.activations import ACTIVATIONS
 
 Shape = Sequence[int] | None
@@ -65,9 +66,15 @@ def _why_not_cuda(op: str, x: Tensor, act: str) -> str | None:
 
 
 def _why_not_triton(op: str, x: Tensor, act: str) -> str | None:
-    if x.device.type != "cuda":
+    if x.device.type != "cuda" and not (triton_kernels.INTERPRETED and x.device.type == "cpu"):
         return f"x is on {x.device.type}, the triton backend wants a CUDA tensor"
-    return f"this release has no Triton kernel for {op}"
+    if op not in triton_kernels.OPS:
+        return f"this release has no Triton kernel for {op}"
+    if x.dtype not in triton_kernels.DTYPES:
+        return f"x is {x.dtype}, the Triton kernels take float32, float16 and bfloat16"
+    if act not in triton_kernels.ACTS:
+        return f"no Triton kernel for the activation {act!r}"
+    return triton_kernels.why_not(x.device.index or 0)
 
 
 def _why_not_cpu(op: str, x: Tensor, act: str) -> str | None:
@@ -92,7 +99,11 @@ BACKENDS = (
         _why_not_cuda,
         "only compiled and emulated so far, never run on a GPU; use('cuda') runs it",
     ),
-    Backend("triton", _why_not_triton),
+    Backend(
+        "triton",
+        _why_not_triton,
+        "only compiled and interpreted so far, never run on a GPU; use('triton') runs it",
+    ),
     Backend("cpu", _why_not_cpu),
     Backend("reference", _why_not_reference),
 )
@@ -167,6 +178,13 @@ def select(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = No
                 say_once(f"{op} runs in plain PyTorch: {_listed(op, x, act)}")
             return backend.name
     raise AssertionError("the reference takes everything")
+
+
+def function(backend: str, op: str, reference: Callable[..., Any], compiled: Callable[..., Any]) -> Any:
+    """What a selected backend runs ``op`` with: the reference, torch.ops.cmx (``compiled``) or torch.ops.cmx_triton."""
+    if backend == "triton":
+        return getattr(torch.ops.cmx_triton, op)
+    return reference if backend == "reference" else compiled
 
 
 def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = None) -> bool:

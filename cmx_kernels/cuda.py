@@ -32,7 +32,7 @@ def _load() -> tuple[Any, str | None]:
 _LIBRARY, WHY_NOT_BUILT = _load()
 
 
-@torch.compiler.assume_constant_result
+@registry.constant
 def why_not(device: int) -> str | None:
     """None where the kernels run on this device, else a sentence. Asked once a device, then remembered.
 

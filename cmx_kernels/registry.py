@@ -1,13 +1,15 @@
 """Loads the native library and defines every operator once: schema, fake, Python fall-back, gradient.
 
-Schemas live in Python, so the operators exist without any compiled code; ``_C`` only adds kernels to them.
+Schemas live in Python, so the operators exist without any compiled code; ``_C`` only adds kernels to them. The same
+definition serves torch.ops.cmx_triton, which ``implement`` fills once Triton has been imported.
 """
 
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +19,17 @@ from cmx_kernels.flops import count
 below_autograd: Callable[[], AbstractContextManager[None]]
 below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+class _Definition(NamedTuple):
+    schema: str
+    fake: Callable[..., Any]
+    setup_context: Callable[..., None] | None
+    backward: Callable[..., Any] | None
+    flops: Callable[..., int] | None
+
+
+_definitions: dict[str, _Definition] = {}
 
 
 def define(
@@ -39,6 +52,7 @@ def define(
         torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    _definitions[name] = _Definition(schema, fake, setup_context, backward, flops)
     operator = getattr(torch.ops.cmx, name)
     if flops is not None:
         count(operator, flops)
@@ -48,6 +62,31 @@ def define(
 def on_device(name: str, key: str, function: Callable[..., Any]) -> None:
     """An implementation in Python of a defined operator, for one dispatch key."""
     torch.library.impl(f"cmx::{name}", key, function)
+
+
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo and with it Triton."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def implement(name: str, kernel: Callable[..., Any]) -> None:
+    """Define ``torch.ops.cmx_triton.<name>`` by a function that launches Triton kernels; torch.compile sees them."""
+    definition = _definitions[name]
+    op: Any = torch.library.triton_op(f"cmx_triton::{name}", kernel, mutates_args=())
+    found = str(op._opoverload._schema)
+    if found != f"cmx_triton::{name}{definition.schema}":
+        raise TypeError(f"{inspect.getsourcefile(kernel)}: {found} implements {name}{definition.schema}")
+    op.register_fake(definition.fake)
+    if definition.backward is not None:
+        op.register_autograd(definition.backward, setup_context=definition.setup_context)
+    if definition.flops is not None:
+        count(getattr(torch.ops.cmx_triton, name), definition.flops)
+
+
+def new_output(name: str, *args: Any) -> Any:
+    """What ``name`` returns, not yet written; raises what its arguments deserve."""
+    return _definitions[name].fake(*args)
 
 
 def _load() -> tuple[Any, str | None]:

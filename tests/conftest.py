@@ -17,6 +17,9 @@ from torch import Tensor
 
 from cmx_kernels import backends, ops, registry
 
+# these run in a process of their own, from test_triton.py: Triton decides at its import whether it interprets
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = [] if INTERPRETED else ["interpreted"]
 LEVELS = registry.C.isa_levels() if registry.C is not None else []
 THREADS = 2
 # without CUDA, torch.manual_seed stores a stack trace a call in case CUDA is started later
@@ -55,6 +58,7 @@ def same_start() -> Iterator[None]:
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a GPU too
     yield
     torch.use_deterministic_algorithms(False)
 

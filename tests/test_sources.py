@@ -24,8 +24,8 @@ SKIPPED = {".git", "build", "dist", ".venv", "node_modules"}
 LAYERS = (
     {"flops"},
     {"registry", "activations", "_build_info", "profiling"},
-    {"cuda", "cost_model", "tuned"},
-    {"backends", "triton_kernels", "checkpoints"},
+    {"cuda", "triton_kernels", "cost_model", "tuned"},
+    {"backends", "checkpoints"},
     {"ops"},
     {"models"},
     {"layers"},

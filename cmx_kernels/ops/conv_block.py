@@ -152,9 +152,8 @@ def run(op: ConvOp, x: Tensor, weight: Tensor, bias: Any, scale: Any, shift: Any
     alone = op.name == "depthwise_block" and args[3:] == (None, None, "none", False)
     if alone and backend == "cpu" and (bias is None or bias.dtype == x.dtype) and backends.plain_is_faster(x, weight):
         return in_format(F.conv2d(x, weight, bias, padding="same", groups=x.shape[1]), memory_format(x))
-    if backend == "reference":
-        return profiling.call(op.reference, op.name, backend, *args)
-    if torch.compiler.is_compiling() or wants_grad(x, weight, bias, scale, shift):
-        return profiling.call(op.compiled, op.name, backend, *args)
+    call = backends.function(backend, op.name, op.reference, op.compiled)
+    if call is not op.compiled or torch.compiler.is_compiling() or wants_grad(x, weight, bias, scale, shift):
+        return profiling.call(call, op.name, backend, *args)
     with below_autograd():  # whose Python code takes as long as a small layer
-        return profiling.call(op.compiled, op.name, backend, *args)
+        return profiling.call(call, op.name, backend, *args)

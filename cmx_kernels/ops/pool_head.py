@@ -101,4 +101,5 @@ def pool_head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return pool_head(x, weight, bias)
     _check(x, weight, bias)
     backend = backends.select("pool_head", x, "none")
-    return profiling.call(reference if backend == "reference" else _compiled, "pool_head", backend, x, weight, bias)
+    call = backends.function(backend, "pool_head", reference, _compiled)
+    return profiling.call(call, "pool_head", backend, x, weight, bias)

@@ -1,0 +1,115 @@
+"""The only tuned numbers: tiles, warps and stages by operator, GPU and size. [pred]: chosen by registers, shared memory
+and occupancy as compiled (tests/triton_facts.txt); none was measured on a GPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Gemm(NamedTuple):
+    """A tile [rows, columns] of the result, depth of a step, columns of tiles in a group."""
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
+    most_programs: int = 2**31 - 1  # where programs take several tiles
+    descriptors: bool = False
+
+    def programs(self, rows: int, columns: int) -> int:
+        return min(-(-rows // self.rows) * -(-columns // self.columns), self.most_programs)
+
+
+class Bands(NamedTuple):
+    """Depthwise on tensor cores: a program takes ``rows`` rows of the image planes."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+class Strip(NamedTuple):
+    """Depthwise by multiply-adds: a program takes [channels, columns] of ``rows`` rows."""
+
+    channels: int
+    columns: int
+    rows: int
+    warps: int
+
+
+class Pool(NamedTuple):
+    channels: int
+    pixels: int
+    warps: int
+
+
+def family(arch: int) -> int:
+    """0 interpreted, 80 (mma; sm_120 too, with its 99 KB of shared memory), 90 (wgmma), 100 (tcgen05)."""
+    return 0 if arch == 0 else 90 if 90 <= arch < 100 else 100 if 100 <= arch < 120 else 80
+
+
+def pointwise(
+    arch: int, dtype: torch.dtype, precision: str, rows: int, columns: int, multiprocessors: int, aligned: bool
+) -> Gemm:
+    """``aligned``: copies of 16 bytes can be. Two programs a multiprocessor: one stores while the other multiplies."""
+    gpu = family(arch)
+    if gpu == 0:
+        return Gemm(32, 32, 32, 2, 1, 1, multiprocessors, descriptors=True)
+    programs = 2 * multiprocessors
+    if dtype == torch.float32 and precision == "ieee":  # multiply-adds
+        return Gemm(64, 64, 16, 8, 4, 3, programs)
+    if not aligned:
+        return Gemm(64, 64, 32, 8, 8, 2, programs)
+    depth = 32 if dtype == torch.float32 else 64
+    if -(-rows // 128) * -(-columns // 128) < multiprocessors:
+        return Gemm(64, 64, depth, 8, 4, 4, programs, gpu >= 90)
+    if gpu == 80:
+        return Gemm(128, 128, depth, 8, 8, 3, programs)
+    if gpu == 100 or dtype == torch.float32:
+        return Gemm(128, 128, depth, 8, 8, 2, programs, True)
+    return Gemm(128, 128, depth, 8, 4, 2, programs, True)
+
+
+def pointwise_pointers(c: Gemm) -> Gemm:
+    """The same where descriptors cannot be: addresses take registers."""
+    return c._replace(warps=8, stages=3) if c.rows == 128 else c
+
+
+def patch_embed(arch: int, dtype: torch.dtype, precision: str) -> Gemm:
+    if family(arch) == 0:
+        return Gemm(64, 64, 64, 2, 1, 1)
+    if dtype == torch.float32 and precision == "ieee":
+        return Gemm(64, 64, 16, 8, 4, 2)
+    return Gemm(64, 128, 32, 8, 4, 2)
+
+
+def bands(arch: int, rows: int, columns: int) -> Bands:
+    """``rows`` = images * height; ``columns`` of one tile."""
+    if family(arch) == 0:
+        return Bands(32, 1, 1)
+    if rows <= 32:
+        return Bands(32, 1, 2)
+    return Bands(64, 2, 2) if rows <= 64 or columns > 32 else Bands(128, 4, 2)
+
+
+def strip(arch: int, width: int, channels_last: bool, kernel_height: int) -> Strip:
+    if family(arch) == 0:
+        return Strip(32, 32, 8, 1)
+    rows = 8 if kernel_height <= 17 else 2  # a column of the filter is in registers too
+    if channels_last:
+        return Strip(64, 2, rows, 4)
+    columns = min(max(16, 1 << (width - 1).bit_length()), 64)
+    return Strip(128 // columns, columns, rows, 4)
+
+
+def pool(arch: int, channels_last: bool) -> Pool:
+    if family(arch) == 0:
+        return Pool(16, 32, 1)
+    return Pool(64, 32, 4) if channels_last else Pool(8, 256, 4)
+
+
+def head(arch: int) -> Gemm:
+    return Gemm(16, 16, 32, 2, 1, 1) if family(arch) == 0 else Gemm(16, 32, 64, 8, 4, 3)

@@ -1,0 +1,90 @@
+"""pool_head: y[n, o] = sum_c weight[o, c] mean_p(x[n, c, p]) + bias[o]
+
+x [N, C, H, W], weight [O, C], y [N, O]. Two kernels with the means [N, C] in float32 between them: in one, either
+every block of classes would read x again, or one program would read the whole weight. Sums are in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from cmx_kernels import registry
+from cmx_kernels.triton_kernels import config, launch
+
+
+@triton.jit
+def pool_fwd_kernel(
+    x, means, channels, width, pixels, x_n, x_c, x_h, x_w,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """means[n, c] for CHANNELS channels of one image. FLAT: x_w is the distance between any two neighbouring pixels."""
+    channel_tiles = tl.cdiv(channels, CHANNELS)
+    n = tl.program_id(0) // channel_tiles
+    c = tl.program_id(0) % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
+    if WIDE:
+        n, c = n.to(tl.int64), c.to(tl.int64)
+    inside = c < channels
+    plane = x + n * x_n + c[:, None] * x_c
+    sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    for first in range(0, pixels, PIXELS):
+        p = first + tl.arange(0, PIXELS)
+        p_inside = p < pixels
+        if WIDE:
+            p = p.to(tl.int64)
+        at = p * x_w if FLAT else (p // width) * x_h + (p % width) * x_w
+        sums += tl.load(plane + at[None, :], mask=inside[:, None] & p_inside[None, :], other=0).to(tl.float32)
+    tl.store(means + n * channels + c, tl.sum(sums, 1) / pixels, mask=inside)
+
+
+@triton.jit
+def head_fwd_kernel(
+    means, weight, bias, y, images, channels, classes, weight_o, weight_c, bias_stride,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """y [N, O] = means [N, C] weight^T + bias, a tile of ROWS images and COLUMNS classes a program."""
+    column_tiles = tl.cdiv(classes, COLUMNS)
+    n = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)
+    o = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    if WIDE:
+        n, o = n.to(tl.int64), o.to(tl.int64)
+    n_inside, o_inside = n < images, o < classes
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, channels, DEPTH):
+        c = first + tl.arange(0, DEPTH)
+        c_inside = c < channels
+        if WIDE:
+            c = c.to(tl.int64)
+        a = tl.load(means + n[:, None] * channels + c[None, :], mask=n_inside[:, None] & c_inside[None, :], other=0)
+        b_inside = o_inside[None, :] & c_inside[:, None]
+        b = tl.load(weight + o[None, :] * weight_o + c[:, None] * weight_c, mask=b_inside, other=0)
+        acc = tl.dot(a, b.to(tl.float32), acc, input_precision=PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + o * bias_stride, mask=o_inside, other=0).to(tl.float32)[None, :]
+    at = y + n[:, None] * classes + o[None, :]
+    tl.store(at, acc.to(y.dtype.element_ty), mask=n_inside[:, None] & o_inside[None, :])
+
+
+def pool_head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = registry.new_output("pool_head", x, weight, bias)
+    if y.numel() == 0:
+        return y
+    (images, channels, height, width), classes, arch = x.shape, weight.shape[0], launch.arch(x)
+    means = torch.empty((images, channels), dtype=torch.float32, device=x.device)
+    flat, p, c = launch.pixel_stride(x), config.pool(arch, launch.is_channels_last(x)), config.head(arch)
+    with launch.on_device(x):
+        wrap_triton(pool_fwd_kernel)[(images * launch.cdiv(channels, p.channels),)](
+            x, means, channels, width, height * width, *x.stride()[:3], x.stride(3) if flat is None else flat,
+            FLAT=flat is not None, WIDE=launch.needs_wide_offsets(x), CHANNELS=p.channels, PIXELS=p.pixels,
+            num_warps=p.warps,
+        )  # fmt: skip
+        wrap_triton(head_fwd_kernel)[(c.programs(images, classes),)](
+            means, weight, bias, y, images, channels, classes, *weight.stride(), *launch.strides(bias),
+            PRECISION=launch.precision(x, convolution=False), WIDE=launch.needs_wide_offsets(weight, y),
+            ROWS=c.rows, COLUMNS=c.columns, DEPTH=c.depth, num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
+    return y
+
+
+registry.implement("pool_head", pool_head)

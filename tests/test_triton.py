@@ -1,0 +1,161 @@
+"""The Triton backend where no GPU is: what it refuses, the kernels interpreted and as compiled for three GPUs."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmx_kernels import backends, triton_kernels
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+TABLE = TESTS / "triton_facts.txt"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton")
+COLUMNS = TABLE.read_text().splitlines()[1].split()[3:]
+
+
+def _python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """A process of its own: Triton decides at its import whether it interprets."""
+    paths = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_DEFAULT_FP_FUSION": "1", **environment}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, text=True, **output)
+
+
+def _refusals(x: torch.Tensor, op: str = "depthwise_block", act: str = "gelu") -> str:
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        return str(backends._why_not_triton(op, torch.empty(x.shape, dtype=x.dtype, device="cuda"), act))
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sentence for every form that is missing; never chosen unless asked for."""
+    x = torch.zeros(1, 4, 5, 5)
+    assert (
+        backends._why_not_triton("depthwise_block", x, "gelu") == "x is on cpu, the triton backend wants a CUDA tensor"
+    )
+    assert _refusals(x, "block_stack") == "this release has no Triton kernel for block_stack"
+    assert _refusals(x.double()) == "x is torch.float64, the Triton kernels take float32, float16 and bfloat16"
+    assert _refusals(x, act="square") == "no Triton kernel for the activation 'square'"
+    triton = next(b for b in backends.BACKENDS if b.name == "triton")
+    assert triton.only_forced is not None
+    monkeypatch.setattr(triton_kernels, "_INSTALLED", False)
+    triton_kernels.load.cache_clear()
+    try:
+        assert _refusals(x).startswith("triton is not installed: pip install triton")
+    finally:
+        triton_kernels.load.cache_clear()
+
+
+@needs_triton
+def test_archs() -> None:
+    """Found out by compiling: sm_75 is too old for us, sm_990 unknown to Triton."""
+    code = "from cmx_kernels.triton_kernels import why_not_arch as w; print(*map(w, (75, 80, 90, 990)), sep='\\n')"
+    process = _python("-c", code, TRITON_INTERPRET="0")
+    lines = process.communicate()[0].splitlines()[-4:]
+    assert lines[0] == "the GPU is an sm_75, the Triton kernels want sm_80 or newer"
+    assert lines[1:3] == ["None", "None"], lines
+    assert "does not compile for sm_990" in lines[3]
+
+
+@needs_triton
+def test_a_cpu_tensor() -> None:
+    """torch.ops.cmx_triton called by hand: the way out, not Triton's own message."""
+    code = """
+import torch
+from cmx_kernels import triton_kernels
+assert triton_kernels.load() is None
+x = torch.zeros(1, 4, 5, 5)
+torch.ops.cmx_triton.depthwise_block(x, x.view(4, 1, 5, 5), None, None, None, "gelu", True)
+"""
+    output = _python("-c", code, TRITON_INTERPRET="0").communicate()[0]
+    assert "x: got a tensor on cpu, torch.ops.cmx_triton wants a CUDA tensor; move it with .cuda()" in output
+
+
+@needs_triton
+def test_compiler_sees_the_kernels() -> None:
+    """A graph that torch.compile's back end gets holds the Triton kernels, not an opaque operator."""
+    code = """
+import torch, cases, triton, triton_facts
+from torch._subclasses import FakeTensorMode
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from cmx_kernels import backends, ops, triton_kernels
+triton.runtime.driver.set_active(triton_facts.Driver(90))
+assert triton_kernels.load() is None
+for op in cases.OPS:
+    args = cases.inputs(op, cases.RAGGED[op], torch.bfloat16)
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    rest = [a for a in args if not isinstance(a, torch.Tensor)]
+    with FakeTensorMode() as mode, backends.use("triton"):
+        fake = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors]
+        graph = aot_export_joint_simple(lambda *t: (getattr(ops, op)(*t, *rest),), fake, trace_joint=False)
+    print(op, sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes))
+"""
+    output = _python("-c", code, TRITON_INTERPRET="0").communicate()[0]
+    found = [line for line in output.splitlines() if line.split(" ")[0] in triton_kernels.OPS]
+    assert found == ["patch_embed 1", "depthwise_block 1", "pointwise_block 1", "pool_head 2"], output
+
+
+@needs_triton
+def test_interpreted() -> None:
+    """tests/interpreted, in a process where Triton interprets."""
+    process = _python("-m", "pytest", "-q", "-x", "tests/interpreted", TRITON_INTERPRET="1")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output[-6000:]
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[str]:
+    """The table, made by one process a GPU, two at a time."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the gates need triton: pip install triton")
+    archs = [["80"], ["90", "100"]]
+    started = [_python("tests/triton_facts.py", *some, TRITON_INTERPRET="0") for some in archs]
+    lines: list[str] = []
+    for process in started:
+        output = process.communicate()[0]
+        assert process.returncode == 0, output[-6000:]
+        lines = [*(lines or output.splitlines()[:2]), *output.splitlines()[2:]]
+    return lines
+
+
+def _rows(lines: list[str]) -> dict[tuple[str, str, str], dict[str, int]]:
+    rows = [(line[:8].strip(), line[8:34].strip(), line[34:62].strip(), line[62:].split()) for line in lines[2:]]
+    return {tuple(where): dict(zip(COLUMNS, map(int, numbers), strict=True)) for *where, numbers in rows}
+
+
+def test_nothing_spills(facts: list[str]) -> None:
+    for where, fact in _rows(facts).items():
+        assert (fact["stack"], fact["local"]) == (0, 0), f"{where} spills: {fact}"
+        most = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}[where[0]]
+        assert fact["shared"] <= (99 << 10 if where[0] == "sm_80" else most), f"{where}: sm_86 and sm_89 have 99 KB"
+
+
+def test_instructions(facts: list[str]) -> None:
+    """Tensor cores for 16 bits and TF32, asynchronous copies, wide stores; multiply-adds for float32."""
+    product = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "HMMA"), "sm_100": ("UTCMMA", "HMMA")}
+    for (arch, kernel, variant), fact in _rows(facts).items():
+        where = f"{arch} {kernel} {variant}: {fact}"
+        narrow = variant.split()[0] in ("bf16", "fp16", "tf32")
+        if kernel in ("pointwise_fwd", "pointwise_fwd_descriptor", "patch_embed_fwd", "depthwise_fwd_bands"):
+            assert narrow == any(fact[i] for i in product[arch]), where
+        if kernel == "pointwise_fwd_descriptor":
+            assert fact["UTMALDG"] and fact["UTMASTG"] and not fact["HMMA"] and arch != "sm_80", where
+        if kernel == "pointwise_fwd" and "2x100x7x7" not in variant:
+            assert fact["LDGSTS"] and fact["store16"], where
+        if kernel == "depthwise_fwd_bands" and "7x7 5x5" not in variant:
+            assert fact["LDGSTS"] and fact["store16"], where
+
+
+def test_table(facts: list[str]) -> None:
+    """Exact for the Triton that made the table; another schedules otherwise, and has the rules above only."""
+    wanted = TABLE.read_text().splitlines()
+    if facts[0] != wanted[0]:
+        pytest.skip(f"tests/triton_facts.txt is of {wanted[0]}, and this is {facts[0]}")
+    changed = [f"- {a}\n+ {b}" for a, b in zip(wanted, facts, strict=False) if a != b]
+    assert facts == wanted, "\n".join(
+        ["meant? python tests/triton_facts.py > tests/triton_facts.txt", wanted[1], *changed]
+    )
