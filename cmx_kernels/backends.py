@@ -130,6 +130,11 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The backend that use() or CMX_BACKEND asks for."""
+    return _forced
+
+
 def kernels_are_forced() -> bool:
     return _forced not in (None, "reference")
 

@@ -9,7 +9,16 @@ import torch
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRESETS: dict[str, dict[str, Any]] = {
     "authors": {},
-    "cpu": {"dim": 64, "depth": 6, "epochs": 12, "batch_size": 128, "lr": 0.02, "augment": "light", "device": "cpu"},
+    "cpu": {
+        "dim": 64,
+        "depth": 6,
+        "epochs": 12,
+        "batch_size": 128,
+        "lr": 0.02,
+        "augment": "light",
+        "device": "cpu",
+        "amp": "bf16",
+    },
 }
 
 

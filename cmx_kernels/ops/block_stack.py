@@ -105,6 +105,8 @@ def why_not(x: Tensor, act: str, size: Sequence[int] | None = None) -> str | Non
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return "a gradient of x is wanted, the stack is for inference"
+    if backends.forced() not in (None, "cpu"):
+        return f"use({backends.forced()!r}) runs operators one by one"
     if backends.select("block_stack", x, act, quiet=True, weight=size) != "cpu":
         if backends.select("block_stack", x, act, quiet=True) == "cpu":
             return SLOWER
