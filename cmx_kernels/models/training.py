@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from cmx_kernels import backends
 from cmx_kernels.models.structure import Unit
-from cmx_kernels.ops import batchnorm, training
+from cmx_kernels.ops import batchnorm
 from cmx_kernels.ops.batchnorm import BatchNorm
 from cmx_kernels.ops.checks import autocast, memory_format
 from cmx_kernels.ops.differentiable import Block, Value
 from cmx_kernels.ops.differentiable import Unit as UnitFunction
+from cmx_kernels.ops.training_forms import patches_backward, patches_forward
 
 OPS = ("patch_embed_train", "depthwise_block_train", "pointwise_block_train")
 
@@ -58,8 +59,8 @@ def run(
         updates: list[tuple[BatchNorm, Tensor]] = []
         rows: Tensor | None = None
         if stem:
-            forward = partial(_patch_embed, act=act)
-            backward = partial(_patch_embed_backward, act=act)
+            forward = partial(patches_forward, act=act)
+            backward = partial(patches_backward, act=act)
             given = _parameters(stem, next(weight_of))
             x, rows, moments = UnitFunction.apply(forward, backward, x, *given, batchnorm.norm_of(stem.norm))
             updates.append((stem.norm, moments))
@@ -76,14 +77,6 @@ def run(
 
 def _parameters(unit: Unit, weight: Tensor) -> tuple[Any, ...]:
     return weight, unit.conv.bias, unit.norm.weight, unit.norm.bias
-
-
-def _patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Any:
-    return training.patch_embed_train(x, weight, bias, act)
-
-
-def _patch_embed_backward(grad: Tensor, a: Tensor, k: Tensor, x: Tensor, weight: Tensor, *need: bool, act: str) -> Any:
-    return training.patch_embed_backward(grad, a, k, x, weight, act, *need)
 
 
 def recomputed(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -20,9 +20,7 @@ def geometry(weight: Tensor) -> Geometry:
     return Geometry(padding=((kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2), groups=weight.shape[0])
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str
-) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
     conv_block.check_block(x, None, None, None, act)
     check_weight(x, weight, "[C, 1, kh, kw]", (x.shape[1], 1, -1, -1))
     check_kernel(weight)
@@ -38,7 +36,7 @@ def reference(
     act: str = "gelu",
     residual: bool = True,
 ) -> Tensor:
-    _check(x, weight, bias, scale, shift, act)
+    check(x, weight, bias, scale, shift, act)
     y = conv_block.forward(x, weight, bias, scale, shift, act, geometry(weight), residual)
     return in_format(y, memory_format(x))
 
@@ -46,7 +44,7 @@ def reference(
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str, residual: bool
 ) -> Tensor:
-    _check(x, weight, bias, scale, shift, act)
+    check(x, weight, bias, scale, shift, act)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
@@ -57,7 +55,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, str act, bool residual) -> Tensor"
 _OP = ConvOp(
     "depthwise_block",
-    _check,
+    check,
     reference,
     define("depthwise_block", _SCHEMA, _fake, reference, conv_block.setup_context, _backward, conv_block.flops),
 )

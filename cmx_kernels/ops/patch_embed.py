@@ -19,9 +19,7 @@ def geometry(weight: Tensor) -> Geometry:
     return Geometry(stride=(weight.shape[2], weight.shape[3]))
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str
-) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
     conv_block.check_block(x, None, None, None, act)
     check_weight(x, weight, "[C, Cin, p, q]", (-1, x.shape[1], -1, -1))
     c, _, p, q = weight.shape
@@ -36,7 +34,7 @@ def _check(
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str = "gelu"
 ) -> Tensor:
-    _check(x, weight, bias, scale, shift, act)
+    check(x, weight, bias, scale, shift, act)
     y = conv_block.forward(x, weight, bias, scale, shift, act, geometry(weight))
     return in_format(y, memory_format(x))
 
@@ -44,7 +42,7 @@ def reference(
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str
 ) -> Tensor:
-    _check(x, weight, bias, scale, shift, act)
+    check(x, weight, bias, scale, shift, act)
     n, _, h, w = x.shape
     c, _, p, q = weight.shape
     return torch.empty((n, c, h // p, w // q), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
@@ -57,7 +55,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, str act) -> Tensor"
 _OP = ConvOp(
     "patch_embed",
-    _check,
+    check,
     reference,
     define("patch_embed", _SCHEMA, _fake, reference, conv_block.setup_context, _backward, conv_block.flops),
 )

@@ -17,9 +17,7 @@ from cmx_kernels.registry import define
 _GEOMETRY = Geometry()
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str
-) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
     conv_block.check_block(x, None, None, None, act)
     check_weight(x, weight, "[C, Cin, 1, 1]", (-1, x.shape[1], 1, 1))
     conv_block.check_block(x, bias, scale, shift, act, weight.shape[0])
@@ -28,7 +26,7 @@ def _check(
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str = "gelu"
 ) -> Tensor:
-    _check(x, weight, bias, scale, shift, act)
+    check(x, weight, bias, scale, shift, act)
     y = conv_block.forward(x, weight, bias, scale, shift, act, _GEOMETRY)
     return in_format(y, memory_format(x))
 
@@ -36,7 +34,7 @@ def reference(
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str
 ) -> Tensor:
-    _check(x, weight, bias, scale, shift, act)
+    check(x, weight, bias, scale, shift, act)
     shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
@@ -48,7 +46,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, str act) -> Tensor"
 _OP = ConvOp(
     "pointwise_block",
-    _check,
+    check,
     reference,
     define("pointwise_block", _SCHEMA, _fake, reference, conv_block.setup_context, _backward, conv_block.flops),
 )
