@@ -65,9 +65,14 @@ def cuobjdump() -> str:
 
 
 def _compile(job: tuple[Path, str]) -> Path:
-    """The cubin of one source for one arch, made once per content."""
+    """A file with the code of one source for one arch: the object of the build, or a cubin made once per content."""
     source, arch = job
     read = [source, *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
+    last = max(file.stat().st_mtime for file in read)
+    for built in ROOT.glob(f"build/*/cuda/{source.name}.o"):
+        listed = subprocess.check_output([cuobjdump(), "-lelf", str(built)], text=True)
+        if built.stat().st_mtime > last and f".{arch}.cubin" in listed:
+            return built
     key = hashlib.sha256("".join(file.read_text() for file in read).encode() + f"{arch}{nvcc()}".encode())
     out = ROOT / "build" / "cubin" / f"{source.stem}-{arch}-{key.hexdigest()[:16]}.cubin"
     if not out.exists():
@@ -78,10 +83,10 @@ def _compile(job: tuple[Path, str]) -> Path:
     return out
 
 
-def _facts(cubin: Path) -> dict[str, str]:
+def _facts(code: Path, arch: str) -> dict[str, str]:
     """Kernel -> its numbers."""
     path = os.pathsep.join([str(Path(cuobjdump()).parent), os.environ.get("PATH", "")])  # of nvdisasm, which it calls
-    command = [cuobjdump(), "-sass", "-res-usage", str(cubin)]
+    command = [cuobjdump(), "-arch", arch, "-sass", "-res-usage", str(code)]
     dump = subprocess.check_output(command, text=True, env={**os.environ, "PATH": path})
     found: dict[str, list[int]] = {}
     for function, usage in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", dump):
@@ -105,11 +110,12 @@ def table() -> list[str]:
     jobs = [(source, arch) for source in sources for arch in ARCHS]
     cuobjdump()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        cubins = list(pool.map(_compile, jobs))
+        found = list(pool.map(_compile, jobs))
+        facts = list(pool.map(_facts, found, [arch for _, arch in jobs]))
     rows = [
         f"{arch:<7}{kernel:<38}{numbers}"
-        for (_, arch), cubin in zip(jobs, cubins, strict=True)
-        for kernel, numbers in _facts(cubin).items()
+        for (_, arch), kernels in zip(jobs, facts, strict=True)
+        for kernel, numbers in kernels.items()
     ]
     columns = "".join(f"{name:>8}" for name in ("regs", "stack", "shared", *COLUMNS))
     return [f"nvcc {nvcc()[1]}", f"{'arch':<7}{'kernel':<38}{columns}", *sorted(rows)]

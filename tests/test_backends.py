@@ -92,7 +92,7 @@ def test_use_runs_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     module = sys.modules["cmx_kernels.ops.depthwise_block"]
     spy = ConvOp(
-        "depthwise_block", module._check, lambda *a: called.append("reference"), lambda *a: called.append("cpu")
+        "depthwise_block", module.check, lambda *a: called.append("reference"), lambda *a: called.append("cpu")
     )
     monkeypatch.setattr(module, "_OP", spy)
     for name in ("cpu", "reference", "cpu"):

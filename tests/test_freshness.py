@@ -129,7 +129,7 @@ def test_equal_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(ConvMixer(24, 2, 5, 4, 6))
     packed = []
     real = torch.ops.cmx.pack_depthwise
-    monkeypatch.setattr("cmx_kernels.ops.block_stack._pack_depthwise", lambda w: packed.append(1) or real(w))
+    monkeypatch.setattr("cmx_kernels.ops.block_stack.pack_depthwise", lambda w: packed.append(1) or real(w))
     with counted(monkeypatch) as calls:
         for n in (1, 2, 5):
             model(torch.randn(n, 3, 20, 24))

@@ -237,4 +237,4 @@ def test_bias_is_not_rounded(backend: Runner) -> None:
 
 
 def test_public_functions_are_covered() -> None:
-    assert sorted(ops.__all__) == sorted(cases.OPS)
+    assert {op for op in ops.__all__ if not op.endswith("_train")} == set(cases.OPS)

@@ -7,6 +7,8 @@ a 16-bit pre-activation takes its bias in its own dtype, as nn.Conv2d does. On t
 the references of the passes.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,26 +58,37 @@ def _per_channel(like: Tensor, *rows: int) -> Tensor:
     return like.new_empty((*rows, like.shape[1]), dtype=compute_dtype(like))
 
 
+def _no_products(*_: Any, **__: Any) -> int:
+    return 0
+
+
 form_sum = define(
     "training_sum",
     "(Tensor x, Tensor? affine, Tensor? skip, Tensor? skip_affine, str act) -> Tensor",
     lambda x, *_: _product_layout(torch.empty_like(x), _is_last(x)),
     _sum_reference,
+    flops=_no_products,
 )
 form_gradient = define(
     "training_gradient",
     "(Tensor grad, Tensor a, Tensor coefficients, str act) -> (Tensor, Tensor)",
     lambda grad, a, *_: (_product_layout(torch.empty_like(a), _is_last(a)), _per_channel(a)),
     _gradient_reference,
+    flops=_no_products,
 )
 moments = define(
-    "training_moments", "(Tensor a, str act) -> Tensor", lambda a, act: _per_channel(a, 2), _moments_reference
+    "training_moments",
+    "(Tensor a, str act) -> Tensor",
+    lambda a, act: _per_channel(a, 2),
+    _moments_reference,
+    flops=_no_products,
 )
 sums = define(
     "training_sums",
     "(Tensor grad, Tensor x, Tensor affine, str act) -> Tensor",
     lambda grad, x, *_: _per_channel(x, 2),
     training.affine_sums,
+    flops=_no_products,
 )
 
 
