@@ -118,6 +118,8 @@ class Stack:
             check_bypass(module)
         self.watched = _watch([*bypassed, *(module for unit in self.units for module in unit)])
         self.stores = [(unit.conv.__dict__, unit.norm.__dict__) for unit in self.units]
+        norms = [unit.norm for unit in self.units]
+        self.always_batch = any(norm.running_mean is None or norm.running_var is None for norm in norms)
         self.count = len(self._tensors())
         self.cache = PackedCache()
 
@@ -154,7 +156,9 @@ class Stack:
 
     def trains(self, x: Tensor, tensors: Sequence[Tensor]) -> bool:
         """Whether this call needs a gradient or the statistics of its batch."""
-        return training.wanted(self.units, x, tensors)
+        if self.always_batch or any(norm["training"] for _, norm in self.stores):
+            return True
+        return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
 
     def run(self, x: Tensor, tensors: Sequence[Tensor], pool: bool = False) -> Tensor | None:
         """The whole stack in one call; None where its operators have to be called one by one.

@@ -21,13 +21,6 @@ from cmx_kernels.ops.training_forms import patches_backward, patches_forward
 OPS = ("patch_embed_train", "depthwise_block_train", "pointwise_block_train")
 
 
-def wanted(units: Sequence[Unit], x: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether this call needs a gradient or the statistics of its batch."""
-    if any(batchnorm.uses_batch(unit.norm) for unit in units):
-        return True
-    return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
-
-
 def why_not(x: Tensor, act: str) -> str | None:
     """A sentence if no backend has the operators of training for ``x``, in the dtype of autocast."""
     if x.numel() == 0:
