@@ -16,6 +16,7 @@ import cmx_kernels
 from benchmarks import machine, report
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+_ROUNDS = 12
 _FLUSH = 256 << 20  # bytes, more than any L2
 
 
@@ -128,6 +129,32 @@ def flags(tf32: bool = False, benchmark: bool = False) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = products
+
+
+def race(
+    device: Device,
+    calls: dict[str, Callable[[], torch.Tensor]],
+    exact: torch.Tensor,
+    allowed: float,
+    record: dict[str, Any],
+    unchecked: str | None = None,
+) -> dict[str, float]:
+    """Microseconds of each call, in turns, of those that are right: first two images against ``exact``.
+
+    What is wrong goes into the note of ``record``. Names that begin with ``unchecked`` compute something else.
+    """
+    for name in [name for name in calls if unchecked is None or not name.startswith(unchecked)]:
+        error = (calls[name]()[:2].double() - exact).abs().max().item()
+        if name == "fused":
+            record |= {"error": error, "allowed": allowed}
+        if not error <= allowed:
+            record["note"] += f"{name} is wrong by {error:.3g}, allowed are {allowed:.3g}: not timed. "
+            del calls[name]
+    times: dict[str, list[float]] = {}
+    for _ in range(3 if device.dry else _ROUNDS):
+        for name, call in calls.items():
+            times.setdefault(name, []).append(device.once(call))
+    return {name: median(values[1:]) for name, values in times.items()}
 
 
 def graphed(device: Device, call: Callable[[], Any]) -> Callable[[], Any]:

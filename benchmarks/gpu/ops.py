@@ -7,14 +7,13 @@ Bandwidth is that of a copy measured in the same run. float32 without TF32.
 """
 
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.device import Device, Store, flags, opened, parser, reason, say
+from benchmarks.gpu.device import Device, Store, flags, opened, parser, race, reason, say
 from cmx_kernels import backends, ops
 
 CASES = [  # (n, c, size), kernel, dtype: the models first, so that a short run has them
@@ -27,7 +26,6 @@ CASES = [  # (n, c, size), kernel, dtype: the models first, so that a short run 
     *[((64, 384, 14), k, "bfloat16") for k in (7, 9)],
 ]
 DRY = [((2, 8, 16), k, d) for k in (3, 7) for d in ("float32", "bfloat16")]
-_ROUNDS = 12
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -95,23 +93,12 @@ def measure(device: Device, shape: tuple[int, int, int], k: int, dtype: str, ban
 
     args = (normal(n, c, size, size), normal(c, 1, k, k, scale=1 / k), normal(c), normal(c), normal(c))
     exact = eager(args[0][:2].double(), *(a.double() for a in args[1:]))
-    times: dict[str, list[float]] = {}
     record: dict[str, Any] = {"shape": f"{n}x{c}x{size}x{size}", "k": k, "dtype": dtype, "note": ""}
     with flags():
         of_eager = (eager(args[0][:2], *args[1:]).double() - exact).abs().max().item()
         allowed = 2 * of_eager + 4 * torch.finfo(kind).eps * exact.abs().max().item()
         calls = providers(device, args)
-        for name, call in list(calls.items()):
-            error = (call()[:2].double() - exact).abs().max().item()
-            if name == "fused":
-                record |= {"error": error, "allowed": allowed}
-            if not error <= allowed:
-                record["note"] += f"{name} is wrong by {error:.3g}, allowed are {allowed:.3g}: not timed. "
-                del calls[name]
-        for _ in range(3 if device.dry else _ROUNDS):
-            for name, call in calls.items():
-                times.setdefault(name, []).append(device.once(call))
-    us = {name: median(values[1:]) for name, values in times.items()}
+        us = race(device, calls, exact, allowed, record)
     floor = (2 * args[0].nbytes + args[1].nbytes) / bandwidth * 1e-6
     record |= {"us": us, "floor_us": floor, **predicted(device, shape, k, dtype)}
     plain = [value for name, value in us.items() if not name.startswith("fused")]

@@ -6,14 +6,13 @@
 """
 
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.device import Device, Store, flags, opened, parser, reason, say
+from benchmarks.gpu.device import Device, Store, flags, opened, parser, race, reason, say
 from cmx_kernels import backends, ops
 
 MODELS = ((1536, 32, 7), (768, 32, 7), (1024, 16, 14))  # channels, pixels on a side, patch
@@ -25,7 +24,6 @@ CASES = [  # op, (n, c, size, patch), dtype
     *[("pointwise_block", (64, 384, size, 1), "bfloat16") for size in (7, 14, 56)],
 ]
 DRY = [(op, (2, 8, 4, 2 if op == "patch_embed" else 1), "bfloat16") for op in dict.fromkeys(c[0] for c in CASES)]
-_ROUNDS = 12
 _CLASSES = 1000
 
 
@@ -83,22 +81,11 @@ def measure(device: Device, op: str, case: tuple[int, int, int, int], dtype: str
     flop = 2.0 * n * args[1].numel() * (1 if op == "pool_head" else size * size)
     record: dict[str, Any] = {"op": op, "shape": f"{n}x{c}x{size}x{size}, {patch}", "dtype": dtype, "note": ""}
     exact = eager(op, args[0][:2].double(), *(a.double() for a in args[1:]))
-    times: dict[str, list[float]] = {}
     with flags():
         of_eager = (eager(op, args[0][:2], *args[1:]).double() - exact).abs().max().item()
         allowed = 2 * of_eager + 4 * torch.finfo(kind).eps * exact.abs().max().item()
         calls = providers(device, op, *args)
-        for name in [name for name in calls if not name.startswith("cuBLAS")]:
-            error = (calls[name]()[:2].double() - exact).abs().max().item()
-            if name == "fused":
-                record |= {"error": error, "allowed": allowed}
-            if not error <= allowed:
-                record["note"] += f"{name} is wrong by {error:.3g}, allowed are {allowed:.3g}: not timed. "
-                del calls[name]
-        for _ in range(3 if device.dry else _ROUNDS):
-            for name, call in calls.items():
-                times.setdefault(name, []).append(device.once(call))
-    us = {name: median(values[1:]) for name, values in times.items()}
+        us = race(device, calls, exact, allowed, record, unchecked="cuBLAS")
     record["us"] = us
     if "fused" in us:
         record["tflop_per_s"] = flop / us["fused"] * 1e-6

@@ -50,25 +50,35 @@ def affine_sums(grad: Tensor, x: Tensor, affine: Tensor, act: str) -> Tensor:
     return torch.stack((grad.sum((0, 2, 3)), (grad * centred).sum((0, 2, 3))))
 
 
+def moments_of(a: Tensor, act: str) -> Tensor:
+    """Mean and biased variance of act(a) as [2, C]"""
+    var, mean = torch.var_mean(activation(act)(a.to(compute_dtype(a))), (0, 2, 3), correction=0)
+    return torch.stack((mean, var))
+
+
+def gradient_of(grad: Tensor, a: Tensor, coefficients: Tensor, act: str) -> Tensor:
+    """da = (p * grad + q * (act(a) - mean) + r) * act'(a) in float32"""
+    dtype = compute_dtype(a)
+    a = a.to(dtype)
+    p, q, r, mean = (column(row) for row in coefficients)
+    return activation_backward(act, p * grad.to(dtype) + q * (activation(act)(a) - mean) + r, a)
+
+
 def _forward(u: Tensor, like: Tensor, weight: Tensor, bias: Tensor | None, act: str, at: Geometry) -> list[Tensor]:
     dtype = compute_dtype(like)
     bias = None if bias is None else bias.to(dtype)
     a = F.conv2d(at.pad(u), weight.to(dtype), bias, at.stride, groups=at.groups).to(like.dtype)
-    var, mean = torch.var_mean(activation(act)(a.to(dtype)), (0, 2, 3), correction=0)
-    return [in_format(a, memory_format(like)), torch.stack((mean, var))]
+    return [in_format(a, memory_format(like)), moments_of(a, act)]
 
 
 def _backward(
     grad: Tensor, a: Tensor, coefficients: Tensor, u: Tensor, weight: Tensor, act: str, need: list[bool], at: Geometry
 ) -> list[Tensor]:
     """Gradients of u, weight and bias, all in float32"""
-    dtype = compute_dtype(a)
-    a = a.to(dtype)
-    p, q, r, mean = (column(row) for row in coefficients)
-    da = activation_backward(act, p * grad.to(dtype) + q * (activation(act)(a) - mean) + r, a)
+    da = gradient_of(grad, a, coefficients, act)
     padded = at.pad(u)
     du, dweight, _ = torch.ops.aten.convolution_backward(
-        da, padded, weight.to(dtype), None, at.stride, (0, 0), (1, 1), False, (0, 0), at.groups, (*need, False)
+        da, padded, weight.to(da.dtype), None, at.stride, (0, 0), (1, 1), False, (0, 0), at.groups, (*need, False)
     )
     return [
         at.unpad(du) if need[0] else a.new_empty(0),
@@ -173,7 +183,8 @@ depthwise_backward = _define(
 # ---- pointwise: a = conv1x1(X + skip, weight) + bias; the skip is held as X is, with an affine of its own
 
 
-def _sum(x: Tensor, affine: Tensor | None, skip: Tensor | None, skip_affine: Tensor | None, act: str) -> Tensor:
+def sum_of(x: Tensor, affine: Tensor | None, skip: Tensor | None, skip_affine: Tensor | None, act: str) -> Tensor:
+    """X + skip in float32"""
     u = value(x, affine, act)
     return u if skip is None else u + value(skip, skip_affine, act)
 
@@ -187,7 +198,7 @@ def pointwise_reference(
     bias: Tensor | None,
     act: str,
 ) -> tuple[Tensor, Tensor]:
-    a, moments = _forward(_sum(x, affine, skip, skip_affine, act), x, weight, bias, act, Geometry())
+    a, moments = _forward(sum_of(x, affine, skip, skip_affine, act), x, weight, bias, act, Geometry())
     return a, moments
 
 
@@ -205,7 +216,7 @@ def pointwise_backward_reference(
     need_weight: bool,
 ) -> Gradients:
     """The input's gradient is that of X and that of the skip; the sums are for X."""
-    u, need = _sum(x, affine, skip, skip_affine, act), [need_input, need_weight]
+    u, need = sum_of(x, affine, skip, skip_affine, act), [need_input, need_weight]
     return _with_sums(_backward(grad, a, coefficients, u, weight, act, need, Geometry()), x, affine, act)
 
 

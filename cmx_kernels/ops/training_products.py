@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmx_kernels.activations import activation, activation_backward
 from cmx_kernels.ops import training
-from cmx_kernels.ops.checks import column, compute_dtype, in_format, memory_format
+from cmx_kernels.ops.checks import compute_dtype, in_format, memory_format
 from cmx_kernels.ops.training import Gradients
 from cmx_kernels.registry import define, on_device
 
@@ -36,22 +35,13 @@ def _is_last(x: Tensor) -> bool:
 def _sum_reference(
     x: Tensor, affine: Tensor | None, skip: Tensor | None, skip_affine: Tensor | None, act: str
 ) -> Tensor:
-    u = training.value(x, affine, act)
-    u = u if skip is None else u + training.value(skip, skip_affine, act)
+    u = training.sum_of(x, affine, skip, skip_affine, act)
     return _product_layout(u.to(x.dtype), _is_last(x)).clone()
 
 
 def _gradient_reference(grad: Tensor, a: Tensor, coefficients: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(a)
-    wide = a.to(dtype)
-    p, q, r, mean = (column(row) for row in coefficients)
-    da = activation_backward(act, p * grad.to(dtype) + q * (activation(act)(wide) - mean) + r, wide)
+    da = training.gradient_of(grad, a, coefficients, act)
     return _product_layout(da.to(a.dtype), _is_last(a)), da.sum((0, 2, 3))
-
-
-def _moments_reference(a: Tensor, act: str) -> Tensor:
-    var, mean = torch.var_mean(activation(act)(a.to(compute_dtype(a))), (0, 2, 3), correction=0)
-    return torch.stack((mean, var))
 
 
 def _per_channel(like: Tensor, *rows: int) -> Tensor:
@@ -80,7 +70,7 @@ moments = define(
     "training_moments",
     "(Tensor a, str act) -> Tensor",
     lambda a, act: _per_channel(a, 2),
-    _moments_reference,
+    training.moments_of,
     flops=_no_products,
 )
 sums = define(
