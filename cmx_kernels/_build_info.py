@@ -193,6 +193,11 @@ def gencode(archs):
     return flags
 
 
+def for_device(capability):
+    """nvcc's flags for one device. Not -arch=native, which leaves out the instructions of 9.0a."""
+    return gencode(cuda_archs("{}.{}".format(*capability), {10 * capability[0] + capability[1]}, {}))
+
+
 def jobs():
     """MAX_JOBS, or as many compilers as there are cores and 1.5 GB of free memory for each."""
     if os.environ.get("MAX_JOBS"):

@@ -9,12 +9,15 @@ Predictions come from instruction counts and published rates, not from measureme
 import ctypes
 import functools
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from cmx_kernels import registry
 
 KERNELS = ("ffma", "mma", "mma_plane")
-TILES = ("128x128", "64x64", "64x32")  # of the matrix product
+TILES = ("128x128", "64x64", "64x32", "wgmma")  # of the matrix product by mma.sync; by wgmma
 DTYPES = ("float32", "float16", "bfloat16")
 TERMS = ("memory", "issue", "tensor", "ffma", "shared")
 ACTS = ("none", "relu", "gelu", "gelu_tanh")
@@ -25,6 +28,7 @@ class _Prediction(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("kernel", "blocks", "threads", "shared_bytes")),
         *((name, ctypes.c_double) for name in ("bytes", "flop", "floor_us", "predicted_us")),
         *((f"{term}_us", ctypes.c_double) for term in TERMS),
+        ("why_not_wgmma", ctypes.c_char_p),
     )
 
 
@@ -43,6 +47,7 @@ class Prediction:
     tensor_us: float
     ffma_us: float
     shared_us: float
+    why_not_wgmma: str | None  # None: it is, or the GPU has none
 
     @property
     def bound_by(self) -> str:
@@ -65,6 +70,12 @@ def gpus() -> tuple[str, ...]:
     while (name := _library().cmx_cost_gpu(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)
+
+
+def named(device: str) -> str | None:
+    """The GPU of the table whose name this device bears; None for another one."""
+    known = gpus() if registry.C is not None else ()
+    return next((gpu for gpu in known if gpu.removeprefix("RTX ") in device), None)
 
 
 def depthwise(
@@ -104,7 +115,23 @@ def _ask(
     function = getattr(_library(), f"cmx_cost_{what}")
     function(gpu.encode(), (ctypes.c_int * len(numbers))(*numbers), int(channels_last), ctypes.byref(out))
     values = {name: getattr(out, name) for name in Prediction.__dataclass_fields__}
-    return Prediction(**{**values, "kernel": kernels[out.kernel]})
+    why = None if out.why_not_wgmma is None else out.why_not_wgmma.decode()
+    return Prediction(**{**values, "kernel": kernels[out.kernel], "why_not_wgmma": why})
+
+
+def product_note(device: str, op: str, x: Tensor, weight: Sequence[int], act: str) -> str:
+    """For `explain`: the kernel of a matrix product, and why it is not wgmma; "" for a GPU that is not in the table."""
+    known = named(device)
+    kind = str(x.dtype).removeprefix("torch.")
+    if known is None or kind == "float32" or op not in ("pointwise_block", "patch_embed") or act not in ACTS:
+        return ""
+    last = x.stride(1) == 1 and x.shape[1] > 1
+    p = product(known, tuple(x.shape), weight[0], tuple(weight[2:]), kind, act, last)  # type: ignore[arg-type]
+    return (
+        f"{op}: wgmma"
+        if p.kernel == "wgmma"
+        else f"{op}: mma.sync {p.kernel}" + (f", not wgmma: {p.why_not_wgmma}" if p.why_not_wgmma else "")
+    )
 
 
 def main() -> None:

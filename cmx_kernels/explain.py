@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmx_kernels import backends, ops, registry
+from cmx_kernels import backends, cost_model, ops, registry
 from cmx_kernels.fuse import unfuse
 from cmx_kernels.layers import LargeKernelDepthwiseConv2d, is_depthwise, why_not_swap
 from cmx_kernels.models.fused import Fused, Stem
@@ -94,6 +94,9 @@ def _op_row(part: str, names: list[str], x: Tensor, act: str, note: str = "", we
         if backend == "reference":
             refusals |= {f"{name}, {who}": why for who, why in backends.refusals(name, x, act, weight).items()}
             refusals |= {} if backends.FUSED else {"all": "CMX_FUSED=0"}
+        elif backend == "cuda" and weight is not None:
+            plan = cost_model.product_note(torch.cuda.get_device_name(x.device), name, x, weight, act)
+            note = "; ".join(filter(None, (note, plan)))
     return Row(part, " + ".join(dict.fromkeys(chosen)), " + ".join(names), refusals, note)
 
 

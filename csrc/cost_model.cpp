@@ -11,6 +11,7 @@ using namespace cmx;
 struct Prediction {
   int kernel, blocks, threads, shared_bytes;
   double bytes, flop, floor_us, predicted_us, memory_us, issue_us, tensor_us, ffma_us, shared_us;
+  const char* why_not_wgmma;  // null: it is, or this GPU has none
 };
 
 CMX_EXPORT const char* cmx_cost_gpu(int index) {
@@ -39,7 +40,8 @@ static Prediction prediction(const Shape& s, const Cost& c, const Gpu& gpu, int 
           c.idle * c.issue * us,
           c.idle * c.tensor * us,
           c.idle * c.ffma * us,
-          c.idle * c.shared * us};
+          c.idle * c.shared * us,
+          nullptr};
 }
 
 // `shape`: n c h w kh kw dtype act. 0, or 1 for a GPU that is not in the table
@@ -72,7 +74,11 @@ CMX_EXPORT int cmx_cost_product(const char* gpu_name, const int* shape, int chan
   const Strides x = dense(s.c_in, int64_t(s.h) * s.ph, int64_t(s.w) * s.pw), y = dense(s.c_out, s.h, s.w);
   const ProductMemory m = product_memory_of(nullptr, x, nullptr, nullptr, y, s);
   const ProductChoice choice = choose_product(s, m, *gpu, static_cast<Act>(shape[8]));
-  *out = prediction(s, choice.cost, *gpu, choice.plan.tile, choice.plan.blocks(), kProductThreads,
-                    choice.plan.shared_bytes);
+  const WgmmaPlan& wgmma = choice.wgmma;
+  *out = wgmma.blocks ? prediction(s, choice.cost, *gpu, kProductTileCount, wgmma.blocks, wgmma.kThreads, wgmma.kShared)
+                      : prediction(s, choice.cost, *gpu, choice.plan.tile, choice.plan.blocks(), kProductThreads,
+                                   choice.plan.shared_bytes);
+  if (gpu->arch == 90 && !wgmma.blocks)
+    out->why_not_wgmma = m.why_no_tiles ? m.why_no_tiles : "predicted to be slower for so few pixels and channels";
   return 0;
 }

@@ -22,15 +22,18 @@ COLUMNS = {  # of the table, after registers, stack, static shared memory: instr
     "code": r".*",
     "local": r"LDL|STL",  # spills, and arrays with a computed index
     "HMMA": r"HMMA",
+    "HGMMA": r"HGMMA",  # wgmma
     "LDSM": r"LDSM",
     "copy16": r"LDGSTS\S*\.128",  # cp.async
+    "TMA": r"UTMALDG|UTMASTG",
+    "proxy": r"FENCE\.VIEW\.ASYNC",  # before stores of tiles
     "load16": r"LDG\.\S*128",
     "store16": r"STG\S*\.128",
     "FFMA": r"FFMA",
     "MUFU": r"MUFU",
 }
 _NAME = re.compile(
-    r"((?:depthwise|product|pool|head|epilogue|training)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16)?((?:Li\d+E)*)E"
+    r"((?:depthwise|product|pool|head|epilogue|training)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16)?((?:L[ib]\d+E)*)E"
 )
 _TYPES = {"f": "float", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 
@@ -99,7 +102,7 @@ def _facts(code: Path, arch: str) -> dict[str, str]:
     for function, numbers in found.items():
         match = _NAME.search(function)
         if match:
-            arguments = ", ".join([*([_TYPES[match[2]]] if match[2] else []), *re.findall(r"Li(\d+)E", match[3])])
+            arguments = ", ".join([*([_TYPES[match[2]]] if match[2] else []), *re.findall(r"L[ib](\d+)E", match[3])])
             rows[f"{match[1]}<{arguments}>"] = "".join(f"{n:>8}" for n in numbers)
     return rows
 

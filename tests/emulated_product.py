@@ -8,9 +8,11 @@ from emulated import ACTS, DTYPES, NoPlan, build
 from torch import Tensor
 
 LAYOUTS = ("pixels", "channels_last", "gather")
-TILES = range(3)
+TILES = range(3)  # of product_mma
+WGMMA = 3
 SOURCES = (
     "csrc/cuda/product_mma.cu",
+    "csrc/cuda/product_wgmma.cu",
     "csrc/cuda/pool_head.cu",
     "csrc/cuda/epilogue_inplace.cu",
     "tests/emulator/product.cpp",
@@ -87,15 +89,19 @@ def product(
     tile: int = 0,
     out: Tensor | None = None,
     order: int = 0,
+    multiprocessors: int = 1,
 ) -> tuple[Tensor, str]:
-    """patch_embed (pointwise_block where the patch is 1x1) with one tile, and the layout that was read."""
+    """patch_embed (pointwise_block where the patch is 1x1) with one tile, and the layout that was read.
+
+    tile: of TILES, or WGMMA, whose blocks are at most ``multiprocessors``.
+    """
     n, c_in, height, width = x.shape
     c_out, _, ph, pw = weight.shape
     y = x.new_full((n, c_out, height // ph, width // pw), torch.nan) if out is None else out
     shape = (n, c_in, c_out, height // ph, width // pw, ph, pw, DTYPES.index(x.dtype))
     p = _Forward(*_pointers(x, weight, y, bias, scale, shift), shape, (*x.stride(), *y.stride()), ACTS.index(act))
     layout = Int()
-    _call("cmx_emulate_product", order, ctypes.byref(p), tile, ctypes.byref(layout))
+    _call("cmx_emulate_product", order, ctypes.byref(p), tile, multiprocessors, ctypes.byref(layout))
     return y, LAYOUTS[layout.value]
 
 

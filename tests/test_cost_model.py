@@ -2,6 +2,7 @@
 
 import cases
 import pytest
+import torch
 
 from cmx_kernels import cost_model, registry
 
@@ -45,14 +46,18 @@ def test_depthwise_without_tensor_cores() -> None:
 
 
 def test_product() -> None:
-    """Bytes and FLOP from first principles; large tiles for large batches, more blocks than multiprocessors for one."""
+    """Bytes and FLOP from first principles; large tiles for large batches, more blocks than multiprocessors for one.
+
+    wgmma: on Hopper only, and where TMA takes the shape.
+    """
     p = cost_model.product("H200", (64, 1536, 32, 32), 1536)
     assert p.flop == 2 * 64 * 1024 * 1536**2
     assert p.bytes == 2 * (2 * 64 * 1024 * 1536 + 1536**2)
-    assert p.kernel == "128x128"
+    assert p.kernel == "wgmma"
+    assert p.blocks == 132
     assert p.floor_us <= p.predicted_us
-    for c, size in ((1536, 32), (768, 32)):
-        assert cost_model.product("H200", (1, c, size, size), c).blocks >= 2 * 132
+    assert cost_model.product("A100", (64, 1536, 32, 32), 1536).kernel == "128x128"
+    assert cost_model.product("H200", (1, 768, 32, 32), 768).blocks >= 2 * 132
     for gpu in SHARED:
         for op in ("pointwise_block", "patch_embed"):
             for n, c_in, c_out, h, w, *patch in (shape for shape in cases.SHAPES[op] if shape[0]):
@@ -60,3 +65,28 @@ def test_product() -> None:
                     p = cost_model.product(gpu, (n, c_in, h, w), c_out, tuple(patch or (1, 1)), channels_last=last)
                     assert p.blocks > 0
                     assert p.shared_bytes <= SHARED[gpu] << 10
+                    takes = not patch and c_in % 8 == 0 and (c_out if last else h * w) % 8 == 0
+                    assert p.kernel != "wgmma" or (takes and gpu in ("H200", "H100"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "note"),
+    (
+        ((64, 768, 32, 32), "pointwise_block: wgmma"),
+        (
+            (1, 768, 16, 16),
+            "pointwise_block: mma.sync 64x32, not wgmma: predicted to be slower for so few pixels and channels",
+        ),
+        (
+            (64, 768, 7, 7),
+            "pointwise_block: mma.sync 64x64, not wgmma: patches, or pixels that TMA would have to gather",
+        ),
+    ),
+)
+def test_what_explain_says_of_a_product(shape: tuple[int, int, int, int], note: str) -> None:
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    weight = (768, 768, 1, 1)
+    assert cost_model.product_note("NVIDIA H200", "pointwise_block", x, weight, "gelu") == note
+    assert "not wgmma" not in cost_model.product_note("NVIDIA L40S", "pointwise_block", x, weight, "gelu")
+    assert cost_model.product_note("NVIDIA T4", "pointwise_block", x, weight, "gelu") == ""
+    assert cost_model.product_note("NVIDIA H200", "pointwise_block", x.float(), weight, "gelu") == ""

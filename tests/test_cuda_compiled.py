@@ -25,10 +25,12 @@ def test_no_local_memory(lines: list[str]) -> None:
 
 
 def test_registers_allow_the_planned_blocks(lines: list[str]) -> None:
-    """Of 65536 registers: depthwise 4 blocks of 128 threads; product 2 or 3 by tile; the rest 4 blocks of 256."""
+    """Of 65536 registers: depthwise 4 blocks of 128 threads; product 2 or 3, wgmma 1 of 384; the rest 4 of 256."""
     for (arch, name), facts in _kernels(lines).items():
         threads, blocks = (128, 4) if name.startswith("depthwise") else (256, 4)
-        if name.startswith("product"):
+        if "wgmma" in name:
+            threads, blocks = 384, 1
+        elif name.startswith("product"):
             threads, blocks = 128, (2, 3, 3)[int(name.rstrip(">")[-1])]
         allowed = min(255, 65536 // (threads * blocks) // 8 * 8)
         assert facts["regs"] <= allowed, f"{arch} {name}: {facts}"
@@ -42,6 +44,11 @@ def test_instructions(lines: list[str]) -> None:
             assert facts["load16"] > 0 or not wide, f"{arch} {name} has no 16-byte load"
         elif name.startswith("training"):
             assert facts["HMMA"] == 0
+        elif "wgmma" in name:  # two products for 16 of a step; 3 tiles in, 2 or 4 out; fences: mbarriers, tile
+            wanted = {"HMMA": 0, "LDSM": 0, "HGMMA": 8, "TMA": 7 if name.endswith("1>") else 5, "proxy": 2}
+            if arch != "sm_90a":
+                wanted = {**dict.fromkeys(wanted, 0), "code": 16}  # empty
+            assert wanted.items() <= facts.items(), f"{arch} {name}: {facts}"
         elif "mma" in name:
             for instruction in ("HMMA", "LDSM", "store16"):
                 assert facts[instruction] > 0, f"{arch} {name} has no {instruction}"
@@ -57,7 +64,7 @@ def test_instructions(lines: list[str]) -> None:
 def test_every_instantiation_is_there(lines: list[str]) -> None:
     kernels = _kernels(lines)
     names = {name for _, name in kernels}
-    depthwise, product, other = 2 * 3 * 5 + 2 * 2 * 4 + 2 * 2 * 2, 2 * (2 * 3 + 1), 3 * 3 + 2 * 2 + 3 * 4
+    depthwise, product, other = 2 * 3 * 5 + 2 * 2 * 4 + 2 * 2 * 2, 2 * (2 * 3 + 1) + 2 * 2, 3 * 3 + 2 * 2 + 3 * 4
     assert len(names) == depthwise + product + other
     assert set(kernels) == {(arch, name) for arch in cuda_facts.ARCHS for name in names}
 

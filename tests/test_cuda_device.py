@@ -18,7 +18,7 @@ import training_cases as problems
 from compare import Expected, check, check_equal
 from torch import Tensor
 
-from cmx_kernels import backends, cuda, ops
+from cmx_kernels import _build_info, backends, cuda, ops
 from cmx_kernels.ops import training, training_products
 
 WHY_NOT = "torch sees no CUDA device" if not torch.cuda.is_available() else cuda.why_not(0)
@@ -34,27 +34,35 @@ def _lines(program: Path) -> dict[str, list[int]]:
     }
 
 
-def _emulated() -> dict[str, list[int]]:
-    return _lines(emulated.build("program", "tests/emulator/instructions.cpp"))
+PROGRAMS = {"instructions": 14, "hopper_instructions": 8}  # and their lines
+on_hopper = WHY_NOT is None and torch.cuda.get_device_capability() == (9, 0)
 
 
-def test_instructions_compile_and_run_emulated() -> None:
-    found = _emulated()
-    assert len(found) == 14
+def _source(program: str) -> str:
+    return f"tests/emulator/{program}.cpp"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_instructions_compile_and_run_emulated(program: str) -> None:
+    found = _lines(emulated.build("program", _source(program)))
+    assert len(found) == PROGRAMS[program]
     assert all(any(words) for words in found.values())
 
 
 @on_gpu
-def test_instruction_models(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_instruction_models(program: str, tmp_path: Path) -> None:
     """Copies and ldmatrix bit for bit; arithmetic to the last places, in which sums and approximations may differ."""
+    if program == "hopper_instructions" and not on_hopper:
+        pytest.skip("these instructions are of compute capability 9.0 only")
     try:
         nvcc = cuda_facts.nvcc()[0]
     except cuda_facts.Missing as why:
         pytest.skip(f"needs nvcc: {why}")
-    program = tmp_path / "instructions"
-    command = [nvcc, "-std=c++20", "-O2", "-arch=native", "-Icsrc", "-x", "cu", "tests/emulator/instructions.cpp"]
-    subprocess.run([*command, "-o", str(program)], cwd=emulated.ROOT, check=True)
-    hardware, model = _lines(program), _emulated()
+    binary = tmp_path / program
+    command = [nvcc, "-std=c++20", "-O2", *_build_info.for_device(torch.cuda.get_device_capability()), "-Icsrc"]
+    subprocess.run([*command, "-x", "cu", _source(program), "-o", str(binary)], cwd=emulated.ROOT, check=True)
+    hardware, model = _lines(binary), _lines(emulated.build("program", _source(program)))
     assert hardware.keys() == model.keys()
     for name, words in model.items():
         if name.startswith("cp.async"):

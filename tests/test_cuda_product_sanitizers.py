@@ -4,10 +4,10 @@ from pathlib import Path
 
 import emulated
 import pytest
-from test_cuda_sanitizers import run
+from test_cuda_sanitizers import ENVIRONMENT, run
 
 MAIN = "tests/emulator/sanitized_product.cpp"
-FILES = {name: f"csrc/cuda/{name}.cu" for name in ("product_mma", "pool_head", "epilogue_inplace")}
+FILES = {name: f"csrc/cuda/{name}.cu" for name in ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace")}
 
 
 @pytest.mark.parametrize("mode", ("address", "thread"))
@@ -57,3 +57,60 @@ def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
     done = run(program, layout)
     assert done.returncode != 0, "nothing was noticed"
     assert says in done.stdout + done.stderr, (done.stdout + done.stderr)[:4000]
+
+
+# ---- product_wgmma: all bugs in one program, since most of the time goes into headers
+
+FULL = "mbarrier_wait(shared.full + at.stage, at.parity);"
+EMPTY = "mbarrier_wait(shared.empty + at.stage, at.parity ^ 1);"
+LAST_RELEASE = "  if (lane == 0) mbarrier_arrive(shared.empty + before);\n"
+TURN = "  if (!is_last) barrier_arrive(kTurn + (turn + 1) % Plan::kGroups, 2 * GROUP);\n"
+BYTES = "mbarrier_expect(full, Plan::kStageBytes);"
+A_RING = "a_ring = operand(ring, 16, EIGHT_ROWS)"
+LEADING = "B_LEADING = LAST ? 16 : PANEL_BYTES"
+OUT = "      if (thread == 0) wait_for_stores_read();\n      barrier_sync"
+THERE = "barrier_sync(kStaged + group, GROUP);  // this one is there"
+WGMMA = {  # what: old, new, what it says
+    "no wait for the tile": (FULL, "", "more arrivals than it counts"),
+    "the wrong phase": (EMPTY, EMPTY.replace(" ^ 1", ""), "deadlock"),
+    "no wait for an empty stage": (EMPTY, "", "more arrivals than it counts"),
+    "a stage released too early": ("wait_for_products<1>();", "", "wrong"),
+    "a stage never released": (LAST_RELEASE, "", "deadlock"),
+    "a turn not given": (TURN, "", "deadlock"),
+    "too few bytes announced": (BYTES, BYTES.replace("Bytes", "Bytes / 2"), "wrong"),
+    "the wrong offset from 8 rows to the next": (A_RING, A_RING.replace("ROWS", "ROWS / 2"), "wrong"),
+    "the wrong offset from panel to panel": (LEADING, LEADING.replace("PANEL_BYTES", "EIGHT_ROWS"), "wrong"),
+    "no fence": ("    fence_products();\n", "", "without a wgmma.fence"),
+    "sums read while they are computed": ("wait_for_products<0>();", "", "wgmma in flight"),
+    "a tile overwritten while it is stored": (OUT, "      barrier_sync", "wrong"),
+    "a tile stored before it is there": (THERE, "", "wrong"),
+}
+
+
+@pytest.fixture(scope="module")
+def bugs_of_wgmma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program with a copy of the kernel for every bug; the environment variable BUG picks one."""
+    text = (emulated.ROOT / FILES["product_wgmma"]).read_text()
+    headers, _, kernel = text.partition("namespace cmx {\n")
+    kernel = kernel.replace("launch<T, true>", "launch<T, false>").replace("launch_layout<fp16>", "launch_layout<bf16>")
+    parts, calls = [headers, "#include <cstdlib>\n"], []
+    for i, (bug, (old, new, _)) in enumerate(WGMMA.items()):
+        assert kernel.count(old) == 1, f"{bug}: {kernel.count(old)} places for it, wanted one"
+        parts.append(f"namespace cmx::bug{i} {{\n{kernel.replace(old, new)}")
+        calls.append(f"case {i}: return bug{i}::product_fwd_wgmma(p, plan, stream);")
+    parts.append(
+        "cudaError_t cmx::product_fwd_wgmma(const ProductForward& p, const WgmmaPlan& plan, cudaStream_t stream) {\n"
+        f'switch (std::atoi(std::getenv("BUG"))) {{ {" ".join(calls)} }}\nreturn cudaErrorInvalidValue;\n}}\n'
+    )
+    planted = tmp_path_factory.mktemp("wgmma") / "product_wgmma.cu"
+    planted.write_text("\n".join(parts))
+    others = [path for name, path in FILES.items() if name != "product_wgmma"]
+    return emulated.build("program", str(planted), *others, MAIN)
+
+
+@pytest.mark.parametrize("bug", WGMMA)
+def test_planted_bug_in_wgmma_is_caught(bug: str, bugs_of_wgmma: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "BUG", str([*WGMMA].index(bug)))
+    done = run(bugs_of_wgmma, "wgmma")
+    assert done.returncode != 0, "nothing was noticed"
+    assert WGMMA[bug][2] in done.stdout + done.stderr, (done.stdout + done.stderr)[:4000]

@@ -29,7 +29,7 @@ from cmx_kernels import _build_info, cuda
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {  # under sanitizers: main, and the kernels it calls
     "sanitized": ("depthwise_fwd_ffma", "depthwise_fwd_mma", "depthwise_fwd_mma_plane"),
-    "sanitized_product": ("product_mma", "pool_head", "epilogue_inplace"),
+    "sanitized_product": ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace"),
 }
 PARTS = ("correct", "ops", "product", "network", "training")
 BUDGET = 570  # seconds a part
@@ -79,7 +79,8 @@ def sanitizers(folder: Path) -> Iterator[Step]:
     for main_file, kernels in PROGRAMS.items():
         program = folder / main_file
         sources = [f"tests/emulator/{main_file}.cpp", *(f"csrc/cuda/{kernel}.cu" for kernel in kernels)]
-        command = [nvcc, "-std=c++20", "-O3", "-lineinfo", "-arch=native", "-Icsrc", "-Icsrc/cuda", "-Itests/emulator"]
+        arch = _build_info.for_device(torch.cuda.get_device_capability())
+        command = [nvcc, "-std=c++20", "-O3", "-lineinfo", *arch, "-Icsrc", "-Icsrc/cuda", "-Itests/emulator"]
         build = run(f"build {main_file}", [*command, "-x", "cu", *sources, "-o", str(program)], 100)
         yield build
         if build["passed"]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.device import Device, Store, flags, opened, parser, race, reason, say
-from cmx_kernels import backends, ops
+from cmx_kernels import backends, cost_model, ops
 
 CASES = [  # (n, c, size), kernel, dtype: the models first, so that a short run has them
     *[((64, c, s), k, "bfloat16") for c, s, k in ((1536, 32, 9), (768, 32, 7), (1024, 16, 9))],
@@ -72,10 +72,7 @@ def providers(device: Device, args: tuple[Tensor, ...]) -> dict[str, Callable[[]
 
 def predicted(device: Device, shape: tuple[int, int, int], k: int, dtype: str) -> dict[str, Any]:
     """The cost model's kernel and time for the GPU of its table whose name this one bears; nothing for another GPU."""
-    from cmx_kernels import cost_model, registry
-
-    gpus = cost_model.gpus() if registry.C is not None else ()
-    known = next((gpu for gpu in gpus if gpu.removeprefix("RTX ") in device.name), None)
+    known = cost_model.named(device.name)
     if known is None:
         return {}
     n, c, size = shape

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.device import Device, Store, flags, opened, parser, race, reason, say
-from cmx_kernels import backends, ops
+from cmx_kernels import backends, cost_model, ops
 
 MODELS = ((1536, 32, 7), (768, 32, 7), (1024, 16, 14))  # channels, pixels on a side, patch
 CASES = [  # op, (n, c, size, patch), dtype
@@ -74,12 +74,24 @@ def providers(device: Device, op: str, x: Tensor, weight: Tensor, *vectors: Tens
     return found
 
 
+def predicted(device: Device, op: str, case: tuple[int, int, int, int], dtype: str) -> dict[str, Any]:
+    """As ops.predicted: the cost model's kernel and time for a matrix product in 16 bits."""
+    known = cost_model.named(device.name)
+    if known is None or op == "pool_head" or dtype == "float32":
+        return {}
+    n, c, size, patch = case
+    x = (n, 3 if op == "patch_embed" else c, size * patch, size * patch)
+    p = cost_model.product(known, x, c, (patch, patch), dtype)
+    return {"kernel": p.kernel, "predicted_us": p.predicted_us}
+
+
 def measure(device: Device, op: str, case: tuple[int, int, int, int], dtype: str) -> dict[str, Any]:
     n, c, size, patch = case
     kind = getattr(torch, dtype)
     args = arguments_of(device, op, case, kind)
     flop = 2.0 * n * args[1].numel() * (1 if op == "pool_head" else size * size)
     record: dict[str, Any] = {"op": op, "shape": f"{n}x{c}x{size}x{size}, {patch}", "dtype": dtype, "note": ""}
+    record |= predicted(device, op, case, dtype)
     exact = eager(op, args[0][:2].double(), *(a.double() for a in args[1:]))
     with flags():
         of_eager = (eager(op, args[0][:2], *args[1:]).double() - exact).abs().max().item()

@@ -16,8 +16,10 @@ cudaError_t product_fwd(const ProductForward& p, const Gpu& gpu, cudaStream_t st
     part.x = static_cast<const char*>(p.x) + n * p.x_stride.n * element;
     part.y = static_cast<char*>(p.y) + n * p.y_stride.n * element;
     const ProductMemory m = product_memory_of(part.x, p.x_stride, p.weight, part.y, p.y_stride, part.shape);
-    const ProductChoice choice = choose_product(part.shape, m, gpu, p.act);
-    if (cudaError_t error = product_fwd_mma(part, choice.plan, stream)) return error;
+    const ProductChoice choice = choose_product(part.shape, m, gpu, p.act, gpu.arch == 90 && product_wgmma_runs());
+    if (cudaError_t error = choice.wgmma.blocks ? product_fwd_wgmma(part, choice.wgmma, stream)
+                                                : product_fwd_mma(part, choice.plan, stream))
+      return error;
   }
   return cudaSuccess;
 }

@@ -22,6 +22,10 @@ cudaError_t product_fwd(const ProductForward& p, const Gpu& gpu, cudaStream_t st
 
 // With a given plan; the emulator's tests call every one of them.
 cudaError_t product_fwd_mma(const ProductForward& p, const ProductPlan& plan, cudaStream_t stream);
+cudaError_t product_fwd_wgmma(const ProductForward& p, const WgmmaPlan& plan, cudaStream_t stream);
+
+// Whether this binary has code for sm_90a and the driver knows tensor maps. Asked on a device of compute capability 9.0.
+bool product_wgmma_runs();
 
 // y = mean over the plane of x, times weight^T, plus bias
 struct PoolHeadForward {

@@ -12,7 +12,8 @@ inline double bytes_of(const ProductShape& s) {  // x once, y once, the weight o
 }
 inline double flop_of(const ProductShape& s) { return 2. * s.n * s.plane() * s.k() * s.c_out; }
 inline double floor_seconds(const ProductShape& s, const Gpu& gpu) {
-  const double flop_per_s = rates_of(gpu).tensor * 2 * 2048 * gpu.multiprocessors * gpu.ghz * 1e9;
+  const Rates rates = rates_of(gpu);
+  const double flop_per_s = std::fmax(rates.tensor, rates.wgmma) * 2 * 2048 * gpu.multiprocessors * gpu.ghz * 1e9;
   return std::fmax(bytes_of(s) / (gpu.tb_per_s * 1e12), flop_of(s) / flop_per_s);
 }
 
@@ -47,21 +48,45 @@ inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, c
   return c;
 }
 
+// Terms of one tile; what a block cannot hide are the first stage and the last epilogue
+inline Cost wgmma_cost(const ProductShape& s, Act act, const WgmmaPlan& p, const Gpu& gpu) {
+  constexpr double kFill = 1500;  // cycles until a block's first stage is there: a guess
+  const double outputs = double(p.kTile) * p.kTile, mma = outputs * p.kDepth / 2048;
+  const double per_output = activation_instructions(act, s.dtype) + 4;
+  // 8 products of 64 x 128 a step read 2 and 4 KB of operands each; TMA writes the stage, and reads y
+  const double shared = (8 * 6144 + p.kStageBytes) / 128., step = std::fmax(shared, mma / rates_of(gpu).wgmma);
+  const double epilogue = outputs / 32 * per_output / 4, of_block = std::ceil(double(p.tiles) / gpu.multiprocessors);
+  Cost c{};
+  c.memory = bytes_of(s) / (gpu.tb_per_s * 1e12) * gpu.multiprocessors * gpu.ghz * 1e9;
+  c.tensor = double(p.tiles) * p.steps * mma / rates_of(gpu).wgmma;
+  c.issue = p.tiles * (p.steps * 4 * 75. / 4 + epilogue);
+  c.shared = p.tiles * (p.steps * shared + 2 * p.kOutBytes / 128.);
+  c.idle = of_block * gpu.multiprocessors / p.tiles * (1 + (kFill + epilogue) / (of_block * p.steps * step));
+  return c;
+}
+
 struct ProductChoice {
   ProductPlan plan;
+  WgmmaPlan wgmma;  // where it has blocks, it is chosen
   Cost cost;
 };
 
-// The tile that is predicted to be fastest; plan.blocks() is 0 where nothing is to be computed.
-inline ProductChoice choose_product(const ProductShape& s, const ProductMemory& m, const Gpu& gpu,
-                                    Act act = Act::gelu) {
+// The plan that is predicted to be fastest; no blocks where nothing is to be computed. `has_wgmma`: this binary has code
+// for sm_90a.
+inline ProductChoice choose_product(const ProductShape& s, const ProductMemory& m, const Gpu& gpu, Act act = Act::gelu,
+                                    bool has_wgmma = true) {
   ProductChoice best{};
   for (int tile = 0; tile < kProductTileCount; ++tile) {
     const ProductPlan plan = product_plan(s, m, tile);
     if (!plan.blocks() || plan.shared_bytes > gpu.shared_bytes) continue;
     const Cost cost = product_cost(s, act, plan, gpu);
-    if (!best.plan.blocks() || cost.cycles() < best.cost.cycles()) best = {plan, cost};
+    if (!best.plan.blocks() || cost.cycles() < best.cost.cycles()) best.plan = plan, best.cost = cost;
   }
+  if (gpu.arch != 90 || !has_wgmma) return best;
+  const WgmmaPlan plan = wgmma_plan(s, m, gpu);
+  if (!plan.blocks) return best;
+  const Cost cost = wgmma_cost(s, act, plan, gpu);
+  if (cost.cycles() < best.cost.cycles()) best.wgmma = plan, best.cost = cost;
   return best;
 }
 

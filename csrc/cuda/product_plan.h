@@ -53,7 +53,33 @@ struct ProductPlan {
 struct ProductMemory {
   ProductLayout layout;
   int weight_bytes, x_bytes, y_bytes;  // of one access
+  const char* why_no_tiles;            // why TMA cannot copy tiles of x, the weight and y; null where it can
 };
+
+// A tensor as TMA wants it: the first dimension without gaps, strides of the others in bytes
+struct TensorView {
+  int64_t size[3], stride[2];
+};
+
+inline TensorView tensor_view(const ProductShape& s, ProductLayout layout, int64_t channels, const Strides& strides) {
+  const bool last = layout == ProductLayout::channels_last;
+  const int64_t inner = last ? channels : s.plane(), outer = last ? s.plane() : channels;
+  const int64_t step = outer == 1 ? inner : last ? strides.w : strides.c;
+  return {{inner, outer, s.n}, {2 * step, 2 * (s.n == 1 ? outer * step : strides.n)}};
+}
+
+inline const char* why_no_tiles(const ProductShape& s, const ProductMemory& m, const Strides& xs, const Strides& ys) {
+  if (m.layout == ProductLayout::gather) return "patches, or pixels that TMA would have to gather";
+  if (s.k() == 0) return "no input channels";
+  if (m.weight_bytes != 16 || m.x_bytes != 16 || m.y_bytes != 16)
+    return m.layout == ProductLayout::pixels ? "addresses, planes or c_in are not multiples of 16 bytes"
+                                             : "addresses, c_in or c_out are not multiples of 16 bytes";
+  for (const TensorView& v : {tensor_view(s, m.layout, s.c_in, xs), tensor_view(s, m.layout, s.c_out, ys)})
+    if (v.stride[0] < 2 * v.size[0] || v.stride[1] < v.size[1] * v.stride[0] || v.stride[1] % v.stride[0] ||
+        v.stride[1] >> 40)
+      return "strides that overlap, are no multiples of each other, or reach 2^40 bytes";
+  return nullptr;
+}
 
 inline int access_bytes(const void* address, std::initializer_list<int64_t> elements, int64_t element) {
   int64_t bits = reinterpret_cast<intptr_t>(address) | 16;
@@ -81,6 +107,7 @@ inline ProductMemory product_memory_of(const void* x, const Strides& xs, const v
   } else {
     m.layout = ProductLayout::gather, m.x_bytes = static_cast<int>(element), m.y_bytes = y_planes;
   }
+  m.why_no_tiles = why_no_tiles(s, m, xs, ys);
   return m;
 }
 
@@ -101,6 +128,38 @@ inline ProductPlan product_plan(const ProductShape& s, const ProductMemory& m, i
   const int ring = t.stages * t.stage_bytes(), sums = (t.slices() - 1) * t.rows * t.columns * 4;
   const int tables = 2 * 8 * (last ? t.rows : t.columns);  // where each pixel of the block lies in x and y
   p.shared_bytes = tables + std::max(ring, sums);
+  return p;
+}
+
+// ---- sm_90a: product_wgmma.cu. As many blocks as multiprocessors take tiles of D in turns.
+
+struct WgmmaPlan {
+  static constexpr int kTile = 128, kDepth = 64;  // D's rows and columns, and numbers along k, of a step
+  static constexpr int kPanel = 64;               // pixels: a tile has two panels, each in one image
+  static constexpr int kStages = 5, kGroups = 2;  // steps in flight; groups of 4 warps that take tiles alternately
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kOperandBytes = 2 * kTile * kDepth, kStageBytes = 2 * kOperandBytes,
+                       kOutBytes = 2 * kTile * kTile;
+  static constexpr int kBarriers = 16 * kStages;
+  static constexpr int kShared = 1024 + kStages * kStageBytes + kGroups * kOutBytes + kBarriers;  // 1024: to align
+
+  ProductLayout layout;  // pixels or channels_last
+  int image_panels;      // of one image
+  int channel_tiles, tiles, steps;
+  int blocks;  // 0: not for this kernel
+};
+
+inline WgmmaPlan wgmma_plan(const ProductShape& s, const ProductMemory& m, const Gpu& gpu) {
+  WgmmaPlan p{};
+  if (m.why_no_tiles || gpu.shared_bytes < p.kShared) return p;
+  p.layout = m.layout;
+  p.image_panels = static_cast<int>(ceil_div(s.plane(), p.kPanel));
+  p.channel_tiles = static_cast<int>(ceil_div(s.c_out, p.kTile));
+  const int64_t tiles = ceil_div(int64_t(s.n) * p.image_panels, 2) * p.channel_tiles;
+  if (tiles * ceil_div(s.k(), p.kDepth) > INT32_MAX) return p;  // they are counted in 32 bits
+  p.tiles = static_cast<int>(tiles);
+  p.steps = static_cast<int>(ceil_div(s.k(), p.kDepth));
+  p.blocks = std::min(p.tiles, gpu.multiprocessors);
   return p;
 }
 

@@ -3,7 +3,8 @@
 // Every CUDA thread is a fiber that runs until it has to wait for others, so a run is deterministic and sees one thread
 // order: forward, reverse, or random. What hardware leaves undefined is made visible:
 //   shared memory         all NaN when a block starts; under AddressSanitizer out of bounds is an error with file:line
-//   cp.async              arrives as late as its wait allows, or at once, as the caller chooses
+//   cp.async              arrives as late as its wait allows, or at once, as the caller chooses; so do copies of tensors
+//                         and the products of wgmma (hopper.h)
 //   a wait for nobody     ends the kernel with the number of threads at each kind of wait
 // Under ThreadSanitizer every fiber is a thread: barriers order memory, shuffles and mma do not, so a missing
 // __syncthreads or __syncwarp is a reported race. Blocks run one after the other: races between them stay unseen.
@@ -21,27 +22,14 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <map>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-#ifdef __SANITIZE_THREAD__
-#include <sanitizer/tsan_interface.h>
-extern "C" {
-void AnnotateIgnoreReadsBegin(const char*, int);
-void AnnotateIgnoreReadsEnd(const char*, int);
-void AnnotateIgnoreWritesBegin(const char*, int);
-void AnnotateIgnoreWritesEnd(const char*, int);
-}
-#define CMX_NO_TSAN __attribute__((no_sanitize("thread")))
-#else
-#define CMX_NO_TSAN
-#endif
+#include "sanitizers.h"
 
 #undef __global__
 #undef __device__
@@ -69,7 +57,26 @@ struct Copy {
   size_t bytes, filled;  // `filled` bytes are copied, the rest is zero
 };
 
-enum class Waits { no, for_block, for_warp, done };
+// What a thread has begun on Hopper and not waited for (hopper.h), in groups; the last one is open.
+struct Underway {
+  std::vector<std::vector<std::function<void()>>> products{1};  // to be run
+  std::vector<std::vector<std::shared_ptr<bool>>> stores{1};    // have they been read?
+  bool fenced = false;
+};
+
+struct Mbarrier {
+  int count, pending;  // arrivals of a phase, and those to come
+  int64_t bytes;       // to come
+  unsigned phase;
+};
+
+struct NamedBarrier {
+  int expected, here;
+  unsigned uses;
+  char edge[2];  // addresses in TSan's eyes
+};
+
+enum class Waits { no, for_block, for_warp, for_event, done };
 
 struct Thread {
   void* stack_pointer;
@@ -81,6 +88,8 @@ struct Thread {
   unsigned char uses[2];   // of the block's and the warp's barrier: their parity names an address for TSan
   std::vector<Copy> open;  // cp.async since the last commit
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::function<bool()> event;            // has what it waits for happened?
+  Underway underway;
   void *asan, *tsan;
 };
 
@@ -96,6 +105,10 @@ struct Machine {
   int count = 0, alive = 0;
   std::function<void()> body;
   std::exception_ptr failure;
+  std::vector<std::function<void()>> loads, stores;  // of tiles, on their way
+  std::map<uint32_t, Mbarrier> mbarriers;            // by shared address
+  NamedBarrier named[16];
+  std::mt19937 dice;
   void *scheduler = nullptr, *asan = nullptr, *tsan = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
@@ -109,37 +122,6 @@ inline Machine machine;
 CMX_NO_TSAN inline Thread& self() { return *machine.current; }
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("emulator: " + what); }
-
-// ---- sanitizers: no-ops in an ordinary build
-
-// The emulator's own bookkeeping is invisible to TSan.
-struct Invisible {
-#ifdef __SANITIZE_THREAD__
-  Invisible() {
-    AnnotateIgnoreReadsBegin("", 0);
-    AnnotateIgnoreWritesBegin("", 0);
-  }
-  ~Invisible() {
-    AnnotateIgnoreWritesEnd("", 0);
-    AnnotateIgnoreReadsEnd("", 0);
-  }
-#else
-  Invisible() {}
-  ~Invisible() {}
-#endif
-};
-
-inline void release([[maybe_unused]] void* p) {
-#ifdef __SANITIZE_THREAD__
-  __tsan_release(p);
-#endif
-}
-
-inline void acquire([[maybe_unused]] void* p) {
-#ifdef __SANITIZE_THREAD__
-  __tsan_acquire(p);
-#endif
-}
 
 inline void shared_is_readable([[maybe_unused]] size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
@@ -242,6 +224,7 @@ inline void start(Thread& t) {
   t.uses[0] = t.uses[1] = 0;
   t.open.clear();
   t.groups.clear();
+  t.underway = {};
 }
 
 // ---- waiting: each returns when all threads concerned have arrived
@@ -260,6 +243,13 @@ inline void converge(unsigned mask) {
   const Invisible _;
   self().waits = Waits::for_warp;
   self().mask = mask;
+  to_scheduler();
+}
+
+inline void wait_until(std::function<bool()> event) {
+  const Invisible _;
+  self().event = std::move(event);
+  self().waits = Waits::for_event;
   to_scheduler();
 }
 
@@ -362,12 +352,32 @@ inline void release_complete_block(bool& progress) {
   progress = true;
 }
 
+inline void release_events(bool& progress) {
+  for (int i = 0; i < machine.count; ++i) {
+    Thread& t = machine.threads[i];
+    if (t.waits == Waits::for_event && t.event()) t.waits = Waits::no, progress = true;
+  }
+}
+
+// Copies of tiles land when nothing else can happen, loads before stores: the oldest, the newest, or any.
+inline void land_a_copy(bool& progress) {
+  const bool any = machine.order == Machine::random, store = any && machine.dice() % 2;
+  auto& copies = machine.loads.empty() || (store && !machine.stores.empty()) ? machine.stores : machine.loads;
+  if (progress || copies.empty()) return;
+  size_t which = machine.order == Machine::reverse ? copies.size() - 1 : 0;
+  if (any) which = machine.dice() % copies.size();
+  const std::function<void()> land = std::move(copies[which]);
+  copies.erase(copies.begin() + which);
+  land();
+  progress = true;
+}
+
 inline void report_deadlock() {
-  int at[4] = {};
+  int at[5] = {};
   for (int i = 0; i < machine.count; ++i) ++at[static_cast<int>(machine.threads[i].waits)];
   fail("deadlock: " + std::to_string(at[int(Waits::for_block)]) + " threads at __syncthreads, " +
-       std::to_string(at[int(Waits::for_warp)]) + " at a warp operation, " + std::to_string(at[int(Waits::done)]) +
-       " exited");
+       std::to_string(at[int(Waits::for_warp)]) + " at a warp operation, " + std::to_string(at[int(Waits::for_event)]) +
+       " at an mbarrier, a named barrier or a store, " + std::to_string(at[int(Waits::done)]) + " exited");
 }
 
 inline void run_block(size_t shared_bytes) {
@@ -377,11 +387,13 @@ inline void run_block(size_t shared_bytes) {
   shared_is_readable(shared_bytes);
   std::vector<int> turns(machine.count);
   for (int i = 0; i < machine.count; ++i) turns[i] = machine.order == Machine::reverse ? machine.count - 1 - i : i;
-  std::mt19937 dice(machine.seed);
+  machine.dice.seed(machine.seed);
+  machine.loads.clear(), machine.stores.clear(), machine.mbarriers.clear();
+  std::fill(std::begin(machine.named), std::end(machine.named), NamedBarrier{});
   for (int i = 0; i < machine.count; ++i) start(machine.threads[i]);
   machine.alive = machine.count;
   while (machine.alive) {
-    if (machine.order == Machine::random) std::shuffle(turns.begin(), turns.end(), dice);
+    if (machine.order == Machine::random) std::shuffle(turns.begin(), turns.end(), machine.dice);
     bool progress = false;
     for (const int i : turns) {
       if (machine.threads[i].waits != Waits::no) continue;
@@ -391,12 +403,17 @@ inline void run_block(size_t shared_bytes) {
     }
     release_complete_warps(progress);
     release_complete_block(progress);
+    release_events(progress);
+    land_a_copy(progress);
     if (!progress && machine.alive) report_deadlock();
   }
   acquire(&machine.block_edge[1]);
-  for (int i = 0; i < machine.count; ++i)
-    if (!machine.threads[i].open.empty() || !machine.threads[i].groups.empty())
-      fail("a thread ends with cp.async in flight");
+  if (!machine.loads.empty() || !machine.stores.empty()) fail("a block ends with copies of tensors in flight");
+  for (int i = 0; i < machine.count; ++i) {
+    const Thread& t = machine.threads[i];
+    if (!t.open.empty() || !t.groups.empty()) fail("a thread ends with cp.async in flight");
+    if (t.underway.products.size() > 1 || !t.underway.products[0].empty()) fail("a thread ends with wgmma in flight");
+  }
 }
 
 inline void make_threads(dim3 block) {

@@ -28,10 +28,15 @@ static int emulate(const Run& run, const F& call) {
 
 #define CMX_EXPORT extern "C" __attribute__((visibility("default")))
 
-// `layout` tells what was read.
-CMX_EXPORT int cmx_emulate_product(const ProductForward* p, int tile, int* layout, const Run* run) {
+// `tile` of product_mma, or the one of product_wgmma; `layout` tells what was read.
+CMX_EXPORT int cmx_emulate_product(const ProductForward* p, int tile, int multiprocessors, int* layout,
+                                   const Run* run) {
   const ProductMemory m = product_memory_of(p->x, p->x_stride, p->weight, p->y, p->y_stride, p->shape);
   *layout = static_cast<int>(m.layout);
+  if (tile == kProductTileCount) {
+    const WgmmaPlan plan = wgmma_plan(p->shape, m, Gpu{90, multiprocessors, 227 << 10, 1.755, 4.3});
+    return plan.blocks ? emulate(*run, [&] { return product_fwd_wgmma(*p, plan, nullptr); }) : -1;
+  }
   const ProductPlan plan = product_plan(p->shape, m, tile);
   return plan.blocks() ? emulate(*run, [&] { return product_fwd_mma(*p, plan, nullptr); }) : -1;
 }

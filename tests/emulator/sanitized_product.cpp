@@ -1,5 +1,5 @@
 // The matrix product, pooling and the float32 epilogue under a sanitizer, as sanitized.cpp. Arguments: layouts (pixels,
-// channels_last, gather, pool, epilogue); all of them if none. Ends with 1 where a value is wrong.
+// channels_last, gather, wgmma, wgmma_last, pool, epilogue); all of them if none. Ends with 1 where a value is wrong.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -19,13 +19,24 @@ static void fill(T* v, int64_t count, int range, std::mt19937& dice) {
   for (int64_t i = 0; i < count; ++i) v[i] = T(float(int(dice() % (2 * range + 1)) - range));
 }
 
-static Strides dense(const Case& k, int64_t c, int64_t h, int64_t w, bool last) {
+static Strides dense(int64_t c, int64_t h, int64_t w, bool last) {
   return last ? Strides{c * h * w, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
+}
+
+constexpr Gpu gpu{90, 1, 227 << 10, 1.755, 4.3};  // one block: several tiles for it
+
+static bool has_wgmma() {
+#ifdef CMX_EMULATED
+  return true;
+#else
+  cudaDeviceProp device;
+  return cudaGetDeviceProperties(&device, 0) == cudaSuccess && device.major == 9 && product_wgmma_runs();
+#endif
 }
 
 // Small integers, no scale and no activation: exact
 static int product(const char* layout, const Case& k, int tile, int order) {
-  const bool last = !std::strcmp(layout, "channels_last");
+  const bool wgmma = *layout == 'w', last = std::strstr(layout, "last");
   const int64_t H = int64_t(k.h) * k.ph, W = int64_t(k.w) * k.pw, depth = int64_t(k.c_in) * k.ph * k.pw;
   const int64_t count = k.n * k.c_in * H * W, out = int64_t(k.n) * k.c_out * k.h * k.w;
   const Buffer<bf16> x = allocate<bf16>(count), weight = allocate<bf16>(k.c_out * depth), y = allocate<bf16>(out);
@@ -36,14 +47,15 @@ static int product(const char* layout, const Case& k, int tile, int order) {
   ProductForward p{};
   p.x = x.get(), p.weight = weight.get(), p.y = y.get(), p.bias = bias.get(), p.act = Act::none;
   p.shape = {k.n, k.c_in, k.c_out, k.h, k.w, k.ph, k.pw, Dtype::bfloat16};
-  p.x_stride = dense(k, k.c_in, H, W, last), p.y_stride = dense(k, k.c_out, k.h, k.w, last);
+  p.x_stride = dense(k.c_in, H, W, last), p.y_stride = dense(k.c_out, k.h, k.w, last);
   const ProductMemory m = product_memory_of(p.x, p.x_stride, p.weight, p.y, p.y_stride, p.shape);
   const char* const found[] = {"pixels", "channels_last", "gather"};
-  if (std::strcmp(found[static_cast<int>(m.layout)], layout)) throw std::runtime_error(std::string("not ") + layout);
+  if (!wgmma && std::strcmp(found[static_cast<int>(m.layout)], layout))
+    throw std::runtime_error(std::string("not ") + layout);
   const ProductPlan plan = product_plan(p.shape, m, tile);
-  if (!plan.blocks()) return 0;
+  if (!plan.blocks() && !wgmma) return 0;
   prepare(order);
-  check(product_fwd_mma(p, plan, nullptr));
+  check(wgmma ? product_fwd_wgmma(p, wgmma_plan(p.shape, m, gpu), nullptr) : product_fwd_mma(p, plan, nullptr));
   check(finish());
   int bad = 0;
   for (int n = 0; n < k.n; ++n)
@@ -76,7 +88,7 @@ static int pool(const Case& k, bool last, int order) {
   PoolHeadForward p{};
   p.x = x.get(), p.weight = weight.get(), p.pooled = pooled.get(), p.y = y.get();
   p.n = k.n, p.c = k.c_in, p.h = k.h, p.w = k.w, p.classes = k.c_out, p.dtype = Dtype::bfloat16;
-  p.x_stride = dense(k, k.c_in, k.h, k.w, last);
+  p.x_stride = dense(k.c_in, k.h, k.w, last);
   prepare(order);
   check(pool_head_fwd(p, nullptr));
   check(finish());
@@ -107,7 +119,7 @@ static int epilogue(const Case& k, bool last, int order) {
       y.get(), bias.get(), scale.get(), nullptr, last ? k.n * plane : int64_t(k.n) * k.c_in, last ? k.c_in : plane,
       k.c_in,  Act::relu,  last};
   prepare(order);
-  check(epilogue_inplace(p, Gpu{90, 1, 227 << 10, 1.755, 4.3}, nullptr));
+  check(epilogue_inplace(p, gpu, nullptr));
   check(finish());
   int bad = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -122,12 +134,18 @@ static int all_wrong(const char* name) {
   const Case planes[] = {{2, 130, 70, 4, 18, 1, 1}, {1, 24, 131, 1, 136, 1, 1}, {3, 40, 9, 2, 2, 1, 1}};
   const Case last[] = {{2, 136, 72, 3, 11, 1, 1}, {1, 21, 33, 5, 29, 1, 1}, {3, 260, 6, 2, 2, 1, 1}};
   const Case patches[] = {{2, 3, 70, 5, 7, 7, 7}, {3, 270, 5, 3, 5, 1, 1}, {1, 5, 9, 1, 9, 2, 3}};
+  const Case tiles[] = {{3, 392, 136, 5, 8, 1, 1}, {1, 72, 136, 9, 24, 1, 1}, {2, 8, 16, 4, 6, 1, 1}};
   const Case pooled[] = {{9, 35, 11, 3, 5, 1, 1}, {2, 33, 9, 4, 8, 1, 1}};
   int bad = 0, order = 0;  // every call another order
   if (!std::strcmp(name, "pool") || !std::strcmp(name, "epilogue")) {
     for (const Case& k : pooled)
       for (const bool channels_last : {false, true})
         bad += *name == 'p' ? pool(k, channels_last, order++ % 6) : epilogue(k, channels_last, order++ % 6);
+    return bad;
+  }
+  if (*name == 'w') {
+    if (!has_wgmma()) return 0;
+    for (int i = 0; i < 6; ++i) bad += product(name, tiles[i % 3], 0, order++);
     return bad;
   }
   for (int tile = 0; tile < kProductTileCount; ++tile)
@@ -137,10 +155,10 @@ static int all_wrong(const char* name) {
 }
 
 int main(int count, char** names) {
-  const char* all[] = {"", "pixels", "channels_last", "gather", "pool", "epilogue"};
+  const char* all[] = {"", "pixels", "channels_last", "gather", "wgmma", "wgmma_last", "pool", "epilogue"};
   int bad = 0;
   try {
-    for (int i = 1; i < (count > 1 ? count : 6); ++i) bad += all_wrong(count > 1 ? names[i] : all[i]);
+    for (int i = 1; i < (count > 1 ? count : int(std::size(all))); ++i) bad += all_wrong(count > 1 ? names[i] : all[i]);
   } catch (const std::exception& e) {
     std::printf("%s\n", e.what());
     return 1;

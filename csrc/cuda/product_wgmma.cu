@@ -1,0 +1,280 @@
+// The matrix product of product_mma.cu on Hopper's own instructions (sm_90a): copies of tiles by TMA, wgmma. bf16 and fp16.
+//
+// D's rows and columns as there. One block a multiprocessor stays and takes tiles of 128 x 128. One thread, the producer,
+// has TMA fill a ring of stages, 64 numbers along k each, of one tile after the other. Two groups of four warps multiply: one
+// has the tensor cores while the other applies the epilogue to its sums and stores them ("ping-pong").
+//
+//   full[stage]   phase ends: TMA has brought all bytes of the stage     the group whose turn it is waits
+//   empty[stage]  phase ends: four warps have multiplied what was there  the producer waits
+//   kTurn + g     the other group has issued its products               group g waits before its own
+//
+// Pixels come in panels of 64, each from one image, so that a tile may end in one image and begin in the next. Beyond the
+// ends of an image, of k and of the channels TMA reads zeros and stores nothing. All tiles in shared memory have rows of 64
+// numbers in the 128-byte swizzle. The producer is a group of its own, idle but for one thread, because registers move
+// (setmaxnreg) from one group to another.
+#include "epilogue.cuh"
+#include "hopper.cuh"
+#include "product.h"
+
+namespace cmx {
+namespace {
+
+using Plan = WgmmaPlan;
+
+struct Maps {
+  TensorMap x, weight, y;
+};
+
+#if CMX_HAS_WGMMA
+constexpr int LANES = 32, GROUP = 128;
+constexpr int kTurn = 1, kStaged = kTurn + 2;  // named barriers, one a group
+// Tiles are 64 numbers wide: of 64 rows (a panel), of 128, of 8 (the swizzle's pattern)
+constexpr int PANEL_BYTES = 2 * Plan::kPanel * 64, HALF_BYTES = 2 * Plan::kTile * 64, EIGHT_ROWS = 8 * 128;
+
+// Where a tile of D lies
+struct Tile {
+  int channel, image[2], pixel[2];  // first ones: of the channels, and of both panels
+
+  __device__ __forceinline__ Tile(const Plan& plan, int number) {
+    const int pixels = number / plan.channel_tiles;  // tiles that share pixels follow each other
+    channel = (number - pixels * plan.channel_tiles) * Plan::kTile;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      image[i] = (2 * pixels + i) / plan.image_panels;
+      pixel[i] = (2 * pixels + i - image[i] * plan.image_panels) * Plan::kPanel;
+    }
+  }
+};
+
+// A place in the ring, and the parity of its phase
+struct Place {
+  int stage, parity;
+
+  __device__ __forceinline__ explicit Place(int steps)
+      : stage(steps % Plan::kStages), parity(steps / Plan::kStages % 2) {}
+  __device__ __forceinline__ void advance() {
+    if (++stage == Plan::kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// A float32 vector [c_out] for the numbers of a lane: of its four rows, kept; or of its columns, read when they are wanted
+template <bool LAST>
+struct Constants {
+  const float* v;
+  float missing, row[2][2];
+  int first, end;
+
+  __device__ __forceinline__ Constants(const float* from, float none, int channel, int lane, int warp, int c_out)
+      : v(from), missing(none), first(channel + (LAST ? lane % 4 * 2 : warp * 16 + lane / 4)), end(c_out) {
+    if constexpr (!LAST) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) row[i / 2][i % 2] = read(i / 2 * 64 + i % 2 * 8, 0);
+    }
+  }
+  __device__ __forceinline__ float read(int offset, int e) const {
+    const int c = first + offset;                   // channels of columns come in eights: if it is one, so is the next
+    return v ? v[(c < end ? c : 0) + e] : missing;  // what is beyond the last channel is not stored
+  }
+  __device__ __forceinline__ float of(int i, int half, int j, int e) const {
+    return LAST ? read(8 * j, e) : row[i][half];
+  }
+};
+
+// acc[i][4 j + 2 half + e]: row 64 i + 16 warp + 8 half + lane / 4, column 8 j + 2 (lane % 4) + e of the tile
+template <class T, bool LAST>
+__device__ __forceinline__ void finish(float (&acc)[2][64], const ProductForward& p, int channel, int warp, int lane,
+                                       unsigned char* staging) {
+  const int c_out = p.shape.c_out;
+  const Constants<LAST> bias(p.bias, 0.f, channel, lane, warp, c_out);
+#pragma unroll
+  for (int j = 0; j < 16; ++j)
+#pragma unroll
+    for (int n = 0; n < 8; ++n) acc[n / 4][4 * j + n % 4] += bias.of(n / 4, n / 2 % 2, j, n % 2);
+
+  activate<T, 128>(&acc[0][0], p.act);
+
+  const Constants<LAST> scale(p.scale, 1.f, channel, lane, warp, c_out),
+      shift(p.shift, 0.f, channel, lane, warp, c_out);
+  unsigned char* const mine = staging + (warp * 16 + lane / 4) * 128 + lane % 4 * 4;
+#pragma unroll
+  for (int j = 0; j < 16; ++j)
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int i = n / 2, half = n % 2;
+      float v[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        v[e] = fmaf(acc[i][4 * j + 2 * half + e], scale.of(i, half, j, e), shift.of(i, half, j, e));
+      put(mine + j / 8 * HALF_BYTES + (64 * i + 8 * half) * 128 + (j % 8 ^ lane / 4) * 16, pack<T>(v[0], v[1]));
+    }
+}
+
+// Shared memory: the ring, both groups' tiles on their way out, the mbarriers
+struct Shared {
+  unsigned char *ring, *stagings;
+  uint64_t *full, *empty;
+
+  __device__ __forceinline__ explicit Shared(unsigned char* unaligned)
+      : ring(unaligned + (-shared_address(unaligned) & 1023)),
+        stagings(ring + Plan::kStages * Plan::kStageBytes),
+        full(reinterpret_cast<uint64_t*>(stagings + Plan::kGroups * Plan::kOutBytes)),
+        empty(full + Plan::kStages) {}
+};
+
+// One thread keeps the ring full.
+template <bool LAST>
+__device__ __forceinline__ void produce(const Maps& maps, const Plan& plan, const Shared& shared) {
+  constexpr int X_AT = LAST ? 0 : Plan::kOperandBytes, WEIGHT_AT = Plan::kOperandBytes - X_AT;  // A, then B
+  Place at(0);
+  for (int number = blockIdx.x; number < plan.tiles; number += gridDim.x) {
+    const Tile tile(plan, number);
+#pragma unroll 1
+    for (int k = 0; k < plan.steps * Plan::kDepth; k += Plan::kDepth) {
+      mbarrier_wait(shared.empty + at.stage, at.parity ^ 1);
+      uint64_t* const full = shared.full + at.stage;
+      unsigned char* const to = shared.ring + at.stage * Plan::kStageBytes;
+      mbarrier_expect(full, Plan::kStageBytes);
+      load_tile(to + WEIGHT_AT, maps.weight, k, tile.channel, 0, full);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        load_tile(to + X_AT + i * PANEL_BYTES, maps.x, LAST ? k : tile.pixel[i], LAST ? tile.pixel[i] : k,
+                  tile.image[i], full);
+      at.advance();
+    }
+  }
+}
+
+// The sums of tile number `turn` of this block: acc = A B
+template <class T, bool LAST>
+__device__ __forceinline__ void multiply(float (&acc)[2][64], const Plan& plan, const Shared& shared, int turn,
+                                         bool is_last, int lane) {
+  // B of planes: 16 along k are 16 of its rows, and 64 pixels are a panel
+  constexpr int B_LEADING = LAST ? 16 : PANEL_BYTES, B_STEP = LAST ? 32 : 2 * EIGHT_ROWS;
+  const uint32_t ring = shared_address(shared.ring);
+  const uint64_t a_ring = operand(ring, 16, EIGHT_ROWS),
+                 b_ring = operand(ring + Plan::kOperandBytes, B_LEADING, EIGHT_ROWS);
+  Place at(turn * plan.steps);
+  int before = 0;
+  if (turn > 0) barrier_sync(kTurn + turn % Plan::kGroups, 2 * GROUP);
+#pragma unroll 1
+  for (int step = 0; step < plan.steps; ++step) {
+    mbarrier_wait(shared.full + at.stage, at.parity);
+    const uint64_t offset = at.stage * Plan::kStageBytes / 16;  // descriptors count 16 bytes
+    fence_products();
+#pragma unroll
+    for (int kk = 0; kk < Plan::kDepth / 16; ++kk)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        multiply_async<T, LAST>(acc[i], a_ring + offset + (i * 8 * EIGHT_ROWS + kk * 32) / 16,
+                                b_ring + offset + kk * B_STEP / 16, step > 0 || kk > 0);
+    commit_products();
+    wait_for_products<1>();  // the step before this one
+    if (step > 0 && lane == 0) mbarrier_arrive(shared.empty + before);
+    before = at.stage;
+    at.advance();
+  }
+  if (!is_last) barrier_arrive(kTurn + (turn + 1) % Plan::kGroups, 2 * GROUP);
+  wait_for_products<0>();
+  if (lane == 0) mbarrier_arrive(shared.empty + before);
+}
+
+// One thread begins the stores of a group's tile.
+template <bool LAST>
+__device__ __forceinline__ void store(const TensorMap& y, const Tile& tile, const unsigned char* staging) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const unsigned char* const from = staging + half * HALF_BYTES;
+    if constexpr (LAST) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        store_tile(from + i * PANEL_BYTES, y, tile.channel + half * 64, tile.pixel[i], tile.image[i]);
+    } else {
+      store_tile(from, y, tile.pixel[half], tile.channel, tile.image[half]);
+    }
+  }
+  commit_stores();
+}
+#endif
+
+template <class T, bool LAST>
+__global__ void __launch_bounds__(Plan::kThreads, 1)
+    product_wgmma_kernel(const __grid_constant__ Maps maps, const __grid_constant__ ProductForward p,
+                         const __grid_constant__ Plan plan) {
+#if CMX_HAS_WGMMA
+  CMX_DYNAMIC_SHARED(unaligned);
+  const Shared shared(unaligned);
+  const int thread = threadIdx.x % GROUP, group = threadIdx.x / GROUP, warp = thread / LANES, lane = thread % LANES;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Plan::kStages; ++i)
+      mbarrier_init(shared.full + i, 1), mbarrier_init(shared.empty + i, GROUP / LANES);
+    mbarrier_init_done();
+  }
+  __syncthreads();
+
+  if (group == Plan::kGroups) {
+    keep_registers<40>();
+    if (thread == 0) produce<LAST>(maps, plan, shared);
+  } else {
+    take_registers<232>();
+    unsigned char* const staging = shared.stagings + group * Plan::kOutBytes;
+    const int grid = gridDim.x;
+#pragma unroll 1
+    for (int turn = group, number = blockIdx.x + group * grid; number < plan.tiles; turn += 2, number += 2 * grid) {
+      float acc[2][64];
+      multiply<T, LAST>(acc, plan, shared, turn, number + grid >= plan.tiles, lane);
+      const Tile tile(plan, number);
+      if (thread == 0) wait_for_stores_read();
+      barrier_sync(kStaged + group, GROUP);  // the tile before this one is out
+      finish<T, LAST>(acc, p, tile.channel, warp, lane, staging);
+      show_to_copies();
+      barrier_sync(kStaged + group, GROUP);  // this one is there
+      if (thread == 0) store<LAST>(maps.y, tile, staging);
+    }
+    if (thread == 0) wait_for_stores_read();  // shared memory must outlive them
+  }
+#endif
+}
+
+template <class T, bool LAST>
+cudaError_t launch(const ProductForward& p, const Plan& plan, cudaStream_t stream) {
+  const auto kernel = product_wgmma_kernel<T, LAST>;
+  const int64_t k = p.shape.k(), c_out = p.shape.c_out;
+  const TensorView x = tensor_view(p.shape, plan.layout, k, p.x_stride),
+                   y = tensor_view(p.shape, plan.layout, c_out, p.y_stride),
+                   weight{{k, c_out, 1}, {2 * k, 2 * k * c_out}};
+  Maps maps;
+  for (const cudaError_t error :
+       {encode_tensor_map(&maps.x, p.x, x.size, x.stride, Plan::kPanel),
+        encode_tensor_map(&maps.weight, p.weight, weight.size, weight.stride, Plan::kTile),
+        encode_tensor_map(&maps.y, p.y, y.size, y.stride, LAST ? Plan::kPanel : Plan::kTile),
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Plan::kShared)})
+    if (error) return error;
+  CMX_LAUNCH(kernel, dim3(plan.blocks), dim3(Plan::kThreads), Plan::kShared, stream, maps, p, plan);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch_layout(const ProductForward& p, const Plan& plan, cudaStream_t stream) {
+  return plan.layout == ProductLayout::pixels ? launch<T, false>(p, plan, stream) : launch<T, true>(p, plan, stream);
+}
+
+}  // namespace
+
+cudaError_t product_fwd_wgmma(const ProductForward& p, const WgmmaPlan& plan, cudaStream_t stream) {
+  if (plan.blocks < 1) return cudaErrorInvalidValue;
+  return p.shape.dtype == Dtype::bfloat16 ? launch_layout<bf16>(p, plan, stream) : launch_layout<fp16>(p, plan, stream);
+}
+
+#ifndef CMX_EMULATED
+bool product_wgmma_runs() {
+  static const bool answer = [] {
+    constexpr int kEmpty = 64;  // registers: more than the kernel that is empty, compiled for anything but sm_90a
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, product_wgmma_kernel<bf16, false>);
+    return error == cudaSuccess && attributes.numRegs > kEmpty && tensor_map_encoder() != nullptr;
+  }();
+  return answer;
+}
+#endif
+
+}  // namespace cmx
