@@ -178,7 +178,7 @@ def select(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = No
     if best is not None:
         return best
     for backend in BACKENDS:
-        if backend.reason(op, x, act) is None:
+        if backend.only_forced is None and backend.reason(op, x, act) is None:
             if backend.name == "reference" and x.dtype != torch.float64 and not quiet:
                 say_once(f"{op} runs in plain PyTorch: {_listed(op, x, act)}")
             return backend.name
@@ -197,21 +197,25 @@ def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape 
     return select(op, x, act, quiet, weight) != "reference"
 
 
-# Measured with benchmarks/bench_ops.py, see csrc/cpu/NOTES.md
-_PLAIN_TAPS, _PLAIN_ELEMENTS = 25, 1 << 17
+# Measured with benchmarks/bench_ops.py, see csrc/cpu/NOTES.md: in channels_last, values at least, taps at most
+_PLAIN_ELEMENTS, _PLAIN_TAPS = 1 << 18, 9
+_NARROW, _PLAIN_TAPS_OF_NARROW = 128, 25  # below so many channels, in float32
 
 
 def plain_is_faster(x: Tensor, weight: Tensor) -> str | None:
     """A sentence if PyTorch's own depthwise convolution, with nothing behind it, is faster than the CPU kernels."""
-    if torch.compiler.is_compiling() or kernels_are_forced() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < _PLAIN_ELEMENTS:
         return None  # a size asked for in a graph would bind it to that size
-    taps = prod(weight.shape[2:])
-    if taps > _PLAIN_TAPS or x.numel() < _PLAIN_ELEMENTS or x.stride(1) != 1:
+    if x.layout != torch.strided or x.stride(1) != 1 or x.dtype not in (torch.float32, torch.bfloat16):
         return None
-    if _measured("depthwise_block", x, "none", weight.shape) is not None:
-        return None  # tune() knows better
+    if kernels_are_forced():
+        return None
+    most = _PLAIN_TAPS_OF_NARROW if x.dtype == torch.float32 and x.shape[1] < _NARROW else _PLAIN_TAPS
+    taps = prod(weight.shape[2:])
+    if taps > most or _measured("depthwise_block", x, "none", weight.shape) is not None:  # tune() knows better
+        return None
     return (
-        f"PyTorch's own is faster for a convolution alone, with {_PLAIN_TAPS} taps or fewer, on {_PLAIN_ELEMENTS} "
+        f"PyTorch's own is faster for a convolution alone, with {most} taps or fewer, on {_PLAIN_ELEMENTS} "
         f"channels_last values or more; x has {x.numel()}, the kernel {taps} taps"
     )
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from cmx_kernels import backends, ops, profiling
 from cmx_kernels.models.fused import Block, Stem
-from cmx_kernels.models.stack import STATE, check_call, plain_is_wanted
+from cmx_kernels.models.stack import STATE, check_call, check_tensor, plain_is_wanted
 from cmx_kernels.models.structure import Refusal
 from cmx_kernels.ops.block_stack import ConvParams, PackedCache
-from cmx_kernels.ops.checks import MAX_KERNEL, autocast, wants_grad
+from cmx_kernels.ops.checks import MAX_KERNEL, autocast, autocast_is_on, wants_grad
 from cmx_kernels.ops.depthwise_packed import PackedDepthwise, depthwise_packed, pack
 
 
@@ -80,7 +80,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
             return f"x has {x.dim()} dimensions, not [N, C, H, W]"
         try:
             check_call(x)
-            check_call(self.weight)
+            check_tensor(self.weight)
         except Refusal as reason:
             return str(reason)
         return None
@@ -96,7 +96,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
             return self._fused(x)
 
     def _fused(self, x: Tensor) -> Tensor:
-        if plain_is_wanted(x):
+        if plain_is_wanted(x) or (x.dim() == 4 and not autocast_is_on(x) and backends.plain_is_faster(x, self.weight)):
             return super().forward(x)
         reason = self.why_plain(x)
         if reason is not None:

@@ -75,7 +75,8 @@ Tensor pack_depthwise(const Tensor& given) {
   return packed_depthwise(weight_view(w, w.size(2), w.size(3), "weight"));
 }
 
-// ---- operators
+// ---- operators. They allocate what they return first: all else, freed before it, leaves it the pages it had in the last
+// call. Pages that are new take as long as a small layer.
 
 Tensor direct(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale, const Optional& shift,
               const std::string& act, int64_t stride_h, int64_t stride_w, bool depthwise, bool residual) {
@@ -125,9 +126,9 @@ Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias
                   ", wanted at least one patch of ", p, "x", q);
   if (x.scalar_type() == ScalarType::Double) return direct(x, weight, bias, scale, shift, act, p, q, false, false);
   const View in = view_of(x, "x");
+  Tensor y = output_like(x, c, x.size(2) / p, x.size(3) / q);
   const ConstantsBuffer constants(bias, scale, shift, c);
   const Tensor packed = pack_pointwise(torch::stable::view(dense(weight), {c, x.size(1) * p * q}));
-  Tensor y = output_like(x, c, x.size(2) / p, x.size(3) / q);
   Stage s{};
   s.producer = producer;
   s.in = in, s.out = view_of(y, "y");
@@ -148,8 +149,7 @@ Tensor pointwise_block(const Tensor& x, const Tensor& weight, const Optional& bi
   return product_block(x, weight, bias, scale, shift, act, Stage::Producer::copy);
 }
 
-Tensor depthwise_layer(const View& in, const Tensor& x, const Depthwise& depthwise, Act act) {
-  Tensor y = output_like(x, in.c, in.h, in.w);
+Tensor depthwise_layer(const View& in, Tensor y, const Depthwise& depthwise, Act act) {
   if (!in.n || !in.h || !in.w) return y;
   const CpuKernels& k = cpu_kernels();
   const int64_t blocks = ceil_div(in.c, k.lanes);
@@ -171,9 +171,11 @@ Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bi
                "[C, 1, kh, kw]");
   if (x.scalar_type() == ScalarType::Double) return direct(x, weight, bias, scale, shift, act, 1, 1, true, residual);
   const View in = view_of(x, "x");
+  Tensor y = output_like(x, in.c, in.h, in.w);
   const ConstantsBuffer constants(bias, scale, shift, in.c);
   const Tensor packed = pack_depthwise(weight);
-  return depthwise_layer(in, x, {packed.const_data_ptr(), constants.get(), weight.size(2), weight.size(3), residual},
+  return depthwise_layer(in, std::move(y),
+                         {packed.const_data_ptr(), constants.get(), weight.size(2), weight.size(3), residual},
                          act_of(act));
 }
 
@@ -248,8 +250,9 @@ Tensor depthwise_packed(const Tensor& x, const Tensor& packed, const Tensor& pac
   check_kernel(kernel);
   check_packed(packed, cpu_kernels().packed_depthwise_bytes(in.dtype, in.c, kernel[0], kernel[1]),
                "a depthwise weight");
+  Tensor y = output_like(x, in.c, in.h, in.w);
   const ConstantsBuffer constants = packed_constants(packed_rows, in.c);
-  return depthwise_layer(in, x, {packed.const_data_ptr(), constants.get(), kernel[0], kernel[1], residual},
+  return depthwise_layer(in, std::move(y), {packed.const_data_ptr(), constants.get(), kernel[0], kernel[1], residual},
                          act_of(act));
 }
 

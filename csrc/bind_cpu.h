@@ -86,14 +86,36 @@ inline Tensor bytes(int64_t count) {
 }
 inline char* aligned(const Tensor& t) { return (char*)round_up((int64_t)t.mutable_data_ptr(), 64); }
 
+// Memory of the calling thread, kept until its next call: pages that are new in every call take longer than a small layer.
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    thread_local std::unique_ptr<char[]> kept;
+    thread_local int64_t size = 0;
+    constexpr int64_t kMost = 4 << 20;
+    count += 64;
+    if (count > kMost) {
+      own_.reset(new char[count]);
+    } else if (count > size) {
+      kept.reset(new char[count]), size = count;
+    }
+    data_ = (char*)round_up((int64_t)(own_ ? own_ : kept).get(), 64);
+  }
+  char* data() const { return data_; }
+
+ private:
+  std::unique_ptr<char[]> own_;
+  char* data_;
+};
+
 // Calls f(task, scratch) for every task, each worker with scratch memory of its own
 template <class F>
 inline void run(int64_t tasks, int64_t scratch_bytes, const F& f) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   if (!workers) return;
   const int64_t piece = round_up(scratch_bytes, 4096);
-  const Tensor memory = bytes(workers * piece);
-  char* const scratch = aligned(memory);
+  const Scratch memory(workers * piece);
+  char* const scratch = memory.data();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; worker++)
       for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++)

@@ -77,10 +77,10 @@ def check_unit(unit: Unit) -> None:
     if "weight" not in conv._parameters:
         raise Refusal("the weight of its convolution is computed from something else, not a parameter")
     for tensor in (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
-        _check_tensor(tensor)
+        check_tensor(tensor)
 
 
-def _check_tensor(tensor: Tensor | None) -> None:
+def check_tensor(tensor: Tensor | None) -> None:
     if backends.exporting():
         return
     if tensor is not None and type(tensor) not in _PLAIN:

@@ -201,15 +201,20 @@ static Rows prepare_rows(const View& in, const RowPlan& plan, int64_t n, int64_t
   return {scratch, pitch};
 }
 
-// Output rows [y0, y0 + rows) of one block of channels. f(y, x, count, acc, residual) gets CB columns of
-// sums at a time.
-template <class F>
-CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, int64_t n, int64_t block, int64_t y0, int64_t rows,
-                               float* scratch, F f) {
-  const RowPlan plan(in, d.kw);
-  const int64_t up = before(d.kh), down = d.kh - 1 - up;
-  const int64_t top = most(y0 - up, 0), end = least(y0 + rows + down, in.h);
-  const Rows from = prepare_rows(in, plan, n, block, top, end, scratch);
+// Input rows that output rows [y0, y0 + rows) need
+struct InputRows {
+  int64_t top, end;
+  InputRows(const View& in, int64_t kh, int64_t y0, int64_t rows)
+      : top(most(y0 - before(kh), 0)), end(least(y0 + rows + kh - 1 - before(kh), in.h)) {}
+};
+
+// Output rows [y0, y0 + rows) of one block of channels, from the rows `from` of the input. f(y, x, count, acc, residual)
+// gets CB columns of sums at a time, which announce(y, x, count) names before they are computed.
+template <class A, class F>
+CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, const RowPlan& plan, int64_t block, int64_t y0,
+                               int64_t rows, const Rows& from, A announce, F f) {
+  const int64_t up = before(d.kh);
+  const auto [top, end] = InputRows(in, d.kh, y0, rows);
   const TapLoop loop = tap_loop<CB>(d.kw, plan.pairs), narrow = tap_loop<CB / 2>(d.kw, plan.pairs);
   Taps taps;
   taps.pitch = from.pitch;
@@ -229,6 +234,7 @@ CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, int64_t n, in
       taps.in = from.first + (y - up + t0 - top) * from.pitch + column;
       taps.lo = -x;
       taps.hi = in.w - x;
+      announce(y, x, count);
       alignas(64) float acc[CB * VL];
       (count > CB / 2 ? loop : narrow)(taps, acc);
       if (taps.ahead < ahead_end) taps.ahead += taps.lines * taps.rows * 64;

@@ -94,15 +94,18 @@ static void fill_patches(const Stage& s, const StagePlan<P>& plan, int64_t n, in
 }
 
 template <class P>
-static void fill_depthwise(const Stage& s, const StagePlan<P>& plan, int64_t n, int64_t y0, int64_t rows, P* panel,
-                           float* row_scratch) {
-  const bool pairs = pairs_depthwise(s.in.dtype, s.depthwise.kw);
-  for (int64_t block = 0; block < plan.channels / VL; block++)
-    depthwise_rows(s.in, s.depthwise, n, block, y0, rows, row_scratch,
-                   [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
-                     P* to = panel + ((y - y0) * s.out.w + x) * plan.pitch + block * VL;
-                     depthwise_epilogue(acc, count, s.depthwise, block, s.act, pairs, residual, to, plan.pitch);
-                   });
+static void fill_depthwise(const Stage& s, const StagePlan<P>& panel_plan, int64_t n, int64_t y0, int64_t rows,
+                           P* panel, float* row_scratch) {
+  const RowPlan plan(s.in, s.depthwise.kw);
+  const InputRows span(s.in, s.depthwise.kh, y0, rows);
+  for (int64_t block = 0; block < panel_plan.channels / VL; block++)
+    depthwise_rows(
+        s.in, s.depthwise, plan, block, y0, rows, prepare_rows(s.in, plan, n, block, span.top, span.end, row_scratch),
+        [](int64_t, int64_t, int64_t) {},
+        [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
+          P* to = panel + ((y - y0) * s.out.w + x) * panel_plan.pitch + block * VL;
+          depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to, panel_plan.pitch);
+        });
 }
 
 template <class P, class T>
@@ -160,28 +163,38 @@ static int64_t stage_scratch_bytes(const Stage& s) {
 
 // One block of channels of a depthwise layer by itself, rows [y0, y0 + rows)
 static void depthwise_band(const DepthwiseStage& s, int64_t n, int64_t block, int64_t y0, char* memory) {
-  const int64_t rows = least(s.rows, s.out.h - y0), w = s.out.w;
-  const RowPlan plan(s.in, s.depthwise.kw);
+  const View &in = s.in, &out = s.out;
+  const int64_t rows = least(s.rows, out.h - y0), w = out.w;
+  const RowPlan plan(in, s.depthwise.kw);
+  const InputRows span(in, s.depthwise.kh, y0, rows);
   Scratch scratch{memory};
-  float* row_scratch = scratch.take<float>(plan.scratch_vectors(s.in, s.rows, s.depthwise.kh) * VL);
+  float* row_scratch = scratch.take<float>(plan.scratch_vectors(in, s.rows, s.depthwise.kh) * VL);
   float* sums = scratch.take<float>(s.rows * w * VL);
-  if (s.out.sc == 1 && (block + 1) * VL <= s.out.c) {  // whole vectors of channels: no detour over scratch memory
-    with_dtype(s.out.dtype, [&](auto t) {
-      depthwise_rows(s.in, s.depthwise, n, block, y0, rows, row_scratch,
-                     [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
-                       auto* to = address<decltype(t)>(s.out, n, block * VL, y, x);
-                       depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to, s.out.sw);
-                     });
+  const Rows from = prepare_rows(in, plan, n, block, span.top, span.end, row_scratch);
+  if (out.sc == 1 && (block + 1) * VL <= out.c) {  // whole vectors of channels: no detour over scratch
+    with_dtype(out.dtype, [&](auto t) {
+      typedef decltype(t) T;
+      depthwise_rows(
+          in, s.depthwise, plan, block, y0, rows, from,
+          [&](int64_t y, int64_t x, int64_t count) {  // stores to lines far apart would wait for one after the other
+            const T* to = address<T>(out, n, block * VL, y, x);
+            for (int64_t i = 0; i < count; i++) __builtin_prefetch(to + i * out.sw, 1);
+          },
+          [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
+            T* to = address<T>(out, n, block * VL, y, x);
+            depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to, out.sw);
+          });
     });
     return;
   }
-  depthwise_rows(s.in, s.depthwise, n, block, y0, rows, row_scratch,
-                 [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
-                   float* to = sums + ((y - y0) * w + x) * VL;
-                   depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to, VL);
-                 });
-  for_rows(s.out, y0, rows, [&](int64_t y, int64_t x, int64_t count, int64_t before) {
-    scatter(s.out, n, block * VL, y, x, count, sums + before * VL, VL);
+  depthwise_rows(
+      in, s.depthwise, plan, block, y0, rows, from, [](int64_t, int64_t, int64_t) {},
+      [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
+        float* to = sums + ((y - y0) * w + x) * VL;
+        depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to, VL);
+      });
+  for_rows(out, y0, rows, [&](int64_t y, int64_t x, int64_t count, int64_t before) {
+    scatter(out, n, block * VL, y, x, count, sums + before * VL, VL);
   });
 }
 
