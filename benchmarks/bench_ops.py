@@ -103,9 +103,7 @@ def _fused(layer: Layer) -> Callable[[Tensor], Tensor]:
 
     s = layer.shape
     if s.op == "depthwise_layer":
-        module = LargeKernelDepthwiseConv2d(s.c, s.k, dtype=layer.weight.dtype)
-        module.load_state_dict({"weight": layer.weight, "bias": layer.bias})
-        return module.requires_grad_(False)
+        return _with_weights_of(layer, LargeKernelDepthwiseConv2d(s.c, s.k))
     mean, variance, gamma, beta = layer.norm
     scale = gamma / (variance + 1e-5).sqrt()  # the folding that fuse() does once
     shift = beta - mean * scale
@@ -113,15 +111,28 @@ def _fused(layer: Layer) -> Callable[[Tensor], Tensor]:
     return lambda x: op(x, layer.weight, layer.bias, scale, shift)
 
 
+def _plain(layer: Layer) -> Callable[[Tensor], Tensor]:
+    """A module against a module: both have the same way to their convolution."""
+    s = layer.shape
+    if s.op != "depthwise_layer":
+        return layer
+    return _with_weights_of(layer, torch.nn.Conv2d(s.c, s.c, s.k, groups=s.c, padding="same"))
+
+
+def _with_weights_of(layer: Layer, module: torch.nn.Module) -> torch.nn.Module:
+    module.to(layer.weight.dtype).load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    return module.requires_grad_(False)
+
+
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("shape", _shapes(), ids=str)
 @torch.no_grad()
 def bench_op(benchmark: Any, shape: Shape, record_op: Callable[[dict[str, Any]], None]) -> None:
-    plain = Layer.random(shape)
-    fused = _fused(plain)
+    layer = Layer.random(shape)
+    plain, fused = _plain(layer), _fused(layer)
     x = torch.randn(shape.batch, shape.c, shape.h, shape.w).to(DTYPES[shape.dtype])
     inputs = {name: x.contiguous(memory_format=layout) for name, layout in LAYOUTS.items()}
-    errors = {f"error_{name}": _error(plain, fused, x[:1]) for name, x in inputs.items()}
+    errors = {f"error_{name}": _error(layer, fused, x[:1]) for name, x in inputs.items()}
     providers = {"fused": fused, "plain": plain}
     calls = {(who, name): partial(run, inputs[name]) for who, run in providers.items() for name in LAYOUTS}
     times = in_turns(calls, _SECONDS, _ROUNDS)

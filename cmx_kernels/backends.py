@@ -200,23 +200,34 @@ def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape 
 # Measured with benchmarks/bench_ops.py, see csrc/cpu/NOTES.md: in channels_last, values at least, taps at most
 _PLAIN_ELEMENTS, _PLAIN_TAPS = 1 << 18, 9
 _NARROW, _PLAIN_TAPS_OF_NARROW = 128, 25  # below so many channels, in float32
+_PLAIN_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def plain_is_faster(x: Tensor, weight: Tensor) -> str | None:
-    """A sentence if PyTorch's own depthwise convolution, with nothing behind it, is faster than the CPU kernels."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < _PLAIN_ELEMENTS:
-        return None  # a size asked for in a graph would bind it to that size
-    if x.layout != torch.strided or x.stride(1) != 1 or x.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if kernels_are_forced():
-        return None
-    most = _PLAIN_TAPS_OF_NARROW if x.dtype == torch.float32 and x.shape[1] < _NARROW else _PLAIN_TAPS
-    taps = prod(weight.shape[2:])
-    if taps > most or _measured("depthwise_block", x, "none", weight.shape) is not None:  # tune() knows better
-        return None
+def plain_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's own depthwise convolution, with nothing behind it, is faster than the CPU kernels.
+
+    Asked in every call of a layer, so the first question is the one that most often says no.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.numel() < _PLAIN_ELEMENTS:
+        return False  # a size asked for in a graph would bind it to that size
+    if x.dtype not in _PLAIN_DTYPES or x.device.type != "cpu" or x.layout != torch.strided or x.dim() != 4:
+        return False
+    kh, kw = weight.shape[2:]
+    if x.stride(1) != 1 or kh * kw > _plain_taps(x) or _forced not in (None, "reference"):
+        return False
+    if torch.is_autocast_enabled("cpu"):  # x takes another dtype first
+        return False
+    return _measured("depthwise_block", x, "none", weight.shape) is None  # tune() knows better
+
+
+def _plain_taps(x: Tensor) -> int:
+    return _PLAIN_TAPS_OF_NARROW if x.dtype == torch.float32 and x.shape[1] < _NARROW else _PLAIN_TAPS
+
+
+def why_plain_is_faster(x: Tensor, weight: Tensor) -> str:
     return (
-        f"PyTorch's own is faster for a convolution alone, with {most} taps or fewer, on {_PLAIN_ELEMENTS} "
-        f"channels_last values or more; x has {x.numel()}, the kernel {taps} taps"
+        f"PyTorch's own is faster for a convolution alone, with {_plain_taps(x)} taps or fewer, on {_PLAIN_ELEMENTS} "
+        f"channels_last values or more; x has {x.numel()}, the kernel {prod(weight.shape[2:])} taps"
     )
 
 

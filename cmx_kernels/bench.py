@@ -1,5 +1,6 @@
 """Speed here: a first look (fused against plain PyTorch, checked, in turns), and the way to the whole suite."""
 
+import random
 import statistics
 import subprocess
 import sys
@@ -17,22 +18,23 @@ Key = TypeVar("Key")
 
 
 def in_turns(calls: Mapping[Key, Callable[[], Any]], seconds: float, rounds: tuple[int, int]) -> dict[Key, list[float]]:
-    """Seconds of every call, after one each that does not count; every turn starts with another one.
+    """Seconds of every call, after one each that does not count; every turn in another order.
+
+    A call finds the caches and the free memory that the one before it left, so none may always follow the same one.
 
     seconds: for each of them, roughly. rounds: at least, at most.
     """
     order, times = list(calls), {key: list[float]() for key in calls}
     for call in calls.values():
         call()
-    start, (least, most) = time.perf_counter(), rounds
+    start, (least, most), orders = time.perf_counter(), rounds, random.Random(0)
     for turn in range(most):
         if turn >= least and time.perf_counter() - start > seconds * len(calls):
             break
-        for key in order:
+        for key in orders.sample(order, len(order)):
             before = time.perf_counter()
             calls[key]()
             times[key].append(time.perf_counter() - before)
-        order = order[1:] + order[:1]
     return times
 
 

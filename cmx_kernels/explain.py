@@ -149,11 +149,11 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
         given, row = autocast(x)[0], None
         if reason is None:
             row = _op_row(name or "layer", ["depthwise_block"], given, "none", weights=[part.weight])
-        faster = backends.plain_is_faster(given, part.weight) if row and row.backend == "cpu" else None
-        if row is not None and faster is None:
+        if row is not None and not (row.backend == "cpu" and backends.plain_is_faster(given, part.weight)):
             yield row
-        else:
-            yield Row(name or "layer", PLAIN, "conv2d", {"fusion": str(reason)} if reason else {"cpu": str(faster)})
+            return
+        why = {"fusion": reason} if reason else {"cpu": backends.why_plain_is_faster(given, part.weight)}
+        yield Row(name or "layer", PLAIN, "conv2d", why)
         return
     try:
         stack, obstacle = stack_of(part, x)

@@ -11,7 +11,7 @@ from cmx_kernels.models.fused import Block, Stem
 from cmx_kernels.models.stack import STATE, check_call, check_tensor, plain_is_wanted
 from cmx_kernels.models.structure import Refusal
 from cmx_kernels.ops.block_stack import ConvParams, PackedCache
-from cmx_kernels.ops.checks import MAX_KERNEL, autocast, autocast_is_on, wants_grad
+from cmx_kernels.ops.checks import MAX_KERNEL, autocast, wants_grad
 from cmx_kernels.ops.depthwise_packed import PackedDepthwise, depthwise_packed, pack
 
 
@@ -96,17 +96,17 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
             return self._fused(x)
 
     def _fused(self, x: Tensor) -> Tensor:
-        if plain_is_wanted(x) or (x.dim() == 4 and not autocast_is_on(x) and backends.plain_is_faster(x, self.weight)):
-            return super().forward(x)
+        weight, bias = self.weight, self.bias
+        if backends.plain_is_faster(x, weight) or plain_is_wanted(x):
+            return self._conv_forward(x, weight, bias)
         reason = self.why_plain(x)
         if reason is not None:
             backends.say_once(f"a LargeKernelDepthwiseConv2d runs in plain PyTorch: {reason}")
             return super().forward(x)
-        weight, bias = self.weight, self.bias
         inference = not (torch.compiler.is_compiling() or wants_grad(x, weight, bias))
         given, (x,) = x, autocast(x)
         backend = backends.select("depthwise_block", x, "none", weight=weight.shape)
-        if backend == "reference" or (backend == "cpu" and backends.plain_is_faster(x, weight) is not None):
+        if backend == "reference" or (backend == "cpu" and backends.plain_is_faster(x, weight)):
             return super().forward(given)
         if inference and backend == "cpu" and not weight.is_inference():
             packed = self._packed(x, weight, bias)
