@@ -63,10 +63,13 @@ def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
 
 FULL = "mbarrier_wait(shared.full + at.stage, at.parity);"
 EMPTY = "mbarrier_wait(shared.empty + at.stage, at.parity ^ 1);"
-LAST_RELEASE = "  if (lane == 0) mbarrier_arrive(shared.empty + before);\n"
+LAST_RELEASE = "  if (lane < plan.cluster) mbarrier_arrive_in(shared.empty + before, lane);\n"
 TURN = "  if (!is_last) barrier_arrive(kTurn + (turn + 1) % Plan::kGroups, 2 * GROUP);\n"
 BYTES = "mbarrier_expect(full, Plan::kStageBytes);"
 A_RING = "a_ring = operand(ring, 16, EIGHT_ROWS)"
+MULTICAST = "full, all);"
+START = "cluster_sync();\n\n  if (group"
+END = "cluster_sync();  // the other block still writes here"
 LEADING = "B_LEADING = LAST ? 16 : PANEL_BYTES"
 OUT = "      if (thread == 0) wait_for_stores_read();\n      barrier_sync"
 THERE = "barrier_sync(kStaged + group, GROUP);  // this one is there"
@@ -76,6 +79,15 @@ WGMMA = {  # what: old, new, what it says
     "no wait for an empty stage": (EMPTY, "", "more arrivals than it counts"),
     "a stage released too early": ("wait_for_products<1>();", "", "wrong"),
     "a stage never released": (LAST_RELEASE, "", "deadlock"),
+    "a stage not released in the other block": (
+        "\n" + LAST_RELEASE,
+        "\n"
+        + LAST_RELEASE.replace("lane < plan.cluster", "lane == 0").replace(", lane)", ", blockIdx.x % plan.cluster)"),
+        "deadlock",
+    ),
+    "half of the weight not shared": (MULTICAST, MULTICAST.replace("all", "1u << rank"), "deadlock"),
+    "the other block not awaited": (START, START.replace("cluster_sync", "__syncthreads"), "was not initialised"),
+    "a block that leaves too early": (END, "", "deadlock"),
     "a turn not given": (TURN, "", "deadlock"),
     "too few bytes announced": (BYTES, BYTES.replace("Bytes", "Bytes / 2"), "wrong"),
     "the wrong offset from 8 rows to the next": (A_RING, A_RING.replace("ROWS", "ROWS / 2"), "wrong"),

@@ -56,16 +56,30 @@ __device__ __forceinline__ void mbarrier_init_done() {
 
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
 #ifdef CMX_EMULATED
-  emulator::arrive_mbarrier(shared_address(barrier), 0);
+  emulator::arrive_mbarrier(shared_address(barrier), 0, emulator::self().rank);
 #else
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
+// At the mbarrier with this address in another block of the cluster, or in this one
+__device__ __forceinline__ void mbarrier_arrive_in(uint64_t* barrier, int rank) {
+#ifdef CMX_EMULATED
+  emulator::arrive_mbarrier(shared_address(barrier), 0, rank);
+#else
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
 #endif
 }
 
 // Arrives, and announces bytes that copies will bring.
 __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, int bytes) {
 #ifdef CMX_EMULATED
-  emulator::arrive_mbarrier(shared_address(barrier), bytes);
+  emulator::arrive_mbarrier(shared_address(barrier), bytes, emulator::self().rank);
 #else
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -102,10 +116,18 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
 
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 #ifdef CMX_EMULATED
-  const emulator::Invisible _;
   emulator::arrive_named(id, threads);
 #else
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
+// All threads of all blocks of the cluster; memory that they wrote before is visible behind it.
+__device__ __forceinline__ void cluster_sync() {
+#ifdef CMX_EMULATED
+  emulator::sync_cluster();
+#else
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
@@ -158,12 +180,26 @@ inline cudaError_t encode_tensor_map(TensorMap* map, const void* base, const int
 // Brings one box to shared memory and its bytes, all of them, to `barrier`.
 __device__ __forceinline__ void load_tile(void* to, const TensorMap& map, int c0, int c1, int c2, uint64_t* barrier) {
 #ifdef CMX_EMULATED
-  emulator::load_tile(map, shared_address(to), c0, c1, c2, shared_address(barrier));
+  emulator::load_tile(map, shared_address(to), c0, c1, c2, shared_address(barrier), 1u << emulator::self().rank);
 #else
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
           "r"(shared_address(to)),
       "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
+// The same to every block of the cluster that `ranks` has a bit for: to the same addresses and mbarriers in each.
+__device__ __forceinline__ void load_tile_for(void* to, const TensorMap& map, int c0, int c1, int c2, uint64_t* barrier,
+                                              unsigned ranks) {
+#ifdef CMX_EMULATED
+  emulator::load_tile(map, shared_address(to), c0, c1, c2, shared_address(barrier), ranks);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(ranks))
       : "memory");
 #endif
 }

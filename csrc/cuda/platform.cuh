@@ -15,6 +15,23 @@
 #define CMX_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define CMX_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+// With `cluster` neighbouring blocks on neighbouring multiprocessors; on compute capability 9.0 and later
+#define CMX_LAUNCH_CLUSTERS(kernel, cluster, grid, block, shared_bytes, stream, ...) \
+  cmx::launch_clusters(kernel, cluster, grid, block, shared_bytes, stream, __VA_ARGS__)
+
+namespace cmx {
+template <class... Wanted, class... Given>
+cudaError_t launch_clusters(void (*kernel)(Wanted...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                            cudaStream_t stream, const Given&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+}  // namespace cmx
 #endif
 
 namespace cmx {

@@ -55,7 +55,7 @@ inline Cost wgmma_cost(const ProductShape& s, Act act, const WgmmaPlan& p, const
   const double per_output = activation_instructions(act, s.dtype) + 4;
   // 8 products of 64 x 128 a step read 2 and 4 KB of operands each; TMA writes the stage, and reads y
   const double shared = (8 * 6144 + p.kStageBytes) / 128., step = std::fmax(shared, mma / rates_of(gpu).wgmma);
-  const double epilogue = outputs / 32 * per_output / 4, of_block = std::ceil(double(p.tiles) / gpu.multiprocessors);
+  const double epilogue = outputs / 32 * per_output / 4, of_block = std::ceil(double(p.tiles) / p.blocks);
   Cost c{};
   c.memory = bytes_of(s) / (gpu.tb_per_s * 1e12) * gpu.multiprocessors * gpu.ghz * 1e9;
   c.tensor = double(p.tiles) * p.steps * mma / rates_of(gpu).wgmma;

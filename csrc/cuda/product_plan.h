@@ -131,7 +131,8 @@ inline ProductPlan product_plan(const ProductShape& s, const ProductMemory& m, i
   return p;
 }
 
-// ---- sm_90a: product_wgmma.cu. As many blocks as multiprocessors take tiles of D in turns.
+// ---- sm_90a: product_wgmma.cu. As many blocks as multiprocessors take tiles of D in turns, pairs of blocks (clusters) pairs
+// of tiles that share their channels.
 
 struct WgmmaPlan {
   static constexpr int kTile = 128, kDepth = 64;  // D's rows and columns, and numbers along k, of a step
@@ -145,6 +146,7 @@ struct WgmmaPlan {
 
   ProductLayout layout;  // pixels or channels_last
   int image_panels;      // of one image
+  int cluster;           // blocks of one, which take as many tiles together: 1 or 2
   int channel_tiles, tiles, steps;
   int blocks;  // 0: not for this kernel
 };
@@ -155,11 +157,13 @@ inline WgmmaPlan wgmma_plan(const ProductShape& s, const ProductMemory& m, const
   p.layout = m.layout;
   p.image_panels = static_cast<int>(ceil_div(s.plane(), p.kPanel));
   p.channel_tiles = static_cast<int>(ceil_div(s.c_out, p.kTile));
-  const int64_t tiles = ceil_div(int64_t(s.n) * p.image_panels, 2) * p.channel_tiles;
-  if (tiles * ceil_div(s.k(), p.kDepth) > INT32_MAX) return p;  // they are counted in 32 bits
+  const int64_t pixel_tiles = ceil_div(int64_t(s.n) * p.image_panels, 2);
+  p.cluster = pixel_tiles > 1 ? 2 : 1;
+  const int64_t tiles = round_up(pixel_tiles, p.cluster) * p.channel_tiles;  // the last one may be empty
+  if (tiles * ceil_div(s.k(), p.kDepth) > INT32_MAX) return p;               // they are counted in 32 bits
   p.tiles = static_cast<int>(tiles);
   p.steps = static_cast<int>(ceil_div(s.k(), p.kDepth));
-  p.blocks = std::min(p.tiles, gpu.multiprocessors);
+  p.blocks = std::max(p.cluster, std::min(p.tiles, gpu.multiprocessors / p.cluster * p.cluster));
   return p;
 }
 

@@ -4,9 +4,12 @@
 // has TMA fill a ring of stages, 64 numbers along k each, of one tile after the other. Two groups of four warps multiply: one
 // has the tensor cores while the other applies the epilogue to its sums and stores them ("ping-pong").
 //
-//   full[stage]   phase ends: TMA has brought all bytes of the stage     the group whose turn it is waits
-//   empty[stage]  phase ends: four warps have multiplied what was there  the producer waits
-//   kTurn + g     the other group has issued its products               group g waits before its own
+// Two blocks are a cluster and take two tiles of the same channels: each brings half of the weight's tile to both, so that L2
+// is read as for tiles of 128 x 256.
+//
+//   full[stage]   phase ends: TMA has brought all bytes of the stage             the group whose turn it is waits
+//   empty[stage]  phase ends: four warps of each block of the cluster are done   the producer waits: it writes to both
+//   kTurn + g     the other group has issued its products                       group g waits before its own
 //
 // Pixels come in panels of 64, each from one image, so that a tile may end in one image and begin in the next. Beyond the
 // ends of an image, of k and of the channels TMA reads zeros and stores nothing. All tiles in shared memory have rows of 64
@@ -35,9 +38,11 @@ constexpr int PANEL_BYTES = 2 * Plan::kPanel * 64, HALF_BYTES = 2 * Plan::kTile 
 struct Tile {
   int channel, image[2], pixel[2];  // first ones: of the channels, and of both panels
 
+  // Numbers of a cluster's blocks are neighbours. Clusters that share pixels follow each other.
   __device__ __forceinline__ Tile(const Plan& plan, int number) {
-    const int pixels = number / plan.channel_tiles;  // tiles that share pixels follow each other
-    channel = (number - pixels * plan.channel_tiles) * Plan::kTile;
+    const int rank = number % plan.cluster, mine = number / plan.cluster, group = mine / plan.channel_tiles;
+    const int pixels = group * plan.cluster + rank;
+    channel = (mine - group * plan.channel_tiles) * Plan::kTile;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       image[i] = (2 * pixels + i) / plan.image_panels;
@@ -121,10 +126,12 @@ struct Shared {
         empty(full + Plan::kStages) {}
 };
 
-// One thread keeps the ring full.
+// One thread keeps the ring full, its part of the weight's in all blocks of the cluster.
 template <bool LAST>
 __device__ __forceinline__ void produce(const Maps& maps, const Plan& plan, const Shared& shared) {
   constexpr int X_AT = LAST ? 0 : Plan::kOperandBytes, WEIGHT_AT = Plan::kOperandBytes - X_AT;  // A, then B
+  const int cluster = plan.cluster, rank = blockIdx.x % cluster;
+  const unsigned all = (1u << cluster) - 1;
   Place at(0);
   for (int number = blockIdx.x; number < plan.tiles; number += gridDim.x) {
     const Tile tile(plan, number);
@@ -134,7 +141,8 @@ __device__ __forceinline__ void produce(const Maps& maps, const Plan& plan, cons
       uint64_t* const full = shared.full + at.stage;
       unsigned char* const to = shared.ring + at.stage * Plan::kStageBytes;
       mbarrier_expect(full, Plan::kStageBytes);
-      load_tile(to + WEIGHT_AT, maps.weight, k, tile.channel, 0, full);
+      for (int i = rank; i < 2; i += cluster)
+        load_tile_for(to + WEIGHT_AT + i * PANEL_BYTES, maps.weight, k, tile.channel + i * 64, 0, full, all);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         load_tile(to + X_AT + i * PANEL_BYTES, maps.x, LAST ? k : tile.pixel[i], LAST ? tile.pixel[i] : k,
@@ -169,13 +177,13 @@ __device__ __forceinline__ void multiply(float (&acc)[2][64], const Plan& plan, 
                                 b_ring + offset + kk * B_STEP / 16, step > 0 || kk > 0);
     commit_products();
     wait_for_products<1>();  // the step before this one
-    if (step > 0 && lane == 0) mbarrier_arrive(shared.empty + before);
+    if (step > 0 && lane < plan.cluster) mbarrier_arrive_in(shared.empty + before, lane);
     before = at.stage;
     at.advance();
   }
   if (!is_last) barrier_arrive(kTurn + (turn + 1) % Plan::kGroups, 2 * GROUP);
   wait_for_products<0>();
-  if (lane == 0) mbarrier_arrive(shared.empty + before);
+  if (lane < plan.cluster) mbarrier_arrive_in(shared.empty + before, lane);
 }
 
 // One thread begins the stores of a group's tile.
@@ -206,14 +214,15 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
   const int thread = threadIdx.x % GROUP, group = threadIdx.x / GROUP, warp = thread / LANES, lane = thread % LANES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Plan::kStages; ++i)
-      mbarrier_init(shared.full + i, 1), mbarrier_init(shared.empty + i, GROUP / LANES);
+      mbarrier_init(shared.full + i, 1), mbarrier_init(shared.empty + i, plan.cluster * GROUP / LANES);
     mbarrier_init_done();
   }
-  __syncthreads();
+  cluster_sync();
 
   if (group == Plan::kGroups) {
     keep_registers<40>();
     if (thread == 0) produce<LAST>(maps, plan, shared);
+    cluster_sync();  // the other block still writes here
   } else {
     take_registers<232>();
     unsigned char* const staging = shared.stagings + group * Plan::kOutBytes;
@@ -231,6 +240,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       if (thread == 0) store<LAST>(maps.y, tile, staging);
     }
     if (thread == 0) wait_for_stores_read();  // shared memory must outlive them
+    cluster_sync();
   }
 #endif
 }
@@ -245,11 +255,12 @@ cudaError_t launch(const ProductForward& p, const Plan& plan, cudaStream_t strea
   Maps maps;
   for (const cudaError_t error :
        {encode_tensor_map(&maps.x, p.x, x.size, x.stride, Plan::kPanel),
-        encode_tensor_map(&maps.weight, p.weight, weight.size, weight.stride, Plan::kTile),
+        encode_tensor_map(&maps.weight, p.weight, weight.size, weight.stride, Plan::kTile / 2),
         encode_tensor_map(&maps.y, p.y, y.size, y.stride, LAST ? Plan::kPanel : Plan::kTile),
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Plan::kShared)})
     if (error) return error;
-  CMX_LAUNCH(kernel, dim3(plan.blocks), dim3(Plan::kThreads), Plan::kShared, stream, maps, p, plan);
+  CMX_LAUNCH_CLUSTERS(kernel, plan.cluster, dim3(plan.blocks), dim3(Plan::kThreads), Plan::kShared, stream, maps, p,
+                      plan);
   return cudaGetLastError();
 }
 

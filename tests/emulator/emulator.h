@@ -4,10 +4,11 @@
 // order: forward, reverse, or random. What hardware leaves undefined is made visible:
 //   shared memory         all NaN when a block starts; under AddressSanitizer out of bounds is an error with file:line
 //   cp.async              arrives as late as its wait allows, or at once, as the caller chooses; so do copies of tensors
-//                         and the products of wgmma (hopper.h)
+//                         (hopper.h)
 //   a wait for nobody     ends the kernel with the number of threads at each kind of wait
 // Under ThreadSanitizer every fiber is a thread: barriers order memory, shuffles and mma do not, so a missing
-// __syncthreads or __syncwarp is a reported race. Blocks run one after the other: races between them stay unseen.
+// __syncthreads or __syncwarp is a reported race. Blocks run one after the other, or the blocks of a cluster together: races
+// between others stay unseen.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -81,8 +82,9 @@ enum class Waits { no, for_block, for_warp, for_event, done };
 struct Thread {
   void* stack_pointer;
   char* stack;
-  uint3 index;
-  int lane, warp;
+  uint3 index, block;
+  int rank;        // of its block in the cluster
+  int lane, warp;  // the warp counts through the cluster
   Waits waits;
   unsigned mask;           // the lanes it waits for
   unsigned char uses[2];   // of the block's and the warp's barrier: their parity names an address for TSan
@@ -94,6 +96,7 @@ struct Thread {
 };
 
 constexpr size_t kStack = 256 << 10, kShared = 227 << 10;  // 227 KB: what a block of an H200 can have
+constexpr int kCluster = 2;
 
 struct Machine {
   enum Order { forward, reverse, random } order = forward;
@@ -105,16 +108,17 @@ struct Machine {
   int count = 0, alive = 0;
   std::function<void()> body;
   std::exception_ptr failure;
-  std::vector<std::function<void()>> loads, stores;  // of tiles, on their way
-  std::map<uint32_t, Mbarrier> mbarriers;            // by shared address
-  NamedBarrier named[16];
+  std::vector<std::function<void()>> loads, stores;        // of tiles, on their way
+  std::map<std::pair<int, uint32_t>, Mbarrier> mbarriers;  // by rank and shared address
+  NamedBarrier named[kCluster][16], whole;                 // by rank; of the cluster
   std::mt19937 dice;
   void *scheduler = nullptr, *asan = nullptr, *tsan = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
-  unsigned char exchange[32][32][64];                // [warp][lane]: what the lanes show each other
-  char barrier[2][33], block_edge[2];                // addresses that stand for barriers in TSan's eyes
-  alignas(1024) unsigned char shared[kShared + 64];  // and a red zone
+  unsigned char exchange[32][32][64];                            // [warp][lane]: what the lanes show each other
+  char barrier[2][32 + kCluster], block_edge[2];                 // addresses that stand for barriers in TSan's eyes
+  alignas(1024) unsigned char arenas[kCluster][kShared + 1024];  // and a red zone
+  unsigned char* shared = arenas[0];                             // of the block whose turn it is
 };
 
 inline Machine machine;
@@ -125,8 +129,10 @@ CMX_NO_TSAN inline Thread& self() { return *machine.current; }
 
 inline void shared_is_readable([[maybe_unused]] size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
-  __asan_poison_memory_region(machine.shared, sizeof machine.shared);
-  __asan_unpoison_memory_region(machine.shared, bytes);
+  for (auto& arena : machine.arenas) {
+    __asan_poison_memory_region(arena, sizeof arena);
+    __asan_unpoison_memory_region(arena, bytes);
+  }
 #endif
 }
 
@@ -175,7 +181,8 @@ CMX_NO_TSAN inline void to_scheduler([[maybe_unused]] bool for_good = false) {
 
 inline void resume(Thread& t) {
   machine.current = &t;
-  threadIdx = t.index;
+  machine.shared = machine.arenas[t.rank];
+  threadIdx = t.index, blockIdx = t.block;
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(&machine.asan, t.stack, kStack);
 #endif
@@ -186,7 +193,7 @@ inline void resume(Thread& t) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(machine.asan, nullptr, nullptr);
 #endif
-  threadIdx = t.index;
+  threadIdx = t.index, blockIdx = t.block;
 }
 
 // The first and last function on a fiber's stack
@@ -231,7 +238,7 @@ inline void start(Thread& t) {
 
 inline void sync_block() {
   const Invisible _;
-  char* const barrier = &machine.barrier[self().uses[0]++ & 1][32];
+  char* const barrier = &machine.barrier[self().uses[0]++ & 1][32 + self().rank];
   release(barrier);
   self().waits = Waits::for_block;
   to_scheduler();
@@ -341,14 +348,18 @@ inline void release_complete_warps(bool& progress) {
   }
 }
 
-inline void release_complete_block(bool& progress) {
-  int here = 0;
-  for (int i = 0; i < machine.count; ++i) here += machine.threads[i].waits == Waits::for_block;
-  if (!here || here != machine.alive) return;
-  if (machine.alive != machine.count)
-    fail("__syncthreads reached by " + std::to_string(here) + " of " + std::to_string(machine.count) +
+inline void release_complete_block(int rank, bool& progress) {
+  int here = 0, alive = 0, count = 0;
+  for (int i = 0; i < machine.count; ++i) {
+    const Thread& t = machine.threads[i];
+    if (t.rank == rank) ++count, here += t.waits == Waits::for_block, alive += t.waits != Waits::done;
+  }
+  if (!here || here != alive) return;
+  if (alive != count)
+    fail("__syncthreads reached by " + std::to_string(here) + " of " + std::to_string(count) +
          " threads: the others have exited");
-  for (int i = 0; i < machine.count; ++i) machine.threads[i].waits = Waits::no;
+  for (int i = 0; i < machine.count; ++i)
+    if (machine.threads[i].rank == rank) machine.threads[i].waits = Waits::no;
   progress = true;
 }
 
@@ -382,28 +393,36 @@ inline void report_deadlock() {
 
 inline void run_block(size_t shared_bytes) {
   release(&machine.block_edge[0]);
-  shared_is_readable(sizeof machine.shared);
-  std::memset(machine.shared, 0xff, std::min(shared_bytes + 1024, sizeof machine.shared));
+  shared_is_readable(sizeof machine.arenas[0]);
+  const int cluster = machine.threads[machine.count - 1].rank + 1;
+  for (int rank = 0; rank < cluster; ++rank)
+    std::memset(machine.arenas[rank], 0xff, std::min(shared_bytes + 1024, sizeof machine.arenas[0]));
   shared_is_readable(shared_bytes);
   std::vector<int> turns(machine.count);
   for (int i = 0; i < machine.count; ++i) turns[i] = machine.order == Machine::reverse ? machine.count - 1 - i : i;
   machine.dice.seed(machine.seed);
   machine.loads.clear(), machine.stores.clear(), machine.mbarriers.clear();
-  std::fill(std::begin(machine.named), std::end(machine.named), NamedBarrier{});
+  std::memset(machine.named, 0, sizeof machine.named), machine.whole = {};
   for (int i = 0; i < machine.count; ++i) start(machine.threads[i]);
   machine.alive = machine.count;
+  int first = turns[0], idle = 0;  // one block goes as far as it can before another has a turn, but for random orders
   while (machine.alive) {
-    if (machine.order == Machine::random) std::shuffle(turns.begin(), turns.end(), machine.dice);
+    const bool any = machine.order == Machine::random;
+    if (any) std::shuffle(turns.begin(), turns.end(), machine.dice);
     bool progress = false;
     for (const int i : turns) {
-      if (machine.threads[i].waits != Waits::no) continue;
+      if (machine.threads[i].waits != Waits::no || !(any || machine.threads[i].rank == machine.threads[first].rank))
+        continue;
       resume(machine.threads[i]);
       if (machine.failure) std::rethrow_exception(std::exchange(machine.failure, nullptr));
       progress = true;
     }
     release_complete_warps(progress);
-    release_complete_block(progress);
+    for (int rank = 0; rank < kCluster; ++rank) release_complete_block(rank, progress);
     release_events(progress);
+    idle = progress ? 0 : idle + 1;
+    first = progress ? first : (first + machine.count / cluster) % machine.count;
+    if (idle % cluster) continue;
     land_a_copy(progress);
     if (!progress && machine.alive) report_deadlock();
   }
@@ -416,9 +435,11 @@ inline void run_block(size_t shared_bytes) {
   }
 }
 
-inline void make_threads(dim3 block) {
-  machine.count = static_cast<int>(block.x * block.y * block.z);
-  if (machine.count < 1 || machine.count > 1024) fail("a block of " + std::to_string(machine.count) + " threads");
+inline void make_threads(dim3 block, int cluster) {
+  const int count = static_cast<int>(block.x * block.y * block.z);
+  machine.count = count * cluster;
+  if (count < 1 || machine.count > 1024) fail("a block of " + std::to_string(count) + " threads");
+  if (cluster < 1 || cluster > kCluster || (cluster > 1 && count % 32)) fail("a cluster that is not modelled");
   machine.threads.reserve(1024);
   while (static_cast<int>(machine.threads.size()) < machine.count) {
     Thread t{};
@@ -430,24 +451,27 @@ inline void make_threads(dim3 block) {
   }
   for (unsigned i = 0; i < static_cast<unsigned>(machine.count); ++i) {
     Thread& t = machine.threads[i];
-    t.index = make_uint3(i % block.x, i / block.x % block.y, i / block.x / block.y);
-    t.lane = i % 32, t.warp = i / 32;
+    t.index = make_uint3(i % count % block.x, i % count / block.x % block.y, i % count / block.x / block.y);
+    t.rank = i / count, t.lane = i % 32, t.warp = i / 32;
   }
 }
 
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+// Clusters consist of neighbours along x.
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body, int cluster = 1) {
   const Invisible _;
   if (shared_bytes > kShared) fail("a block wants " + std::to_string(shared_bytes) + " bytes of shared memory");
+  if (grid.x % cluster) fail("a grid of " + std::to_string(grid.x) + " blocks is no multiple of the cluster");
 #ifdef __SANITIZE_THREAD__
   machine.tsan = __tsan_get_current_fiber();
 #endif
-  make_threads(block);
+  make_threads(block, cluster);
   machine.body = std::move(body);
   blockDim = block, gridDim = grid;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = make_uint3(x, y, z);
+      for (unsigned x = 0; x < grid.x; x += cluster) {
+        for (int i = 0; i < machine.count; ++i)
+          machine.threads[i].block = make_uint3(x + machine.threads[i].rank, y, z);
         run_block(shared_bytes);
       }
 }
@@ -474,5 +498,7 @@ V __ldg(const V* p) {
 #define CMX_DYNAMIC_SHARED(name) unsigned char* const name = cmx::emulator::machine.shared
 #define CMX_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream), cmx::emulator::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }))
+#define CMX_LAUNCH_CLUSTERS(kernel, cluster, grid, block, shared_bytes, stream, ...) \
+  (static_cast<void>(stream), cmx::emulator::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }, cluster))
 #define cudaGetLastError() cudaSuccess
 #define cudaFuncSetAttribute(...) cudaSuccess

@@ -3,9 +3,10 @@
 //   mbarrier           counts arrivals and bytes; one that was not initialised, or gets too many arrivals, is an error
 //   copies of tensors  land as late as possible, stores last, or at once; memory outside the tensor is not touched. A store
 //                      reads shared memory when it lands. TSan does not see them (a store: reads when it begins).
-//   wgmma              multiplies when it is waited for, or at once; every bit of the descriptors counts. It wants a
-//                      wgmma.fence after every wait, which is more than the hardware asks of untouched registers.
-// Not modelled: fence.proxy.async (tests/cuda_facts.py counts it in the SASS), several blocks at a time, clusters.
+//   wgmma              multiplies at once where loads are late, else when it is waited for; every bit of the descriptors
+//                      counts. It wants a wgmma.fence after every wait: more than the hardware asks of untouched registers.
+//   clusters           of two blocks: copies to both, arrivals at the mbarriers of either; a block that has exited takes none
+// Not modelled: fence.proxy.async (tests/cuda_facts.py counts it in the SASS), ordinary access to another block's memory.
 #pragma once
 
 #include "emulator.h"
@@ -14,8 +15,8 @@ namespace cmx::emulator {
 
 // ---- mbarriers
 
-inline Mbarrier& mbarrier_at(uint32_t address) {
-  const auto found = machine.mbarriers.find(address);
+inline Mbarrier& mbarrier_at(uint32_t address, int rank) {
+  const auto found = machine.mbarriers.find({rank, address});
   if (found == machine.mbarriers.end()) fail("mbarrier " + std::to_string(address) + " was not initialised");
   return found->second;
 }
@@ -27,12 +28,20 @@ inline void complete_phase(Mbarrier& b) {
 inline void init_mbarrier(uint32_t address, int count) {
   const Invisible _;
   if (address % 8 || count < 1) fail("mbarrier.init: a misaligned address, or no arrivals");
-  machine.mbarriers[address] = {count, count, 0, 0};
+  machine.mbarriers[{self().rank, address}] = {count, count, 0, 0};
 }
 
-inline void arrive_mbarrier(uint32_t address, int64_t bytes) {
+// A block of the cluster that has exited takes nothing more.
+inline void expect_alive(int rank) {
+  for (int i = 0; i < machine.count; ++i)
+    if (machine.threads[i].rank == rank && machine.threads[i].waits != Waits::done) return;
+  fail("block " + std::to_string(rank) + " of the cluster has exited");
+}
+
+inline void arrive_mbarrier(uint32_t address, int64_t bytes, int rank) {
   const Invisible _;
-  Mbarrier& b = mbarrier_at(address);
+  expect_alive(rank);
+  Mbarrier& b = mbarrier_at(address, rank);
   release(&b);
   if (b.pending == 0) fail("mbarrier " + std::to_string(address) + ": more arrivals than it counts");
   b.bytes += bytes, --b.pending;
@@ -41,17 +50,15 @@ inline void arrive_mbarrier(uint32_t address, int64_t bytes) {
 
 inline void wait_mbarrier(uint32_t address, unsigned parity) {
   const Invisible _;
-  Mbarrier& b = mbarrier_at(address);
+  Mbarrier& b = mbarrier_at(address, self().rank);
   wait_until([&b, parity] { return b.phase != parity; });
   acquire(&b);
 }
 
-// ---- named barriers
+// ---- named barriers, and the one of the cluster
 
-inline char* arrive_named(int id, int threads) {
-  NamedBarrier& b = machine.named[id];
-  if (id < 1 || id > 15 || threads % 32) fail("bar: wanted a barrier from 1 to 15, and whole warps");
-  if (b.here && b.expected != threads) fail("bar: the threads at barrier " + std::to_string(id) + " name other counts");
+inline char* arrive_at(NamedBarrier& b, int threads) {
+  if (b.here && b.expected != threads) fail("bar: the threads at a barrier name different counts");
   char* const edge = &b.edge[b.uses & 1];
   release(edge);
   b.expected = threads;
@@ -59,13 +66,31 @@ inline char* arrive_named(int id, int threads) {
   return edge;
 }
 
-inline void sync_named(int id, int threads) {
-  const Invisible _;
-  NamedBarrier& b = machine.named[id];
+inline void sync_at(NamedBarrier& b, int threads) {
   const unsigned use = b.uses;
-  char* const edge = arrive_named(id, threads);
+  char* const edge = arrive_at(b, threads);
   wait_until([&b, use] { return b.uses != use; });
   acquire(edge);
+}
+
+inline NamedBarrier& named(int id, int threads) {
+  if (id < 1 || id > 15 || threads % 32) fail("bar: wanted a barrier from 1 to 15, and whole warps");
+  return machine.named[self().rank][id];
+}
+
+inline void arrive_named(int id, int threads) {
+  const Invisible _;
+  arrive_at(named(id, threads), threads);
+}
+
+inline void sync_named(int id, int threads) {
+  const Invisible _;
+  sync_at(named(id, threads), threads);
+}
+
+inline void sync_cluster() {
+  const Invisible _;
+  sync_at(machine.whole, machine.count);
 }
 
 // ---- copies of tensors: 16-bit numbers, rows of 64 in the tile, 128-byte swizzle
@@ -94,14 +119,14 @@ inline bool encode_tensor_map(TensorMap* map, const void* base, const int64_t* s
 
 inline uint32_t swizzled_address(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-inline unsigned char* shared_byte(uint32_t address) {
+inline unsigned char* shared_byte(uint32_t address, int rank) {
   if (address >= kShared) fail("shared address out of range");
-  return machine.shared + address;
+  return machine.arenas[rank] + address;
 }
 
 // run(shared, global, bytes) for every 16 bytes of the tile; `bytes` of them lie inside the tensor
 template <class F>
-void over_tile(const TensorMap& map, uint32_t shared, const int* at, const F& run) {
+void over_tile(const TensorMap& map, uint32_t shared, int rank, const int* at, const F& run) {
   if (shared % 1024) fail("TMA: a tile does not start where its swizzle does");
   for (int z = 0; z < map.box[2]; ++z)
     for (int y = 0; y < map.box[1]; ++y)
@@ -110,7 +135,7 @@ void over_tile(const TensorMap& map, uint32_t shared, const int* at, const F& ru
         bool inside = c[0] >= 0;  // the rest of a row is cut off below
         for (int i = 1; i < 3; ++i) inside = inside && c[i] >= 0 && c[i] < map.size[i];
         const int64_t count = inside ? std::clamp<int64_t>(map.size[0] - c[0], 0, 8) : 0;
-        run(shared_byte(swizzled_address(shared + ((z * map.box[1] + y) * map.box[0] + x) * 2)),
+        run(shared_byte(swizzled_address(shared + ((z * map.box[1] + y) * map.box[0] + x) * 2), rank),
             map.base + c[0] * 2 + c[1] * map.stride[1] + c[2] * map.stride[2], 2 * count);
       }
 }
@@ -122,31 +147,37 @@ inline void begin(std::vector<std::function<void()>>& copies, std::function<void
     copies.push_back(std::move(land));
 }
 
-inline void load_tile(const TensorMap& map, uint32_t shared, int c0, int c1, int c2, uint32_t mbarrier) {
+// To the blocks of the cluster that `ranks` has a bit for, at the same address in each; they land one by one.
+inline void load_tile(const TensorMap& map, uint32_t shared, int c0, int c1, int c2, uint32_t mbarrier,
+                      unsigned ranks) {
   const Invisible _;
-  mbarrier_at(mbarrier);
-  begin(machine.loads, [=] {
-    const int at[3] = {c0, c1, c2};
-    over_tile(map, shared, at, [](unsigned char* to, const unsigned char* from, size_t bytes) {
-      std::memset(to, 0, 16);
-      if (bytes) std::memcpy(to, from, bytes);
+  for (int rank = 0; rank < kCluster; ++rank) {
+    if (!(ranks >> rank & 1)) continue;
+    mbarrier_at(mbarrier, rank);
+    begin(machine.loads, [=] {
+      expect_alive(rank);
+      const int at[3] = {c0, c1, c2};
+      over_tile(map, shared, rank, at, [](unsigned char* to, const unsigned char* from, size_t bytes) {
+        std::memset(to, 0, 16);
+        if (bytes) std::memcpy(to, from, bytes);
+      });
+      Mbarrier& b = mbarrier_at(mbarrier, rank);
+      b.bytes -= 2 * int64_t(map.box[0]) * map.box[1] * map.box[2];
+      complete_phase(b);
     });
-    Mbarrier& b = mbarrier_at(mbarrier);
-    b.bytes -= 2 * int64_t(map.box[0]) * map.box[1] * map.box[2];
-    complete_phase(b);
-  });
+  }
 }
 
 inline void store_tile(const TensorMap& map, uint32_t shared, int c0, int c1, int c2) {
-  const int at[3] = {c0, c1, c2};
+  const int at[3] = {c0, c1, c2}, rank = self().rank;
 #ifdef __SANITIZE_THREAD__
-  over_tile(map, shared, at, [](const volatile unsigned char* from, unsigned char*, size_t) { *from; });
+  over_tile(map, shared, rank, at, [](const volatile unsigned char* from, unsigned char*, size_t) { *from; });
 #endif
   const Invisible _;
   const auto read = std::make_shared<bool>(false);
   self().underway.stores.back().push_back(read);
   begin(machine.stores, [=] {
-    over_tile(map, shared, at, [](const unsigned char* from, unsigned char* to, size_t bytes) {
+    over_tile(map, shared, rank, at, [](const unsigned char* from, unsigned char* to, size_t bytes) {
       if (bytes) std::memcpy(to, from, bytes);
     });
     *read = true;
@@ -175,6 +206,7 @@ inline void wait_for_stores_read(size_t groups_in_flight) {
 struct Operand {
   uint32_t start, leading, stride;
   bool along_k;
+  int rank = self().rank;
 
   Operand(uint64_t bits, bool k_major)
       : start((bits & 0x3fff) << 4),
@@ -196,9 +228,9 @@ struct Operand {
   void row(int i, float* out) const {
     T v[8];
     for (int k = 0; k < 16; k += 8) {
-      if (along_k) std::memcpy(v, shared_byte(address(i, k)), 16);
+      if (along_k) std::memcpy(v, shared_byte(address(i, k), rank), 16);
       for (int e = 0; e < 8; ++e) {
-        if (!along_k) std::memcpy(v + e, shared_byte(address(i, k + e)), 2);
+        if (!along_k) std::memcpy(v + e, shared_byte(address(i, k + e), rank), 2);
         out[k + e] = static_cast<float>(v[e]);
       }
     }
@@ -224,7 +256,7 @@ void multiply_async(float* d, uint64_t a_bits, uint64_t b_bits, bool b_along_k, 
         for (int h = 0; h < 2; ++h) d[4 * j + 2 * h + e] = (add ? d[4 * j + 2 * h + e] : 0.f) + sum[h];
       }
   };
-  if (machine.copies_arrive_at_once)
+  if (!machine.copies_arrive_at_once)
     multiply();
   else
     me.underway.products.back().push_back(multiply);
