@@ -90,6 +90,20 @@ def depthwise(
     return _ask("depthwise", KERNELS, gpu, (*shape, *kernel_size), dtype, act, channels_last)
 
 
+def depthwise_backward(
+    gpu: str,
+    shape: tuple[int, int, int, int],
+    kernel_size: tuple[int, int],
+    dtype: str = "bfloat16",
+    act: str = "gelu",
+    channels_last: bool = False,
+    kernel: str | None = None,
+) -> Prediction:
+    """Both gradients: the plan that would run, or that of one of the kernels, ffma or mma (up to 9x9, 16-bit types)."""
+    chosen = -1 if kernel is None else KERNELS.index(kernel)
+    return _ask("depthwise_backward", KERNELS, gpu, (*shape, *kernel_size), dtype, act, channels_last, (chosen,))
+
+
 def product(
     gpu: str,
     shape: tuple[int, int, int, int],
@@ -106,14 +120,22 @@ def product(
 
 
 def _ask(
-    what: str, kernels: tuple[str, ...], gpu: str, shape: tuple[int, ...], dtype: str, act: str, channels_last: bool
+    what: str,
+    kernels: tuple[str, ...],
+    gpu: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    act: str,
+    channels_last: bool,
+    more: tuple[int, ...] = (),
 ) -> Prediction:
     if gpu not in gpus():
         raise ValueError(f"gpu: got {gpu!r}, wanted one of {', '.join(gpus())}")
-    numbers = (*shape, DTYPES.index(dtype), ACTS.index(act))
+    numbers = (*shape, DTYPES.index(dtype), ACTS.index(act), *more)
     out = _Prediction()
     function = getattr(_library(), f"cmx_cost_{what}")
-    function(gpu.encode(), (ctypes.c_int * len(numbers))(*numbers), int(channels_last), ctypes.byref(out))
+    if function(gpu.encode(), (ctypes.c_int * len(numbers))(*numbers), int(channels_last), ctypes.byref(out)):
+        raise ValueError(f"kernel: the one asked for takes no shape {shape} in {dtype}")
     values = {name: getattr(out, name) for name in Prediction.__dataclass_fields__}
     why = None if out.why_not_wgmma is None else out.why_not_wgmma.decode()
     return Prediction(**{**values, "kernel": kernels[out.kernel], "why_not_wgmma": why})
@@ -142,6 +164,12 @@ def main() -> None:
         for k in (3, 7, 9, 13, 31):
             for dtype in ("bfloat16", "float32"):
                 _print((n, c, size), str(k), dtype, depthwise(gpu, (n, c, size, size), (k, k), dtype))
+    print("both gradients of the depthwise convolution, by each kernel")
+    for n, c, size, k, act in ((64, 1536, 32, 9, "gelu"), (64, 768, 32, 7, "relu"), (64, 1024, 16, 9, "gelu")):
+        for kernel in ("ffma", "mma"):
+            p = depthwise_backward(gpu, (n, c, size, size), (k, k), act=act, kernel=kernel)
+            _print((n, c, size), str(k), "bfloat16", p)
+    print("products")
     for n in (1, 8, 64, 256):
         for c, size in ((1536, 32), (768, 32), (1024, 16)):
             _print((n, c, size), "1x1", "bfloat16", product(gpu, (n, c, size, size), c))

@@ -128,12 +128,12 @@ Four depthwise_block_backward(const Tensor& grad, const Tensor& a, const Tensor&
   p.grad_stride = strides_of(grad), p.a_stride = strides_of(a), p.x_stride = strides_of(x);
   if (dx.numel()) p.dx_stride = strides_of(dx);
   p.act = act_of(act), p.residual = residual, p.need_weight = need_weight;
-  const BackwardPlan plan = depthwise_bwd_plan(p, gpu_of(device));
-  const int64_t parts = x.numel() ? plan.splits : 0;
+  const Gpu& gpu = gpu_of(device);
+  const int64_t parts = x.numel() ? depthwise_bwd_parts(p, gpu) : 0;
   const Tensor partials = floats({parts, c * (kh * kw + 3)}, x);
   p.partials = data_of(partials);
   const cudaStream_t stream = current_stream(device);
-  if (x.numel()) check_call(depthwise_bwd_ffma(p, plan, stream), "depthwise_block_backward");
+  if (x.numel()) check_call(depthwise_bwd(p, gpu, stream), "depthwise_block_backward");
   const SumsFinal final{p.partials, parts, {c * kh * kw, c, 2 * c}, {data_of(dweight), data_of(dbias), data_of(sums)}};
   check_call(sums_final(final, stream), "depthwise_block_backward");
   return {dx, dweight, dbias, sums};

@@ -44,21 +44,46 @@ static Prediction prediction(const Shape& s, const Cost& c, const Gpu& gpu, int 
           nullptr};
 }
 
+static Strides dense(const DepthwiseShape& s, bool channels_last) {
+  const int64_t plane = int64_t(s.h) * s.w;
+  return channels_last ? Strides{plane * s.c, 1, int64_t(s.w) * s.c, s.c} : Strides{plane * s.c, plane, s.w, 1};
+}
+
 // `shape`: n c h w kh kw dtype act. 0, or 1 for a GPU that is not in the table
 CMX_EXPORT int cmx_cost_depthwise(const char* gpu_name, const int* shape, int channels_last, Prediction* out) {
   const Gpu* const found = named(gpu_name);
   if (!found) return 1;
   const Gpu& gpu = *found;
   const DepthwiseShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], static_cast<Dtype>(shape[6])};
-  const int64_t plane = int64_t(s.h) * s.w;
-  const Strides strides =
-      channels_last ? Strides{plane * s.c, 1, int64_t(s.w) * s.c, s.c} : Strides{plane * s.c, plane, s.w, 1};
+  const Strides strides = dense(s, channels_last);
   const DepthwiseChoice choice =
       choose_depthwise(s, memory_of(nullptr, strides, nullptr, strides, s), gpu, static_cast<Act>(shape[7]));
   const bool ffma = choice.kernel == DepthwiseKernel::ffma;
   *out = prediction(s, choice.cost, gpu, static_cast<int>(choice.kernel), ffma ? choice.ffma.blocks : choice.mma.blocks,
                     ffma ? choice.ffma.channels * choice.ffma.patches_x * choice.ffma.patches_y : 32 * choice.mma.warps,
                     ffma ? choice.ffma.shared_bytes : choice.mma.shared_bytes);
+  return 0;
+}
+
+// Both gradients. `shape`: as above, and the kernel: 0 ffma, 1 mma, -1 the one that would run. 2 where it does not take it.
+CMX_EXPORT int cmx_cost_depthwise_backward(const char* gpu_name, const int* shape, int channels_last, Prediction* out) {
+  const Gpu* const gpu = named(gpu_name);
+  if (!gpu) return 1;
+  const DepthwiseShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], static_cast<Dtype>(shape[6])};
+  const Strides strides = dense(s, channels_last);
+  const Memory m = memory_of(nullptr, strides, nullptr, strides, s);
+  const Act act = static_cast<Act>(shape[7]);
+  BackwardChoice choice = choose_backward(s, m, m, *gpu, act);
+  if (shape[8] >= 0) choice.kernel = static_cast<DepthwiseKernel>(shape[8]);
+  const MmaPlan& mma = choice.mma;
+  if (choice.kernel == DepthwiseKernel::ffma)
+    *out = prediction(s, backward_ffma_cost(s, act, choice.ffma, *gpu), *gpu, 0, choice.ffma.tile.blocks,
+                      BackwardPlan::kThreads, choice.ffma.shared_bytes);
+  else if (mma.blocks)
+    *out = prediction(s, backward_mma_cost(s, act, mma, *gpu), *gpu, 1, mma.blocks, 32 * mma.warps, mma.shared_bytes);
+  else
+    return 2;
+  out->bytes = backward_bytes_of(s), out->flop *= 2, out->floor_us = backward_floor_seconds(s, *gpu) * 1e6;
   return 0;
 }
 

@@ -31,6 +31,7 @@ COLUMNS = {  # of the table, after registers, stack, static shared memory: instr
     "store16": r"STG\S*\.128",
     "FFMA": r"FFMA",
     "MUFU": r"MUFU",
+    "atomic": r"ATOM|RED(\.|$)",
 }
 _NAME = re.compile(
     r"((?:depthwise|product|pool|head|epilogue|training)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16)?((?:L[ib]\d+E)*)E"

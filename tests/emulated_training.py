@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Callable
 
 import torch
-from emulated import ACTS, DTYPES, library
+from emulated import ACTS, DTYPES, NoPlan, library
 from torch import Tensor
 
 from cmx_kernels.ops import training_products
@@ -26,12 +26,15 @@ class _Backward(ctypes.Structure):
         ("gpu", ctypes.c_int * 3),
         ("speed", ctypes.c_double * 2),
         ("order", ctypes.c_int),
+        ("tensor_cores", ctypes.c_bool),
     )
 
 
 def _run(function: Callable[..., int], call: ctypes.Structure) -> None:
     message = ctypes.create_string_buffer(1000)
     result = function(ctypes.byref(call), message, ctypes.c_size_t(len(message)))
+    if result == -1:
+        raise NoPlan
     if result:
         raise RuntimeError(message.value.decode() or f"cudaError {result}")
 
@@ -52,6 +55,7 @@ def depthwise_backward(
     need_input: bool,
     need_weight: bool,
     *,
+    kernel: str = "ffma",
     order: int = 0,
     multiprocessors: int = 1,
     dx: Tensor | None = None,
@@ -76,6 +80,7 @@ def depthwise_backward(
         (90, multiprocessors, 227 << 10),
         (1.755, 4.3),
         order,
+        kernel == "mma",
     )
     _run(library().cmx_emulate_backward, call)
     return dx, dweight, dbias, sums

@@ -45,6 +45,28 @@ def test_depthwise_without_tensor_cores() -> None:
         assert cost_model.depthwise(gpu, (64, 1536, 32, 32), (9, 9)).kernel == kernel
 
 
+def test_depthwise_backward() -> None:
+    """Three tensors read, one written; tensor cores for the ConvMixers where FFMA does not keep up with memory."""
+    elements = 64 * 1536 * 32 * 32
+    for gpu, kernel in (("RTX 4090", "ffma"), ("L40S", "ffma"), ("A100", "mma"), ("H200", "mma"), ("H100", "mma")):
+        p = cost_model.depthwise_backward(gpu, (64, 1536, 32, 32), (9, 9))
+        assert p.bytes == 2 * (4 * elements + 1536 * 81)
+        assert p.flop == 4 * 81 * elements
+        assert p.kernel == kernel
+        assert p.predicted_us >= p.floor_us
+        both = [cost_model.depthwise_backward(gpu, (64, 1536, 32, 32), (9, 9), kernel=k) for k in ("ffma", "mma")]
+        assert p == both[kernel == "mma"]
+        assert p.predicted_us == min(b.predicted_us for b in both)
+    for n, c, h, w, kh, kw in (shape for shape in cases.DEPTHWISE if shape[0]):
+        for dtype in cost_model.DTYPES:
+            for last in (False, True):
+                p = cost_model.depthwise_backward("H200", (n, c, h, w), (kh, kw), dtype, channels_last=last)
+                assert p.blocks > 0
+                assert p.kernel == "ffma" or (dtype != "float32" and max(kh, kw) <= 9 and not (last and c > 1))
+    with pytest.raises(ValueError, match="kernel: the one asked for takes no shape"):
+        cost_model.depthwise_backward("H200", (1, 1, 32, 32), (11, 11), kernel="mma")
+
+
 def test_product() -> None:
     """Bytes and FLOP from first principles; large tiles for large batches, more blocks than multiprocessors for one.
 

@@ -179,7 +179,8 @@ def test_depthwise_training(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(moments, problems.expect_moments(a, "gelu"), "moments")
     back = problems.backward_inputs(problems.depthwise_inputs(shape, dtype), a)
     found = on_device(training.depthwise_backward, back)
-    for expected, out, what in zip(problems.expect_gradients(back), found, ("dx", "dweight", "dbias"), strict=False):
+    wanted = problems.expect_gradients(back, rounded=dtype != torch.float32)  # where the tensor cores do it
+    for expected, out, what in zip(wanted, found, ("dx", "dweight", "dbias"), strict=False):
         check(out, expected, what)
     check(found[3], problems.expect_sums(found[0], back[3], back[4], "gelu"), "sums")
     for out, same in zip(on_device(training.depthwise_backward, back), found, strict=True):

@@ -4,17 +4,15 @@ from pathlib import Path
 
 import emulated
 import pytest
-from test_cuda_sanitizers import ENVIRONMENT, run
+from planted import ENVIRONMENT, Bug, check_caught, check_clean, run
 
-MAIN = "tests/emulator/sanitized_product.cpp"
 FILES = {name: f"csrc/cuda/{name}.cu" for name in ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace")}
+SOURCES = (*FILES.values(), "tests/emulator/sanitized_product.cpp")
 
 
 @pytest.mark.parametrize("mode", ("address", "thread"))
 def test_clean(mode: str) -> None:
-    done = run(emulated.build(mode, *FILES.values(), MAIN))
-    assert done.returncode == 0, done.stdout + done.stderr[:4000]
-    assert done.stdout + done.stderr == ""
+    check_clean(mode, SOURCES)
 
 
 ARRIVED = "__syncthreads();  // the copies of all threads have arrived, and the stage before this one is free"
@@ -47,16 +45,8 @@ PLANTED = {  # what: file, layout, old, new, checker, what it says
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
-    file, layout, old, new, checker, says = PLANTED[bug]
-    source = (emulated.ROOT / FILES[file]).read_text()
-    assert source.count(old) == 1, f"{FILES[file]} has {source.count(old)} places for this bug, wanted one"
-    planted = tmp_path / f"{file}.cu"
-    planted.write_text(source.replace(old, new))
-    others = [path for name, path in FILES.items() if name != file]
-    program = emulated.build("program" if checker == "values" else checker, str(planted), *others, MAIN)
-    done = run(program, layout)
-    assert done.returncode != 0, "nothing was noticed"
-    assert says in done.stdout + done.stderr, (done.stdout + done.stderr)[:4000]
+    file, *edit = PLANTED[bug]
+    check_caught(Bug(FILES[file], *edit), SOURCES, tmp_path)
 
 
 # ---- product_wgmma: all bugs in one program, since most of the time goes into headers
@@ -116,8 +106,7 @@ def bugs_of_wgmma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     planted = tmp_path_factory.mktemp("wgmma") / "product_wgmma.cu"
     planted.write_text("\n".join(parts))
-    others = [path for name, path in FILES.items() if name != "product_wgmma"]
-    return emulated.build("program", str(planted), *others, MAIN)
+    return emulated.build("program", str(planted), *(path for path in SOURCES if path != FILES["product_wgmma"]))
 
 
 @pytest.mark.parametrize("bug", WGMMA)

@@ -1,30 +1,18 @@
-"""The CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer, and with planted bugs, which must be caught.
+"""The CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer, and with planted bugs (tests/planted.py)."""
 
-A planted bug is an edit of the product's own source: one that no longer applies fails, and wants a new place.
-"""
-
-import os
-import subprocess
 from pathlib import Path
 
 import emulated
 import pytest
+from planted import Bug, check_caught, check_clean
 
-CUDA = "csrc/cuda"
-MAIN = "tests/emulator/sanitized.cpp"
-KERNEL_FILES = {kernel: f"{CUDA}/depthwise_fwd_{kernel}.cu" for kernel in emulated.KERNELS}
-ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1 report_bugs=1"}
-
-
-def run(program: Path, *kernels: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program, *kernels], capture_output=True, text=True, env=ENVIRONMENT)
+KERNEL_FILES = {kernel: f"csrc/cuda/depthwise_fwd_{kernel}.cu" for kernel in emulated.KERNELS}
+SOURCES = (*KERNEL_FILES.values(), "tests/emulator/sanitized.cpp")
 
 
 @pytest.mark.parametrize("mode", ("address", "thread"))
 def test_clean(mode: str) -> None:
-    done = run(emulated.build(mode, *KERNEL_FILES.values(), MAIN))
-    assert done.returncode == 0, done.stdout + done.stderr[:4000]
-    assert done.stdout + done.stderr == ""
+    check_clean(mode, SOURCES)
 
 
 LOADED = "    __syncthreads();\n    const int y"
@@ -82,13 +70,5 @@ PLANTED = {  # what: kernel, old, new, checker, what it says
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
-    kernel, old, new, checker, says = PLANTED[bug]
-    source = (emulated.ROOT / KERNEL_FILES[kernel]).read_text()
-    assert source.count(old) == 1, f"{KERNEL_FILES[kernel]} has {source.count(old)} places for this bug, wanted one"
-    planted = tmp_path / f"{kernel}.cu"
-    planted.write_text(source.replace(old, new))
-    others = [file for name, file in KERNEL_FILES.items() if name != kernel]
-    program = emulated.build("program" if checker == "values" else checker, str(planted), *others, MAIN)
-    done = run(program, kernel)
-    assert done.returncode != 0, "nothing was noticed"
-    assert says in done.stdout + done.stderr, (done.stdout + done.stderr)[:4000]
+    kernel, *edit = PLANTED[bug]
+    check_caught(Bug(KERNEL_FILES[kernel], kernel, *edit), SOURCES, tmp_path)

@@ -18,9 +18,16 @@ SHAPES = (  # n, c, h, w, kh, kw
 )  # fmt: skip
 
 
-def run(args: tuple, **options: object) -> tuple[Tensor, ...]:
-    found = emulated_training.depthwise_backward(*args, **options)
-    for expected, out, what in zip(problems.expect_gradients(args), found, ("dx", "dweight", "dbias"), strict=False):
+BACKWARD = [
+    (kernel, dtype) for dtype in (F32, F16, BF16) for kernel in ("ffma", "mma") if (kernel, dtype) != ("mma", F32)
+]
+
+
+def run(args: tuple, kernel: str = "ffma", exact: bool = False, **options: object) -> tuple[Tensor, ...]:
+    """exact: da and X are numbers of x's dtype, so that no kernel rounds them."""
+    found = emulated_training.depthwise_backward(*args, kernel=kernel, **options)
+    wanted = problems.expect_gradients(args, rounded=kernel == "mma" and not exact)
+    for expected, out, what in zip(wanted, found, ("dx", "dweight", "dbias"), strict=False):
         if out.numel():
             check(out, expected, what)
     dx, x, affine, act = found[0], args[3], args[4], args[6]
@@ -86,17 +93,32 @@ def test_moments_of_a_large_mean(kernel: str, dtype: torch.dtype) -> None:
 # ---- backward
 
 
+def shapes_of(kernel: str) -> tuple[tuple[int, ...], ...]:
+    """The tensor cores take kernels up to 9x9, and have tiles of 32x32 and of two images of 16x16."""
+    tiles = ((5, 2, 16, 16, 7, 7), (2, 2, 32, 32, 9, 9), (1, 2, 33, 70, 9, 8))
+    return SHAPES if kernel == "ffma" else (*(s for s in SHAPES if max(s[4:]) <= 9), *tiles)
+
+
 @pytest.mark.parametrize("affine", (True, False))
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=ids)
-def test_backward(dtype: torch.dtype, affine: bool) -> None:
-    for shape in SHAPES:
-        run(backward(shape, dtype, affine=affine, residual=sum(shape) % 2 == 0), order=sum(shape) % 3)
+@pytest.mark.parametrize(("kernel", "dtype"), BACKWARD, ids=ids)
+def test_backward(kernel: str, dtype: torch.dtype, affine: bool) -> None:
+    for shape in shapes_of(kernel):
+        args = backward(shape, dtype, affine=affine, residual=sum(shape) % 2 == 0)
+        run(args, kernel, order=sum(shape) % 3)
+
+
+@pytest.mark.parametrize("dtype", (F16, BF16), ids=ids)
+def test_tensor_cores_round_inputs_only(dtype: torch.dtype) -> None:
+    """Where da and X are what is stored, the rule is that of float32 sums, rounded once."""
+    for shape in shapes_of("mma"):
+        grad, a, k, x, _, *rest = backward(shape, dtype, "none", affine=False)
+        run((grad, a, torch.eye(4, 1).repeat(1, k.shape[1]), x, None, *rest), "mma", exact=True)
 
 
 @pytest.mark.parametrize("act", cases.ACTS)
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=ids)
-def test_activations(dtype: torch.dtype, act: str) -> None:
-    run(backward((2, 3, 9, 11, 5, 4), dtype, act))
+@pytest.mark.parametrize(("kernel", "dtype"), BACKWARD, ids=ids)
+def test_activations(kernel: str, dtype: torch.dtype, act: str) -> None:
+    run(backward((2, 3, 9, 11, 5, 4), dtype, act), kernel)
 
 
 @pytest.mark.parametrize("k", range(1, 32))
@@ -105,10 +127,20 @@ def test_every_kernel_size(k: int) -> None:
         run(backward((1, 2, 11, 13, *kernel), F32))
 
 
+def test_every_kernel_size_on_tensor_cores() -> None:
+    for kh in range(1, 10):
+        for kw in range(1, 10):
+            run(backward((1, 2, 11, 13, kh, kw), BF16), "mma")
+    for dtype, *kernel in ((BF16, 10, 9), (BF16, 9, 10), (F32, 3, 3)):
+        with pytest.raises(emulated.NoPlan):
+            run(backward((1, 2, 11, 13, *kernel), dtype), "mma")
+
+
 @pytest.mark.parametrize("need", ((True, False), (False, True), (False, False)))
-def test_what_is_not_needed(need: tuple[bool, bool]) -> None:
-    args = backward((3, 5, 9, 11, 3, 3), F32)
-    found, everything = run((*args[:8], *need)), run(args)
+@pytest.mark.parametrize(("kernel", "dtype"), (("ffma", F32), ("mma", BF16)), ids=ids)
+def test_what_is_not_needed(kernel: str, dtype: torch.dtype, need: tuple[bool, bool]) -> None:
+    args = backward((3, 5, 9, 11, 3, 3), dtype)
+    found, everything = run((*args[:8], *need), kernel), run(args, kernel)
     for out, same, wanted in zip(found, everything, (need[0], need[1], need[1], need[0]), strict=True):
         if wanted:
             check_equal(out, same)
@@ -116,25 +148,27 @@ def test_what_is_not_needed(need: tuple[bool, bool]) -> None:
             assert not out.numel()
 
 
-def test_thread_orders() -> None:
+@pytest.mark.parametrize("kernel", ("ffma", "mma"))
+def test_thread_orders(kernel: str) -> None:
     """Any thread order gives the same bits; several tiles a block."""
-    for shape in ((7, 5, 35, 38, 7, 7), (3, 2, 13, 9, 4, 5)):
+    for shape in ((7, 5, 35, 38, 7, 7), (3, 2, 13, 9, 4, 5), (19, 1, 16, 16, 9, 9)):
         args = backward(shape, BF16)
-        first = run(args, multiprocessors=1)
+        first = run(args, kernel, multiprocessors=1)
         for order in (1, 2):
-            for out, same in zip(run(args, order=order), first, strict=True):
+            for out, same in zip(run(args, kernel, order=order), first, strict=True):
                 check_equal(out, same)
 
 
 @pytest.mark.parametrize("multiprocessors", (1, 3, 132))
-def test_splits(multiprocessors: int) -> None:
-    run(backward((23, 2, 9, 9, 3, 3), F32), multiprocessors=multiprocessors)
+@pytest.mark.parametrize(("kernel", "dtype"), (("ffma", F32), ("mma", BF16)), ids=ids)
+def test_splits(kernel: str, dtype: torch.dtype, multiprocessors: int) -> None:
+    run(backward((23, 2, 9, 9, 3, 3), dtype), kernel, multiprocessors=multiprocessors)
 
 
-@pytest.mark.parametrize("dtype", (F32, BF16), ids=ids)
+@pytest.mark.parametrize(("kernel", "dtype"), (("ffma", F32), ("ffma", BF16), ("mma", BF16)), ids=ids)
 @pytest.mark.parametrize("layout", ("channels_last", "sliced", "mixed"))
-def test_layouts(layout: str, dtype: torch.dtype) -> None:
-    """Reads nothing (NaN) around the views; every tensor may have strides of its own."""
+def test_layouts(layout: str, kernel: str, dtype: torch.dtype) -> None:
+    """Reads nothing (NaN) around the views; every tensor may have strides of its own. The tensor cores want rows."""
 
     def last(t: Tensor) -> Tensor:
         return t.contiguous(memory_format=torch.channels_last)
@@ -145,7 +179,7 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
 
     for shape in ((2, 35, 9, 18, 4, 3), (3, 3, 20, 12, 9, 9)):
         grad, a, k, x, *rest = backward(shape, dtype)
-        first = run((grad, a, k, x, *rest))
+        first = run((grad, a, k, x, *rest), kernel)
         place = {
             "channels_last": (last,) * 3,
             "sliced": (sliced,) * 3,
@@ -153,5 +187,9 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
         }
         grad, a, x = (f(t) for f, t in zip(place[layout], (grad, a, x), strict=True))
         out = place[layout][0](torch.empty_like(x)).fill_(torch.nan)
-        found = run((grad, a, k, x, *rest), dx=out)
+        if kernel == "mma" and layout != "sliced":
+            with pytest.raises(emulated.NoPlan):
+                run((grad, a, k, x, *rest), kernel, dx=out)
+            continue
+        found = run((grad, a, k, x, *rest), kernel, dx=out)
         check_equal(found[0], first[0])

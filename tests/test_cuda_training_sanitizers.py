@@ -1,34 +1,67 @@
-"""The CUDA kernels of training under AddressSanitizer, UBSan and ThreadSanitizer, and with planted bugs."""
+"""The CUDA kernels of training under sanitizers, and with planted bugs, as tests/test_cuda_sanitizers.py."""
 
 from pathlib import Path
 
-import emulated
 import pytest
-from test_cuda_sanitizers import KERNEL_FILES, run
+from planted import Bug, check_caught, check_clean
+from test_cuda_sanitizers import KERNEL_FILES
 
-MAIN = "tests/emulator/sanitized_training.cpp"
-BACKWARD, FORWARD = "csrc/cuda/depthwise_bwd_ffma.cu", KERNEL_FILES["ffma"]
-SOURCES = (*KERNEL_FILES.values(), BACKWARD, "csrc/cuda/depthwise_fwd.cu", "csrc/cuda/training_final.cu", MAIN)
+FILES = {f"backward_{kernel}": f"csrc/cuda/depthwise_bwd_{kernel}.cu" for kernel in ("ffma", "mma")}
+FILES |= {"forward": KERNEL_FILES["ffma"], "rows": "csrc/cuda/training_rows.cu"}
+OTHERS = ("csrc/cuda/depthwise_fwd.cu", "csrc/cuda/training_final.cu", "tests/emulator/sanitized_training.cpp")
+SOURCES = (*sorted({*KERNEL_FILES.values(), *FILES.values()}), *OTHERS)
 
 
 @pytest.mark.parametrize("mode", ("address", "thread"))
 def test_clean(mode: str) -> None:
-    done = run(emulated.build(mode, *SOURCES))
-    assert done.returncode == 0, done.stdout + done.stderr[:4000]
-    assert done.stdout + done.stderr == ""
+    check_clean(mode, SOURCES)
 
 
 LOADED = "    load_input<T>(x, at, p, plan);\n    __syncthreads();\n"
 GUARD = "    if (y + i >= s.h) {"
-PLANTED = {  # what: file, old, new, checker, what it says
-    "no barrier after the load": (BACKWARD, LOADED, LOADED.split("\n")[0] + "\n", "thread", "data race"),
-    "no barrier before the filter's sums": (BACKWARD, "__syncthreads();  // x' is there", "", "thread", "data race"),
-    "stores below the last row": (BACKWARD, GUARD, "    if (false) {", "address", "heap-buffer-overflow"),
-    "not turned": (BACKWARD, "load_weights<T, true>", "load_weights<T, false>", "values", "wrong"),
-    "no barrier between merges": (
-        FORWARD,
-        "    __syncthreads();\n    if (patch % (2",
-        "    if (patch % (2",
+MERGE = "    __syncthreads();\n    if (patch % (2"
+RESULTS = "      __syncwarp();  // da and x' have been read: the results take their place\n"
+FREE = "    __syncwarp();  // the stage is free\n"
+BROUGHT = "    __syncwarp();  // da and x' are there\n"
+SUMMED = "  __syncthreads();  // the sums of all warps are there\n"
+TURNED = "expand_filter<T, WINDOW, true>"
+AROUND = "around = plan.rows - G::ROWS"
+ROWS_MERGE = "    __syncthreads();\n    if (lane_u"
+PLANTED = {  # what: what runs, old, new, checker, what it says
+    "no barrier after the load": ("backward_ffma", LOADED, LOADED.split("\n")[0] + "\n", "thread", "data race"),
+    "no barrier before the filter's sums": (
+        "backward_ffma",
+        "__syncthreads();  // x' is there",
+        "",
+        "thread",
+        "data race",
+    ),
+    "stores below the last row": ("backward_ffma", GUARD, "    if (false) {", "address", "heap-buffer-overflow"),
+    "not turned": ("backward_ffma", "load_weights<T, true>", "load_weights<T, false>", "values", "wrong"),
+    "no barrier between merges": ("forward", MERGE, MERGE[21:], "thread", "data race"),
+    "mma: not turned": (
+        "backward_mma",
+        "expand_filter<T, WINDOW, true>",
+        "expand_filter<T, WINDOW, false>",
+        "values",
+        "wrong",
+    ),
+    "mma: no barrier after the load": ("backward_mma", BROUGHT, "", "thread", "data race"),
+    "mma: results over da that is still read": ("backward_mma", RESULTS, "", "thread", "data race"),
+    "mma: next tile over results that are still read": ("backward_mma", FREE, "", "thread", "data race"),
+    "mma: no barrier before the sums of warps": ("backward_mma", SUMMED, "", "thread", "data race"),
+    "mma: stores below the last row": (
+        "backward_mma",
+        "at.y + r.row < s.h && x < s.w; };",
+        "x < s.w; };",
+        "address",
+        "heap-buffer-overflow",
+    ),
+    "mma: a row of da too few": ("backward_mma", AROUND, f"{AROUND} - 2", "values", "wrong"),
+    "rows: no barrier between merges": (
+        "rows",
+        "    __syncthreads();\n    if (lane_u",
+        "    if (lane_u",
         "thread",
         "data race",
     ),
@@ -37,13 +70,5 @@ PLANTED = {  # what: file, old, new, checker, what it says
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
-    file, old, new, checker, says = PLANTED[bug]
-    source = (emulated.ROOT / file).read_text()
-    assert source.count(old) == 1, f"{file} has {source.count(old)} places for this bug, wanted one"
-    planted = tmp_path / "planted.cu"
-    planted.write_text(source.replace(old, new))
-    others = [other for other in SOURCES if other != file]
-    program = emulated.build("program" if checker == "values" else checker, str(planted), *others)
-    done = run(program, "backward" if file == BACKWARD else "forward")
-    assert done.returncode != 0, "nothing was noticed"
-    assert says in done.stdout + done.stderr, (done.stdout + done.stderr)[:4000]
+    what, *edit = PLANTED[bug]
+    check_caught(Bug(FILES[what], what, *edit), SOURCES, tmp_path)

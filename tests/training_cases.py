@@ -105,11 +105,24 @@ def expect_sums(dx: Tensor, x: Tensor, affine: Tensor, act: str) -> Expected:
     return Expected(ref, plain, magnitude, x.numel() // x.shape[1], torch.float32)
 
 
-def expect_gradients(args: Args) -> tuple[Expected, Expected, Expected]:
-    """Of the input, the weight and the bias"""
+def _rounded_gradients(args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Torch in the dtype of x, of depthwise_block_backward: da and X are stored in it, sums are float32."""
+    grad, a, coefficients, x, affine, weight, act, residual, *_ = args
+    da, u = training.gradient_of(grad, a, coefficients, act), training.value(x, affine, act)
+    stored = (t.to(x.dtype).float() for t in (da, a))
+    unchanged = torch.eye(4, 1).expand(4, a.shape[1])  # p = 1: the gradient is da
+    given = (*stored, unchanged, u.to(x.dtype).float(), None, weight.float(), "none", False, True, True)
+    dx, dweight, *_ = training.depthwise_backward_reference(*given)
+    return dx + grad.float() if residual else dx, dweight, da.sum((0, 2, 3))
+
+
+def expect_gradients(args: Args, rounded: bool = False) -> tuple[Expected, Expected, Expected]:
+    """Of the input, the weight and the bias. rounded: by a kernel that rounds da and X to the dtype of x."""
     grad, a, coefficients, x, affine, weight, act, residual, *_ = args
     full = (*args[:8], True, True)
     ref, plain = (training.depthwise_backward_reference(*to(d, full)) for d in (torch.float64, torch.float32))
+    if rounded:
+        plain = _rounded_gradients(args)
     wide = None if affine is None else affine.double()
     given = (*_absolute(x.double(), wide, act), weight.double().abs(), "none", residual, True, True)
     positive = (*positive_gradient(grad, a, coefficients, act), *given)

@@ -30,6 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {  # under sanitizers: main, and the kernels it calls
     "sanitized": ("depthwise_fwd_ffma", "depthwise_fwd_mma", "depthwise_fwd_mma_plane"),
     "sanitized_product": ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace"),
+    "sanitized_training": (
+        *(f"depthwise_{kernel}" for kernel in ("fwd_ffma", "fwd_mma", "fwd_mma_plane", "bwd_ffma", "bwd_mma", "fwd")),
+        *("training_rows", "training_final"),
+    ),
 }
 PARTS = ("correct", "ops", "product", "network", "training")
 BUDGET = 570  # seconds a part
@@ -80,8 +84,9 @@ def sanitizers(folder: Path) -> Iterator[Step]:
         program = folder / main_file
         sources = [f"tests/emulator/{main_file}.cpp", *(f"csrc/cuda/{kernel}.cu" for kernel in kernels)]
         arch = _build_info.for_device(torch.cuda.get_device_capability())
-        command = [nvcc, "-std=c++20", "-O3", "-lineinfo", *arch, "-Icsrc", "-Icsrc/cuda", "-Itests/emulator"]
-        build = run(f"build {main_file}", [*command, "-x", "cu", *sources, "-o", str(program)], 100)
+        command = [nvcc, "-std=c++20", "-O3", "-lineinfo", *arch, "--threads", "0"]
+        folders = ["-Icsrc", "-Icsrc/cuda", "-Itests/emulator"]
+        build = run(f"build {main_file}", [*command, *folders, "-x", "cu", *sources, "-o", str(program)], 100)
         yield build
         if build["passed"]:
             for name in names:

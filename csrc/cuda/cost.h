@@ -154,4 +154,100 @@ inline DepthwiseChoice choose_depthwise(const DepthwiseShape& s, const Memory& m
   return best;
 }
 
+// ---- both gradients
+
+inline double gradient_instructions(Act act) {  // of act and act' of one number, in float32
+  switch (act) {
+    case Act::none: return 0;
+    case Act::relu: return 3;
+    case Act::gelu: return 18;
+    case Act::gelu_tanh: return 12;
+  }
+  return 0;
+}
+
+inline double backward_bytes_of(const DepthwiseShape& s) {  // the gradient, a and x once, dx once, the filters
+  return double(size_of(s.dtype)) * (4 * outputs_of(s) + double(s.c) * s.kh * s.kw);
+}
+inline double backward_floor_seconds(const DepthwiseShape& s, const Gpu& gpu) {
+  return backward_bytes_of(s) / (gpu.tb_per_s * 1e12);
+}
+inline double backward_memory_cycles(const DepthwiseShape& s, const Gpu& gpu) {
+  return backward_floor_seconds(s, gpu) * gpu.multiprocessors * gpu.ghz * 1e9;
+}
+
+// Terms of one tile of a block: four warps, whose threads have a patch of 4 rows x 8 columns, or none
+inline Cost backward_ffma_cost(const DepthwiseShape& s, Act act, const BackwardPlan& b, const Gpu& gpu) {
+  const Rates rates = rates_of(gpu);
+  const FfmaPlan& p = b.tile;
+  const double tiles = double(b.items(s)) * p.groups, patches = p.channels * p.patches_x * p.patches_y;
+  const double active = std::ceil(patches / 32), rows = FfmaPlan::kRows + s.kh - 1;
+  const double chunks = std::ceil((p.skip + s.kw) / 4.0), own = patches * 32;
+  const double fma = active * 32 * s.kh * s.kw, lds = active * (rows * (1 + chunks) + s.kh * 4 * chunks);
+  // the weight gradient: each task goes over the rows of its part, eight columns at a time
+  const double taps = b.chunks == 1 ? s.kw : BackwardPlan::kChunk, busy = std::ceil(double(b.tasks) * b.row_parts / 32);
+  const double eights = std::ceil(p.patches_y * 4.0 / b.row_parts) * p.patches_x;
+  const double fma_weight = busy * eights * 8 * taps, lds_weight = busy * eights * (2 + std::ceil((10 + taps) / 4));
+  // numbers that are brought: da with its halo, of which what lies outside of the plane is zero, and x
+  const double halo = p.channels * double(p.tile_rows) * p.pitch,
+               inside = std::fmin(halo, double(p.channels) * s.h * s.w);
+  const double load = p.vector_loads ? 4 : 8, slope = gradient_instructions(act);
+  const double da = inside * (slope + 8 + 2 * load) + (halo - inside) * 4;
+  const double x = own * (activation_instructions(act, Dtype::float32) + load + 4);
+  const double end = own * (p.vector_stores ? 14 : 18);
+  Cost c{};
+  c.memory = backward_memory_cycles(s, gpu);
+  c.issue = tiles * (fma + fma_weight + lds + lds_weight + (da + x + end) / 32 + 4 * 60) / 4;
+  c.ffma = tiles * (fma + fma_weight + (inside * (slope + 6) + own * 12) / 32) / rates.ffma;
+  c.shared = tiles * (lds * 6 + lds_weight * 4 + (halo + 4 * own) / 32);
+  const double per_sm = std::fmin(std::floor((gpu.shared_bytes + 1024.) / (b.shared_bytes + 1024)), 4);
+  c.idle = idle_factor(p.blocks, gpu.multiprocessors * std::fmax(1, per_sm)) * double(b.splits) *
+           std::ceil(double(b.items(s)) / b.splits) / b.items(s);
+  return c;
+}
+
+// Terms of one tile of a warp, as of the forward kernel
+inline Cost backward_mma_cost(const DepthwiseShape& s, Act act, const MmaPlan& p, const Gpu& gpu) {
+  const Rates rates = rates_of(gpu);
+  const int pairs = (s.kh + 1) / 2, blocks = p.column_tiles + p.window - 1, tile_rows = p.tile_rows();
+  const double tiles = double(s.c) * p.units, values = 8.0 * p.column_tiles;  // a lane's outputs
+  const double k16 = 4.0 * p.column_tiles * p.window * pairs, ldsm = 2.0 * blocks * (pairs + 1) + p.column_tiles;
+  // numbers of da that a lane brings beside the tile's own: above and below, left and right
+  const double around = std::ceil(p.images() * (p.rows - tile_rows) * p.column_tiles / 64.0) * 16;
+  const double sides = std::ceil(p.images() * p.rows * 2 / 32.0) * 4;
+  const bool tall = s.h > tile_rows, broad = s.w > tile_rows;
+  const double load = p.load_bytes == 16 ? 7 : 14, da = gradient_instructions(act) + 16 + 2 * load;
+  const double end =
+      (act == Act::gelu ? 15 : activation_instructions(act, s.dtype)) + (p.store_bytes == 16 ? 12 : 16) + load;
+  const double elementwise = values * (da + activation_instructions(act, s.dtype) + 6 + load + end) +
+                             around * (tall ? da : 12) + sides * (broad ? da + 10 : 12);
+  Cost c{};
+  c.memory = backward_memory_cycles(s, gpu);
+  c.issue = tiles * (k16 + ldsm + pairs * p.window + elementwise + 250) / 4;
+  c.tensor = tiles * k16 / rates.tensor;
+  c.shared = tiles * (ldsm * 4 + pairs * p.window * 2 + values * 2 + (values + around + sides) / 4 + values * 1.5);
+  const double per_sm = std::fmin(std::floor((gpu.shared_bytes + 1024.) / (p.shared_bytes + 1024)), 16. / p.warps);
+  c.idle = idle_factor(p.blocks, gpu.multiprocessors * std::fmax(1, per_sm)) * double(int64_t(p.splits) * p.warps) *
+           std::ceil(double(p.units) / (p.splits * p.warps)) / p.units;
+  return c;
+}
+
+struct BackwardChoice {
+  DepthwiseKernel kernel;  // ffma or mma
+  BackwardPlan ffma;
+  MmaPlan mma;
+  Cost cost;
+};
+
+// `m` of the input and its gradient, `g` of the gradient that comes in and of a
+inline BackwardChoice choose_backward(const DepthwiseShape& s, const Memory& m, const Memory& g, const Gpu& gpu,
+                                      Act act) {
+  BackwardChoice best{DepthwiseKernel::ffma, backward_plan(s, m, g, gpu), mma_backward_plan(s, m, g, gpu), {}};
+  best.cost = backward_ffma_cost(s, act, best.ffma, gpu);
+  if (!best.mma.blocks || best.cost.compute() <= kHidden * best.cost.memory) return best;
+  const Cost cost = backward_mma_cost(s, act, best.mma, gpu);
+  if (cost.cycles() < best.cost.cycles()) best.kernel = DepthwiseKernel::mma, best.cost = cost;
+  return best;
+}
+
 }  // namespace cmx

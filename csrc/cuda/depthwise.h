@@ -35,6 +35,7 @@ cudaError_t depthwise_fwd_ffma(const DepthwiseForward& p, const FfmaPlan& plan, 
 cudaError_t depthwise_fwd_mma(const DepthwiseForward& p, const MmaPlan& plan, cudaStream_t stream);
 cudaError_t depthwise_fwd_mma_plane(const DepthwiseForward& p, const MmaPlan& plan, cudaStream_t stream);
 
+// da and x' are float32 for ffma, rounded to `dtype` for the tensor cores; sums are of dx as it is stored, of da in float32.
 // With da = (p * grad + q * (act(a) - mean) + r) * act'(a), zero beside the plane, and x' as in the forward pass:
 //   dx = conv^T(da, weight) [+ grad]    dweight = x' * da    dbias = sum(da)    sum(dx)    sum(dx * (act(x) - mean'))
 struct DepthwiseGradients {
@@ -49,7 +50,13 @@ struct DepthwiseGradients {
   bool residual, need_weight;
 };
 
-BackwardPlan depthwise_bwd_plan(const DepthwiseGradients& p, const Gpu& gpu);
+// As the forward pass: the kernel that is predicted to be fastest, in so many parts; and each kernel by itself, of whose
+// plans the second has no blocks where it does not take the shape.
+cudaError_t depthwise_bwd(const DepthwiseGradients& p, const Gpu& gpu, cudaStream_t stream);
+int64_t depthwise_bwd_parts(const DepthwiseGradients& p, const Gpu& gpu);
+BackwardPlan depthwise_bwd_ffma_plan(const DepthwiseGradients& p, const Gpu& gpu);
+MmaPlan depthwise_bwd_mma_plan(const DepthwiseGradients& p, const Gpu& gpu);
 cudaError_t depthwise_bwd_ffma(const DepthwiseGradients& p, const BackwardPlan& plan, cudaStream_t stream);
+cudaError_t depthwise_bwd_mma(const DepthwiseGradients& p, const MmaPlan& plan, cudaStream_t stream);
 
 }  // namespace cmx

@@ -2,38 +2,11 @@
 #pragma once
 
 #include "depthwise.h"
-#include "epilogue.cuh"
+#include "neighbours.cuh"
 
 namespace cmx {
 
 constexpr int ROWS = FfmaPlan::kRows, COLUMNS = FfmaPlan::kColumns;  // of a thread's patch
-
-__device__ __forceinline__ void load4(float* to, const float* from) {
-  const float4 v = get<float4>(from);
-  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-}
-
-// Four neighbours in one access
-template <class T>
-__device__ __forceinline__ void load4_vector(float* to, const T* from) {
-  if constexpr (sizeof(T) == 4) {
-    load4(to, from);
-  } else {
-    const uint2 words = get<uint2>(from);
-    const float2 a = unpack<T>(words.x), b = unpack<T>(words.y);
-    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store8_vector(T* to, const float* v) {
-  if constexpr (sizeof(T) == 4) {
-    put(to, make_float4(v[0], v[1], v[2], v[3]));
-    put(to + 4, make_float4(v[4], v[5], v[6], v[7]));
-  } else {
-    put(to, make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])));
-  }
-}
 
 // Where a block, and a thread in it, works
 struct Place {
@@ -51,30 +24,6 @@ __device__ __forceinline__ Place place_of(int64_t item, const FfmaPlan& plan, co
   at.n = item / plan.groups;
   at.channels = s.c - at.c < plan.channels ? s.c - at.c : plan.channels;
   return at;
-}
-
-// Four neighbours of a row of width w from column x on, zeros beside it
-template <class T>
-__device__ __forceinline__ void load4_or_zeros(float* v, const T* row, int64_t step, int x, int w, bool row_inside,
-                                               bool vector) {
-  if (vector && row_inside && x >= 0 && x + 4 <= w) {
-    load4_vector(v, row + x);
-  } else {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = row_inside && x + j >= 0 && x + j < w ? to_float(row[(x + j) * step]) : 0.f;
-  }
-}
-
-// The first w - x of eight neighbours
-template <class T>
-__device__ __forceinline__ void store8(T* row, int64_t step, const float* v, int x, int w, bool vector) {
-  if (vector && x + COLUMNS <= w) {
-    store8_vector(row + x, v);
-  } else {
-#pragma unroll
-    for (int j = 0; j < COLUMNS; ++j)
-      if (x + j < w) row[(x + j) * step] = from_float<T>(v[j]);
-  }
 }
 
 // weight [c][kh][kw] -> weights [channel][kh][weight_pitch], `skip` columns further right and zeros beside.
@@ -124,6 +73,28 @@ __device__ __forceinline__ void convolve(float (&acc)[ROWS * COLUMNS], const flo
       for (int j = 0; j < COLUMNS; ++j) v[j] = v[j + 4];
     }
   }
+}
+
+// run<T, KW>() of the shape's dtype and of its kernel's width, 0 where that has no code of its own
+template <class T, class F>
+cudaError_t dispatch_width(const DepthwiseShape& s, const F& run) {
+  switch (s.kw) {
+    case 3: return run.template operator()<T, 3>();
+    case 5: return run.template operator()<T, 5>();
+    case 7: return run.template operator()<T, 7>();
+    case 9: return run.template operator()<T, 9>();
+    default: return run.template operator()<T, 0>();
+  }
+}
+
+template <class F>
+cudaError_t dispatch_ffma(const DepthwiseShape& s, const F& run) {
+  switch (s.dtype) {
+    case Dtype::float32: return dispatch_width<float>(s, run);
+    case Dtype::float16: return dispatch_width<fp16>(s, run);
+    case Dtype::bfloat16: return dispatch_width<bf16>(s, run);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace cmx

@@ -115,38 +115,13 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
-template <class T, int KW>
-cudaError_t launch(const DepthwiseForward& p, const FfmaPlan& plan, cudaStream_t stream) {
-  const auto kernel = depthwise_fwd_ffma_kernel<T, KW>;
-  if (plan.shared_bytes > 48 << 10)
-    if (cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes))
-      return error;
-  const int threads = plan.channels * plan.patches_x * plan.patches_y;
-  CMX_LAUNCH(kernel, dim3(plan.blocks), dim3(threads), plan.shared_bytes, stream, p, plan);
-  return cudaGetLastError();
-}
-
-template <class T>
-cudaError_t launch_width(const DepthwiseForward& p, const FfmaPlan& plan, cudaStream_t stream) {
-  switch (p.shape.kw) {
-    case 3: return launch<T, 3>(p, plan, stream);
-    case 5: return launch<T, 5>(p, plan, stream);
-    case 7: return launch<T, 7>(p, plan, stream);
-    case 9: return launch<T, 9>(p, plan, stream);
-    default: return launch<T, 0>(p, plan, stream);
-  }
-}
-
 }  // namespace
 
 cudaError_t depthwise_fwd_ffma(const DepthwiseForward& p, const FfmaPlan& plan, cudaStream_t stream) {
-  switch (p.shape.dtype) {
-    case Dtype::float32: return launch_width<float>(p, plan, stream);
-    case Dtype::float16: return launch_width<fp16>(p, plan, stream);
-    case Dtype::bfloat16: return launch_width<bf16>(p, plan, stream);
-  }
-  return cudaErrorInvalidValue;
+  return dispatch_ffma(p.shape, [&]<class T, int KW>() {
+    return launch(depthwise_fwd_ffma_kernel<T, KW>, plan.blocks, plan.channels * plan.patches_x * plan.patches_y,
+                  plan.shared_bytes, stream, p, plan);
+  });
 }
 
 }  // namespace cmx

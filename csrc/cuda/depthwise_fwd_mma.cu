@@ -8,25 +8,6 @@
 namespace cmx {
 namespace {
 
-// A tile of NT column tiles of 8 outputs, under windows of WINDOW blocks
-template <int NT, int WINDOW>
-struct Tile {
-  static constexpr int ROWS = 8 * NT, IMAGES = 32 / ROWS, LEFT = 4 * (WINDOW - 1);
-  static constexpr int BLOCKS = NT + WINDOW - 1, PITCH = (BLOCKS | 1) * 16;
-  static constexpr int FOUR_ROWS = 2 * PITCH;  // bytes from a row to the fourth below it, in the same half-plane
-  // the blocks that hold the outputs' own columns start at block LEFT / 8, column LEFT % 8 of it
-  static constexpr int OWN = LEFT / 8, OFFSET = LEFT % 8, OWN_BLOCKS = NT + (OFFSET ? 1 : 0);
-};
-
-struct Where {
-  int n, y, x;  // first image, first output row and column
-};
-
-__device__ __forceinline__ Where where(int unit, const MmaPlan& plan, int images, int rows, int columns) {
-  const int row_of_tiles = unit / plan.tiles_x, group = row_of_tiles / plan.tiles_y;
-  return {group * images, (row_of_tiles - group * plan.tiles_y) * rows, (unit - row_of_tiles * plan.tiles_x) * columns};
-}
-
 // Calls f(shared address, image, row, column) for this lane's blocks of 8 columns: 4 rows x 8 blocks at a time
 template <class G, class F>
 __device__ __forceinline__ void each_block(unsigned char* stage, const Where& at, const DepthwiseShape& s,
@@ -73,28 +54,6 @@ __device__ __forceinline__ void load(unsigned char* stage, int unit, const T* ch
   }
 }
 
-// Eight outputs to row `to`, columns x .. x + 7, of which those before w exist
-template <class T>
-__device__ __forceinline__ void store8(T* to, int x, int w, const uint4& v, int bytes) {
-  if (bytes == 16) {
-    if (x < w) put(to + x, v);
-    return;
-  }
-  const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int column = x + 2 * i;
-    if (bytes == 8) {
-      if (i % 2 == 0 && column < w) put(to + column, make_uint2(word[i], word[i + 1]));
-    } else if (bytes == 4) {
-      if (column < w) put(to + column, word[i]);
-    } else {
-      if (column < w) put(to + column, static_cast<uint16_t>(word[i]));
-      if (column + 1 < w) put(to + column + 1, static_cast<uint16_t>(word[i] >> 16));
-    }
-  }
-}
-
 template <class T, int NT, int WINDOW>
 __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
     depthwise_fwd_mma_kernel(const __grid_constant__ DepthwiseForward p, const __grid_constant__ MmaPlan plan) {
@@ -118,11 +77,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
   }
 
   const T* const weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(c) * s.kh * s.kw;
-  for (int i = warp; i < pairs * WINDOW; i += warps) {
-    const int ky = i / WINDOW * 2, b = i % WINDOW;
-    filter[i * 32 + lane] = make_uint2(toeplitz<T, WINDOW>(weight + ky * s.kw, true, b, s.kw, lane),
-                                       toeplitz<T, WINDOW>(weight + (ky + 1) * s.kw, ky + 1 < s.kh, b, s.kw, lane));
-  }
+  expand_filter<T, WINDOW, false>(filter, weight, s.kh, s.kw, warp, warps, lane);
   __syncthreads();
 
   const ChannelConstants k = constants_of(p, c);
@@ -135,7 +90,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
   // ldmatrix: lane i brings row i % 16 of the product, of filter row i / 16 of a pair
   const int m = lane % 16, second = lane / 16, image = G::IMAGES == 2 ? m / 8 * 2 * plan.half_plane : 0;
   const auto at_row = [&](int r) { return image + row_offset(row_of<G::IMAGES>(m) + r, plan.half_plane, G::PITCH); };
-  const int even_pair = at_row(second), odd_pair = at_row(second + 2);
+  const int pair_at[2] = {at_row(second), at_row(second + 2)};
   // results: this lane's rows m = lane / 4 and m + 8 of a product
   const int other = G::IMAGES == 2 ? 2 * plan.half_plane : 8 * G::PITCH;
 
@@ -155,36 +110,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
 #pragma unroll
     for (int i = 0; i < 2 * NT * 4; ++i) (&acc[0][0][0])[i] = k.bias;
 
-    uint32_t now[WINDOW][2], earlier[WINDOW][2];  // fragments of filter rows 2 pair, 2 pair + 1, and of the two before
-    const auto multiply_pair = [&](int pair, bool first_rows, bool other_rows) {
-      if (first_rows) {
-#pragma unroll
-        for (int b = 0; b < WINDOW; ++b) {
-          const uint2 rows = filter[(pair * WINDOW + b) * 32 + lane];
-          now[b][0] = rows.x, now[b][1] = rows.y;
-        }
-      }
-      const uint32_t from = tile_address + (pair & 1 ? odd_pair : even_pair) + (pair >> 1) * 2 * G::PITCH;
-#pragma unroll
-      for (int block = 0; block < G::BLOCKS; ++block) {
-        uint32_t in[4];
-        load_matrices(in, from + 16 * block);
-#pragma unroll
-        for (int i = 0; i < NT; ++i) {
-          const int b = block - i;
-          if (b < 0 || b >= WINDOW) continue;
-          if (first_rows) multiply_k16<T>(acc[0][i], in, now[b], acc[0][i]);
-          if (other_rows) multiply_k16<T>(acc[1][i], in, earlier[b], acc[1][i]);
-        }
-      }
-#pragma unroll
-      for (int b = 0; b < WINDOW; ++b) earlier[b][0] = now[b][0], earlier[b][1] = now[b][1];
-    };
-    multiply_pair(0, true, false);
-#pragma unroll 1
-    for (int pair = 1; pair < pairs; ++pair) multiply_pair(pair, true, true);
-    multiply_pair(pairs, false, true);
-
+    convolve<T, G>(acc, tile_address, pair_at, filter, pairs, lane);
     if (!p.partials) activate<T, 2 * NT * 4>(&acc[0][0][0], p.act);
 
     // the results take the place of the rows that their residuals come from
@@ -227,7 +153,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
         if (at.n + i < s.n && at.y + r < s.h) {
           const int x = at.x + lane % NT * 8;
           const uint4 v = get<uint4>(from);
-          store8(to + (at.n + i) * p.y_stride.n + (at.y + r) * p.y_stride.h, x, s.w, v, plan.store_bytes);
+          store8_words(to + (at.n + i) * p.y_stride.n + (at.y + r) * p.y_stride.h, x, s.w, v, plan.store_bytes);
           if (p.partials && x < s.w) add_moments<T>(moments, v, s.w - x, p.act);
         }
     }

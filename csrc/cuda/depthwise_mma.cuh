@@ -1,4 +1,4 @@
-// Depthwise convolution as products of small matrices: what both tensor-core kernels share.
+// Depthwise convolution as products of small matrices: what the tensor-core kernels share.
 //
 // Eight neighbouring outputs of a row need `window` blocks of 8 input columns. For one filter row ky and one block b,
 //   out[y][x0 + n] += sum over k of  in[y + ky][8 b + k] * T[k][n],    T[k][n] = weight[ky][8 b + k - n - LEFT + before]
@@ -32,17 +32,19 @@ __device__ __forceinline__ constexpr int row_of(int m) {
 }
 
 template <class T>
-__device__ __forceinline__ uint32_t weight_bits(const T* weight, bool inside) {
-  return inside ? get<uint16_t>(weight) : 0u;
+__device__ __forceinline__ uint32_t bits_or_zero(const T* number, bool inside) {
+  return inside ? get<uint16_t>(number) : 0u;
 }
 
-// This lane's two numbers of T for filter row `row` and block `b`: k = 2 (lane % 4) and the next, n = lane / 4
-template <class T, int WINDOW>
+// This lane's two numbers of T for filter row `row` and block `b`: k = 2 (lane % 4) and the next, n = lane / 4.
+// TURNED: of the row from its end, padded as the gradient of the input is.
+template <class T, int WINDOW, bool TURNED = false>
 __device__ __forceinline__ uint32_t toeplitz(const T* row, bool row_inside, int b, int kw, int lane) {
-  const int kx = 8 * b + 2 * (lane % 4) - lane / 4 - 4 * (WINDOW - 1) + (kw - 1) / 2;
-  const uint32_t low = weight_bits(row + kx, row_inside && kx >= 0 && kx < kw);
-  const uint32_t high = weight_bits(row + kx + 1, row_inside && kx + 1 >= 0 && kx + 1 < kw);
-  return low | high << 16;
+  const int kx = 8 * b + 2 * (lane % 4) - lane / 4 - 4 * (WINDOW - 1) + (TURNED ? kw / 2 : (kw - 1) / 2);
+  const auto bits = [&](int tap) {
+    return bits_or_zero(row + (TURNED ? kw - 1 - tap : tap), row_inside && tap >= 0 && tap < kw);
+  };
+  return bits(kx) | bits(kx + 1) << 16;
 }
 
 // The same of the matrix that picks the columns of the outputs themselves: T[k][n] = (8 b + k == n + offset)
@@ -51,6 +53,101 @@ __device__ __forceinline__ uint32_t identity(int b, int offset, int lane) {
   constexpr uint32_t one = is_bf16<T> ? 0x3f80u : 0x3c00u;
   const int k = 8 * b + 2 * (lane % 4), wanted = lane / 4 + offset;
   return (k == wanted ? one : 0u) | (k + 1 == wanted ? one << 16 : 0u);
+}
+
+// A tile of NT column tiles of 8 outputs, under windows of WINDOW blocks: 32 x 32, or two images of 16 x 16
+template <int COLUMN_TILES, int BLOCKS_OF_A_WINDOW>
+struct Tile {
+  static constexpr int NT = COLUMN_TILES, WINDOW = BLOCKS_OF_A_WINDOW;
+  static constexpr int ROWS = 8 * NT, IMAGES = 32 / ROWS, LEFT = 4 * (WINDOW - 1);
+  static constexpr int BLOCKS = NT + WINDOW - 1, PITCH = (BLOCKS | 1) * 16;
+  static constexpr int OWN_PITCH = (NT | 1) * 16;     // of a tile without the columns around it
+  static constexpr int RESULT_PITCH = (NT + 1) * 32;  // of results in float32
+  static constexpr int FOUR_ROWS = 2 * PITCH;         // bytes from a row to the fourth below it, in the same half-plane
+  // the blocks that hold the outputs' own columns start at block LEFT / 8, column LEFT % 8 of it
+  static constexpr int OWN = LEFT / 8, OFFSET = LEFT % 8, OWN_BLOCKS = NT + (OFFSET ? 1 : 0);
+};
+
+struct Where {
+  int n, y, x;  // first image, first output row and column
+};
+
+__device__ __forceinline__ Where where(int unit, const MmaPlan& plan, int images, int rows, int columns) {
+  const int row_of_tiles = unit / plan.tiles_x, group = row_of_tiles / plan.tiles_y;
+  return {group * images, (row_of_tiles - group * plan.tiles_y) * rows, (unit - row_of_tiles * plan.tiles_x) * columns};
+}
+
+// The filter [kh][kw] of a channel -> Toeplitz fragments [pair of filter rows][block][lane], by all warps of a block.
+// TURNED by 180 degrees, for the gradient of the input.
+template <class T, int WINDOW, bool TURNED>
+__device__ __forceinline__ void expand_filter(uint2* filter, const T* weight, int kh, int kw, int warp, int warps,
+                                              int lane) {
+  for (int i = warp; i < (kh + 1) / 2 * WINDOW; i += warps) {
+    const int ky = i / WINDOW * 2, b = i % WINDOW;
+    const auto fragment = [&](int row) {
+      return toeplitz<T, WINDOW, TURNED>(weight + (TURNED ? kh - 1 - row : row) * kw, row < kh, b, kw, lane);
+    };
+    filter[i * 32 + lane] = make_uint2(fragment(ky), fragment(ky + 1));
+  }
+}
+
+// acc[set][column tile] += the convolution at rows S(m) and S(m) + 2 of the tile at shared address `tile`.
+// pair_at: from there to the rows of the first and the second pair that this lane brings to ldmatrix.
+template <class T, class G>
+__device__ __forceinline__ void convolve(float (&acc)[2][G::NT][4], uint32_t tile, const int (&pair_at)[2],
+                                         const uint2* filter, int pairs, int lane) {
+  constexpr int WINDOW = G::WINDOW;
+  uint32_t now[WINDOW][2], earlier[WINDOW][2];  // fragments of filter rows 2 pair, 2 pair + 1, and of the two before
+  const auto multiply_pair = [&](int pair, bool first_rows, bool other_rows) {
+    if (first_rows) {
+#pragma unroll
+      for (int b = 0; b < WINDOW; ++b) {
+        const uint2 rows = filter[(pair * WINDOW + b) * 32 + lane];
+        now[b][0] = rows.x, now[b][1] = rows.y;
+      }
+    }
+    const uint32_t from = tile + (pair & 1 ? pair_at[1] : pair_at[0]) + (pair >> 1) * 2 * G::PITCH;
+#pragma unroll
+    for (int block = 0; block < G::BLOCKS; ++block) {
+      uint32_t in[4];
+      load_matrices(in, from + 16 * block);
+#pragma unroll
+      for (int i = 0; i < G::NT; ++i) {
+        const int b = block - i;
+        if (b < 0 || b >= WINDOW) continue;
+        if (first_rows) multiply_k16<T>(acc[0][i], in, now[b], acc[0][i]);
+        if (other_rows) multiply_k16<T>(acc[1][i], in, earlier[b], acc[1][i]);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < WINDOW; ++b) earlier[b][0] = now[b][0], earlier[b][1] = now[b][1];
+  };
+  multiply_pair(0, true, false);
+#pragma unroll 1
+  for (int pair = 1; pair < pairs; ++pair) multiply_pair(pair, true, true);
+  multiply_pair(pairs, false, true);
+}
+
+// Eight outputs to row `to`, columns x .. x + 7, of which those before w exist
+template <class T>
+__device__ __forceinline__ void store8_words(T* to, int x, int w, const uint4& v, int bytes) {
+  if (bytes == 16) {
+    if (x < w) put(to + x, v);
+    return;
+  }
+  const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int column = x + 2 * i;
+    if (bytes == 8) {
+      if (i % 2 == 0 && column < w) put(to + column, make_uint2(word[i], word[i + 1]));
+    } else if (bytes == 4) {
+      if (column < w) put(to + column, word[i]);
+    } else {
+      if (column < w) put(to + column, static_cast<uint16_t>(word[i]));
+      if (column + 1 < w) put(to + column + 1, static_cast<uint16_t>(word[i] >> 16));
+    }
+  }
 }
 
 // v four times, in registers the compiler cannot know to be equal: it keeps them, as operands of a product, instead of
@@ -79,8 +176,8 @@ __device__ __forceinline__ void affine_on_load(void* shared, int from, int to, c
 // Moments of eight outputs as they were stored, of which `valid` exist
 template <class T>
 __device__ __forceinline__ void add_moments(RunningMoments& moments, const uint4& words, int valid, Act act) {
-  const float2 a = unpack<T>(words.x), b = unpack<T>(words.y), c = unpack<T>(words.z), d = unpack<T>(words.w);
-  float v[8] = {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
+  float v[8];
+  unpack8<T>(v, words);
   activate<float, 8>(v, act);  // the sums are float32
   moments.add<8>(v, valid);
 }
@@ -101,14 +198,9 @@ __device__ __forceinline__ void store_moments(const RunningMoments& moments, con
   if (lane == 0) store_part(p.partials, part, p.shape.c, c, all);
 }
 
-template <class Kernel>
-cudaError_t launch_mma(Kernel kernel, const DepthwiseForward& p, const MmaPlan& plan, cudaStream_t stream) {
-  if (plan.shared_bytes > 48 << 10)
-    if (cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes))
-      return error;
-  CMX_LAUNCH(kernel, dim3(plan.blocks), dim3(32 * plan.warps), plan.shared_bytes, stream, p, plan);
-  return cudaGetLastError();
+template <class Kernel, class Parameters>
+cudaError_t launch_mma(Kernel kernel, const Parameters& p, const MmaPlan& plan, cudaStream_t stream) {
+  return launch(kernel, plan.blocks, 32 * plan.warps, plan.shared_bytes, stream, p, plan);
 }
 
 }  // namespace cmx

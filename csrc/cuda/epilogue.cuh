@@ -47,6 +47,12 @@ __device__ __forceinline__ float2 unpack(uint32_t word) {
   }
 }
 
+template <class T>
+__device__ __forceinline__ void unpack8(float* v, const uint4& words) {
+  const float2 a = unpack<T>(words.x), b = unpack<T>(words.y), c = unpack<T>(words.z), d = unpack<T>(words.w);
+  v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y, v[4] = c.x, v[5] = c.y, v[6] = d.x, v[7] = d.y;
+}
+
 // gelu(v) = v Phi(v), Phi the normal distribution
 __device__ __forceinline__ float gelu_exact(float v) { return 0.5f * v * (1.f + erff(v * 0.70710678f)); }
 
@@ -91,6 +97,19 @@ __device__ __forceinline__ void activate(float* v, Act act) {
   }
 }
 
+// Phi(v), given e = exp(-v^2 / 2): off by at most 3e-7, in 12 instructions where erff takes 22
+//   Phi(-|v|) = e r P(r),  r = 1 / (1 + 0.28 |v|),  P of degree 5, fitted to 1e-8
+__device__ __forceinline__ float normal_below(float v, float e) {
+  const float r = reciprocal_approx(fmaf(fabsf(v), 0.28f, 1.f));
+  float p = fmaf(-0.10580779f, r, 0.38987223f);
+  p = fmaf(p, r, -0.23699069f);
+  p = fmaf(p, r, 0.268908f);
+  p = fmaf(p, r, 0.06749759f);
+  p = fmaf(p, r, 0.11652065f);
+  const float tail = e * (p * r);
+  return v < 0 ? tail : 1.f - tail;
+}
+
 // act(v) in place of v, and act'(v), for sums in float32 whatever the storage. phi(v) = exp(-v^2 / 2) / sqrt(2 pi)
 //   gelu       Phi(v) + v phi(v)
 //   gelu_tanh  s + v s (1 - s) (2u)', s = 1 / (1 + exp(-2u)), (2u)' = 2 sqrt(2/pi) (1 + 3 * 0.044715 v^2)
@@ -108,9 +127,8 @@ __device__ __forceinline__ void activate_with_slope(float* v, float* slope, Act 
     case Act::gelu:
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const float density = 0.39894228f * exp2_approx(-0.72134752f * v[i] * v[i]);
-        const float below = 0.5f * (1.f + erff(v[i] * 0.70710678f));  // Phi(v)
-        slope[i] = fmaf(v[i], density, below);
+        const float e = exp2_approx(-0.72134752f * v[i] * v[i]), below = normal_below(v[i], e);
+        slope[i] = fmaf(v[i] * e, 0.39894228f, below);
         v[i] *= below;
       }
       break;

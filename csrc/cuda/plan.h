@@ -234,28 +234,35 @@ inline bool mma_basics(const DepthwiseShape& s, const Memory& m) {
          int64_t(s.n) * ceil_div(s.h, 16) * ceil_div(s.w, 16) < 1 << 30 && int64_t(s.c) * s.n < 1 << 30;
 }
 
-// blocks == 0: not for these kernels
-inline MmaPlan mma_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu) {
-  MmaPlan p{};
-  if (!mma_basics(s, m)) return p;
+// Tiles with their halo, of any size
+inline void mma_tiles(MmaPlan& p, const DepthwiseShape& s) {
   p.window = std::max(2, static_cast<int>(ceil_div(s.kw + 7, 8)));
   p.column_tiles = s.h <= 16 && s.w <= 16 ? 2 : 4;
   p.tiles_y = static_cast<int>(ceil_div(s.h, p.tile_rows())),
   p.tiles_x = static_cast<int>(ceil_div(s.w, 8 * p.column_tiles));
   p.units = static_cast<int>(ceil_div(s.n, p.images())) * p.tiles_y * p.tiles_x;
-  const int pairs = (s.kh + 1) / 2;
-  p.rows = p.tile_rows() + 2 * pairs - 1;
+  p.rows = p.tile_rows() + 2 * ((s.kh + 1) / 2) - 1;
   p.half_plane = static_cast<int>(round_up((2 * ((p.rows - 1) / 4) + 2) * p.pitch(), 128));
   p.stage_bytes = p.images() * 2 * p.half_plane;
+}
+
+// Fewer warps where the GPU has less shared memory than they want
+inline void fit_warps(MmaPlan& p, int filter_bytes, int warp_bytes, const Gpu& gpu) {
+  while ((p.shared_bytes = filter_bytes + p.warps * warp_bytes) > gpu.shared_bytes && p.warps > 1) --p.warps;
+  if (p.shared_bytes > gpu.shared_bytes) p.blocks = 0;
+}
+
+// blocks == 0: not for these kernels
+inline MmaPlan mma_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu) {
+  MmaPlan p{};
+  if (!mma_basics(s, m)) return p;
+  mma_tiles(p, s);
   // a tile starts 4 (window - 1) columns left of its outputs: for an even window in the middle of 16 bytes
   const int width = 2 * s.w;
   p.load_bytes = std::min({p.window % 2 ? 16 : 8, m.x_alignment, common_bytes(width, 16)});
   p.store_bytes = std::min(m.y_alignment, common_bytes(width, 16));
   split_units(p, s, gpu);
-  const int filter_bytes = pairs * p.window * 256;
-  while ((p.shared_bytes = filter_bytes + p.warps * MmaPlan::kStages * p.stage_bytes) > gpu.shared_bytes && p.warps > 1)
-    --p.warps;
-  if (p.shared_bytes > gpu.shared_bytes) p.blocks = 0;
+  fit_warps(p, (s.kh + 1) / 2 * p.window * 256, MmaPlan::kStages * p.stage_bytes, gpu);
   return p;
 }
 
@@ -274,6 +281,31 @@ inline MmaPlan mma_plane_plan(const DepthwiseShape& s, const Memory& m, const Gp
   p.stage_bytes = p.images() * 2 * p.half_plane;
   split_units(p, s, gpu);
   p.shared_bytes = p.warps * MmaPlan::kPlaneStages * p.stage_bytes;
+  return p;
+}
+
+// Backward: depthwise_bwd_mma.cu
+
+// The weight gradient keeps 4 numbers in registers for each pair of filter rows and each block of a window, and the input's
+// gradient 32 beside: up to 9x9 that are 72 of the 128 that four blocks a multiprocessor leave. Larger kernels run on FFMA.
+constexpr int kMmaBackwardPairs = 5, kMmaBackwardWindow = 2;
+
+// blocks == 0: not for this kernel. `m` of the input and its gradient, `g` of the gradient that comes in and of a.
+// Of a warp in shared memory: da with its halo and x' without, as products take them; then the results in float32; at
+// the end the sums of the weight gradient, 16 x 8 for a pair and a block, and three more.
+inline MmaPlan mma_backward_plan(const DepthwiseShape& s, const Memory& m, const Memory& g, const Gpu& gpu) {
+  MmaPlan p{};
+  if (!mma_basics(s, m) || !g.x_rows || !g.y_rows) return p;
+  if (s.kh > 2 * kMmaBackwardPairs - 1 || s.kw > 8 * kMmaBackwardWindow - 7) return p;
+  mma_tiles(p, s);
+  const int inputs = p.stage_bytes + 32 * (p.column_tiles | 1) * 16, results = 32 * 32 * (p.column_tiles + 1);
+  const int sums = (s.kh + 1) / 2 * p.window * 16 * 8 * 4 + 16;
+  p.stage_bytes = static_cast<int>(round_up(std::max({inputs, results, sums}), 128));
+  const int width = common_bytes(2 * s.w, 16);
+  p.load_bytes = std::min({m.x_alignment, g.x_alignment, g.y_alignment, width}) == 16 ? 16 : 2;
+  p.store_bytes = std::min(m.y_alignment, width);
+  split_units(p, s, gpu);
+  fit_warps(p, (s.kh + 1) / 2 * p.window * 256, p.stage_bytes, gpu);
   return p;
 }
 

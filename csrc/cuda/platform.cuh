@@ -39,4 +39,15 @@ namespace cmx {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
+// Enqueues a kernel whose shared memory may be more than the 48 KB that need no permission
+template <class Kernel, class... Arguments>
+cudaError_t launch(Kernel kernel, int blocks, int threads, int shared_bytes, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  if (shared_bytes > 48 << 10)
+    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
+      return error;
+  CMX_LAUNCH(kernel, dim3(blocks), dim3(threads), shared_bytes, stream, arguments...);
+  return cudaGetLastError();
+}
+
 }  // namespace cmx

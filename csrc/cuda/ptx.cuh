@@ -72,6 +72,13 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// Asks for the line of an address in memory to be brought to L2: nothing waits for it, and no value depends on it.
+__device__ __forceinline__ void prefetch_to_l2([[maybe_unused]] const void* p) {
+#ifndef CMX_EMULATED
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // Four 8x8 matrices of 16-bit numbers. Lane i brings the address of row i % 8 of matrix i / 8;
 // lane 4g + t gets elements 2t and 2t+1 of row g of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {

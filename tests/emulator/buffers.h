@@ -16,6 +16,7 @@ template <class T>
 Buffer<T> allocate(int64_t count) {
   return Buffer<T>(new T[count]);
 }
+constexpr int kOrders = 6;  // of threads and of copies: forward, reverse, random; then with cp.async arriving at once
 inline void prepare(int order) {
   cmx::emulator::machine.order = static_cast<cmx::emulator::Machine::Order>(order % 3);
   cmx::emulator::machine.copies_arrive_at_once = order >= 3;
@@ -33,6 +34,7 @@ Buffer<T> allocate(int64_t count) {
   if (cudaError_t error = cudaMallocManaged(&p, count * sizeof(T))) throw std::runtime_error(cudaGetErrorString(error));
   return Buffer<T>(static_cast<T*>(p));
 }
+constexpr int kOrders = 1;
 inline void prepare(int) {}
 inline cudaError_t finish() { return cudaDeviceSynchronize(); }
 #endif

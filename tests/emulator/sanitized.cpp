@@ -67,7 +67,7 @@ static int all_wrong(const char* kernel) {
                          {1, 1, 6, 33, 2, 20}, {1, 1, 3, 24, 1, 31}, {10, 1, 9, 33, 3, 3}};
   const Case planes[] = {{3, 1, 16, 16, 7, 7}, {30, 1, 16, 16, 9, 9}, {1, 1, 32, 32, 9, 9}, {14, 1, 32, 32, 7, 7}};
   int bad = 0;
-  for (int order = 0; order < 6; ++order) {
+  for (int order = 0; order < kOrders; ++order) {
     if (!std::strcmp(kernel, "mma_plane")) {
       for (const Case& k : planes) bad += wrong<bf16>(kernel, k, Dtype::bfloat16, order);
     } else {

@@ -15,6 +15,7 @@ struct BackwardCall {  // as in tests/emulated_training.py
   float *dweight, *dbias, *sums;  // or null
   Gpu gpu;
   int order;
+  bool tensor_cores;
 };
 
 struct RowsCall {
@@ -37,17 +38,22 @@ static int guarded(int order, char* message, size_t size, const F& run) {
   }
 }
 
+// 0, a cudaError, -1: no plan, -2: `message` says what the emulator found
 #define CMX_SHOWN extern "C" __attribute__((visibility("default"))) int
 
 CMX_SHOWN cmx_emulate_backward(const BackwardCall* call, char* message, size_t size) {
   return guarded(call->order, message, size, [&]() -> int {
     DepthwiseGradients p = call->p;
-    const BackwardPlan plan = depthwise_bwd_plan(p, call->gpu);
-    const int64_t c = p.shape.c, taps = c * p.shape.kh * p.shape.kw;
-    std::vector<float> partials(plan.splits * (taps + 3 * c), NAN);
+    const BackwardPlan ffma = depthwise_bwd_ffma_plan(p, call->gpu);
+    const MmaPlan mma = depthwise_bwd_mma_plan(p, call->gpu);
+    if (call->tensor_cores && !mma.blocks) return -1;
+    const int64_t c = p.shape.c, taps = c * p.shape.kh * p.shape.kw, splits = call->tensor_cores ? mma.splits : ffma.splits;
+    std::vector<float> partials(splits * (taps + 3 * c), NAN);
     p.partials = partials.data();
-    if (const cudaError_t error = depthwise_bwd_ffma(p, plan, nullptr)) return error;
-    return sums_final({p.partials, plan.splits, {taps, c, 2 * c}, {call->dweight, call->dbias, call->sums}}, nullptr);
+    if (const cudaError_t error =
+            call->tensor_cores ? depthwise_bwd_mma(p, mma, nullptr) : depthwise_bwd_ffma(p, ffma, nullptr))
+      return error;
+    return sums_final({p.partials, splits, {taps, c, 2 * c}, {call->dweight, call->dbias, call->sums}}, nullptr);
   });
 }
 
