@@ -59,15 +59,36 @@ def define(
     return operator
 
 
-def on_device(name: str, key: str, function: Callable[..., Any]) -> None:
-    """An implementation in Python of a defined operator, for one dispatch key."""
-    torch.library.impl(f"cmx::{name}", key, function)
+_compositions: dict[str, Callable[..., Any]] = {}
+
+
+def compose(name: str, function: Callable[..., Any]) -> None:
+    """A defined operator as ``function(operators, ...)``, Python around torch.ops.cmx on CUDA, or around cmx_triton."""
+    torch.library.impl(f"cmx::{name}", "CUDA", _bound(function, torch.ops.cmx))
+    _compositions[name] = function
 
 
 def constant(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compiler.assume_constant_result, which would import torch._dynamo and with it Triton."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def implement_compositions() -> None:
+    """Define in torch.ops.cmx_triton what is Python around its other operators."""
+    for name, function in _compositions.items():
+        implement(name, _bound(function, torch.ops.cmx_triton))
+
+
+def _bound(function: Callable[..., Any], operators: Any) -> Callable[..., Any]:
+    """functools.partial with a signature, from which a schema can be read."""
+
+    def call(*args: Any) -> Any:
+        return function(operators, *args)
+
+    _, *parameters = inspect.signature(function).parameters.values()
+    call.__signature__ = inspect.signature(function).replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
 
 
 def implement(name: str, kernel: Callable[..., Any]) -> None:

@@ -13,9 +13,7 @@ from cmx_kernels import backends, triton_kernels
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-TABLE = TESTS / "triton_facts.txt"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton")
-COLUMNS = TABLE.read_text().splitlines()[1].split()[3:]
 
 
 def _python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -93,10 +91,26 @@ for op in cases.OPS:
         fake = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors]
         graph = aot_export_joint_simple(lambda *t: (getattr(ops, op)(*t, *rest),), fake, trace_joint=False)
     print(op, sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes))
+
+T = torch.ops.cmx_triton
+def depthwise(x, rows, w, k):
+    a, _ = T.depthwise_block_train(x, rows, w, None, "gelu")
+    return T.depthwise_block_backward(a, a, k, x, rows, w, "gelu", True, True, True)
+def pointwise(x, rows, w, k):
+    a, _ = T.pointwise_block_train(x, rows, x, None, w, None, "gelu")
+    return T.pointwise_block_backward(a, a, k, x, rows, x, None, w, "gelu", True, True)
+for function, weight in ((depthwise, (4, 1, 3, 3)), (pointwise, (4, 4, 1, 1))):
+    sizes = (2, 4, 8, 8), (3, 4), weight, (4, 4)
+    with FakeTensorMode():
+        fake = [torch.empty(s, dtype=torch.bfloat16 if len(s) == 4 else None, device="cuda") for s in sizes]
+        graph = aot_export_joint_simple(function, fake, trace_joint=False)
+    print("training", function.__name__, sum("triton_kernel_wrapper" in str(n.target) for n in graph.graph.nodes))
 """
     output = _python("-c", code, TRITON_INTERPRET="0").communicate()[0]
     found = [line for line in output.splitlines() if line.split(" ")[0] in triton_kernels.OPS]
-    assert found == ["patch_embed 1", "depthwise_block 1", "pointwise_block 1", "pool_head 2"], output
+    assert found == ["patch_embed 1", "depthwise_block 1", "pointwise_block 1", "pool_head 1"], output
+    found = [line for line in output.splitlines() if line.startswith("training ")]
+    assert found == ["training depthwise 8", "training pointwise 6"], output
 
 
 @needs_triton
@@ -123,22 +137,27 @@ def facts() -> list[str]:
 
 
 def _rows(lines: list[str]) -> dict[tuple[str, str, str], dict[str, int]]:
-    rows = [(line[:8].strip(), line[8:34].strip(), line[34:62].strip(), line[62:].split()) for line in lines[2:]]
-    return {tuple(where): dict(zip(COLUMNS, map(int, numbers), strict=True)) for *where, numbers in rows}
+    columns = lines[1].split()[3:]
+    rows = [(line[:8].strip(), line[8:34].strip(), line[34:68].strip(), line[68:].split()) for line in lines[2:]]
+    return {tuple(where): dict(zip(columns, map(int, numbers), strict=True)) for *where, numbers in rows}
 
 
 def test_nothing_spills(facts: list[str]) -> None:
     for where, fact in _rows(facts).items():
-        assert (fact["stack"], fact["local"]) == (0, 0), f"{where} spills: {fact}"
+        few = (
+            (16, 6) if facts[0] == "triton 3.6.0" and where[2].endswith("bwd") else (0, 0)
+        )  # some scalars, see the table
+        assert fact["stack"] <= few[0] and fact["local"] <= few[1], f"{where} spills: {fact}"
         most = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}[where[0]]
         assert fact["shared"] <= (99 << 10 if where[0] == "sm_80" else most), f"{where}: sm_86 and sm_89 have 99 KB"
 
 
 def test_instructions(facts: list[str]) -> None:
-    """Tensor cores for 16 bits and TF32, asynchronous copies, wide stores; multiply-adds for float32."""
+    """Tensor cores for 16 bits and TF32, asynchronous copies, wide stores; multiply-adds for float32; no atomics."""
     product = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "HMMA"), "sm_100": ("UTCMMA", "HMMA")}
     for (arch, kernel, variant), fact in _rows(facts).items():
         where = f"{arch} {kernel} {variant}: {fact}"
+        assert not fact["ATOM"], f"{where}: sums would depend on the order of programs"
         narrow = variant.split()[0] in ("bf16", "fp16", "tf32")
         if kernel in ("pointwise_fwd", "pointwise_fwd_descriptor", "patch_embed_fwd", "depthwise_fwd_bands"):
             assert narrow == any(fact[i] for i in product[arch]), where
@@ -148,14 +167,20 @@ def test_instructions(facts: list[str]) -> None:
             assert fact["LDGSTS"] and fact["store16"], where
         if kernel == "depthwise_fwd_bands" and "7x7 5x5" not in variant:
             assert fact["LDGSTS"] and fact["store16"], where
+        if kernel == "depthwise_bwd_weight":
+            taps = {"9x9": 81, "7x7": 49, "31x31": 64}[variant.split()[2]] // (1 + (arch == "sm_100"))  # FFMA2
+            assert fact["FFMA"] >= taps and fact["regs"] <= 168, f"{where}: three blocks of 128 threads"
+        if kernel.startswith("training_rows"):
+            written = kernel in ("training_rows_sum", "training_rows_gradient")
+            assert fact["load16"] and bool(fact["store16"]) == written and fact["regs"] <= 96, where
 
 
 def test_table(facts: list[str]) -> None:
-    """Exact for the Triton that made the table; another schedules otherwise, and has the rules above only."""
-    wanted = TABLE.read_text().splitlines()
-    if facts[0] != wanted[0]:
-        pytest.skip(f"tests/triton_facts.txt is of {wanted[0]}, and this is {facts[0]}")
+    """Exact for a Triton of which there is a table; another schedules otherwise, and has the rules above only."""
+    table = TESTS / f"{facts[0].replace('triton ', 'triton_facts_')}.txt"
+    if not table.exists():
+        known = sorted(path.name for path in TESTS.glob("triton_facts_*.txt"))
+        pytest.skip(f"this is {facts[0]}, of which there is no table ({', '.join(known)})")
+    wanted = table.read_text().splitlines()
     changed = [f"- {a}\n+ {b}" for a, b in zip(wanted, facts, strict=False) if a != b]
-    assert facts == wanted, "\n".join(
-        ["meant? python tests/triton_facts.py > tests/triton_facts.txt", wanted[1], *changed]
-    )
+    assert facts == wanted, "\n".join(["meant? python tests/triton_facts.py --write", wanted[1], *changed])

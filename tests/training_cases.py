@@ -131,3 +131,22 @@ def expect_gradients(args: Args, rounded: bool = False) -> tuple[Expected, Expec
     terms = (math.prod(weight.shape[1:]), pixels, pixels)
     dtypes = (x.dtype, torch.float32, torch.float32)
     return tuple(Expected(*e) for e in zip(ref[:3], plain[:3], magnitude[:3], terms, dtypes, strict=True))  # type: ignore[return-value]
+
+
+# ---- `plain` as torch in the same dtype: X and da are rounded where eager, and the kernels that form them first, round
+
+
+def expect_rounded_pre_activation(args: Args) -> Expected:
+    x, affine, weight, bias, act = args
+    plain = training.depthwise_reference(training.value(x, affine, act).to(x.dtype), None, weight, bias, act)[0]
+    return expect_pre_activation(args)._replace(plain=plain.float())
+
+
+def expect_rounded_gradients(args: Args) -> list[Expected]:
+    grad, a, k, x, affine, weight, act, residual, *_ = args
+    da = training.gradient_of(grad, a, k, act).to(x.dtype).float()
+    same = torch.eye(4, 1).expand(4, x.shape[1])  # da as its own gradient
+    given = (da, a.float(), same, training.value(x, affine, act), None, weight.float(), "none", False, True, True)
+    dx, *rest, _ = training.depthwise_backward_reference(*given)
+    dx = (dx + grad if residual else dx).to(x.dtype)
+    return [e._replace(plain=p.float()) for e, p in zip(expect_gradients(args), (dx, *rest), strict=True)]

@@ -1,6 +1,6 @@
 """What the Triton kernels are as compiled: registers, spills and instructions for three GPUs, without a GPU.
 
-python tests/triton_facts.py > tests/triton_facts.txt      after a change that is meant
+python tests/triton_facts.py --write      after a change that is meant: the table of the Triton that is installed
 
 The launches are the real ones, on CPU tensors that nobody fills: the tiles, strides and alignments that the operators
 choose, specialised and compiled by Triton's own JIT against a driver that only names the GPU.
@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,6 +43,7 @@ COLUMNS = {  # after registers, stack, shared memory: instructions whose SASS ma
     "load2": r"LDG\.\S*U16",
     "store16": r"STG\S*\.128",
     "FFMA": r"FFMA",
+    "ATOM": r"ATOMG|ATOM\.|REDG?\.",  # to global memory
 }
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -105,6 +107,24 @@ def block(op: str, x: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dty
     )
 
 
+def training(x: tuple[int, ...], k: int, dtype: torch.dtype, *, forward: bool, last: bool = False) -> None:
+    """The depthwise half of a training step, and the passes of the pointwise half."""
+    folder = "cmx_kernels.triton_kernels"
+    for name in ("statistics", "training_passes", "depthwise_block", "depthwise_training"):
+        sys.modules[f"{folder}.{name}"].wrap_triton = Compiling
+    launch.is_plain = lambda x: True
+    one, passes = sys.modules[f"{folder}.depthwise_training"], sys.modules[f"{folder}.training_passes"]
+    layout = torch.channels_last if last else torch.contiguous_format
+    a, rows = torch.empty(x, dtype=dtype, memory_format=layout), torch.empty(4, x[1])
+    weight = torch.empty((x[1], 1, k, k), dtype=dtype)
+    if forward:
+        one.depthwise_block_train(a, rows[:3], weight, rows[0], "gelu")
+        passes.training_moments(a, "gelu")
+    else:
+        one.depthwise_block_backward(a, a, rows, a, rows[:3], weight, "gelu", True, True, True)
+        passes.training_sums(a, a, rows[:3], "gelu")
+
+
 def variants() -> Iterator[tuple[str, Callable[[], None]]]:
     def row(name: str, *args: Any, **how: Any) -> tuple[str, Callable[[], None]]:
         return name, lambda: block(*args, **how)
@@ -133,6 +153,15 @@ def variants() -> Iterator[tuple[str, Callable[[], None]]]:
     yield row("bf16 64x3x224x224 7x7", pe, (64, 3, 224, 224), (1536, 3, 7, 7), BF16, "gelu")
     yield row("fp32 64x3x224x224 7x7", pe, (64, 3, 224, 224), (1536, 3, 7, 7), F32, "gelu")
     yield row("bf16 64x1536x32x32", "pool_head", wide, (1000, 1536), BF16)
+    yield row("bf16 64x256x16x16", "pool_head", (64, 256, 16, 16), (10, 256), BF16)
+    for name, x, k, dtype, last in (
+        ("bf16 64x1536x32x32 9x9", wide, 9, BF16, False),
+        ("fp32 64x1536x32x32 9x9", wide, 9, F32, False),
+        ("bf16 64x768x32x32 7x7 last", (64, 768, 32, 32), 7, BF16, True),
+        ("fp32 64x384x32x32 31x31", (64, 384, 32, 32), 31, F32, False),
+    ):
+        for part, forward in (("fwd", True), ("bwd", False))[k == 31 :]:
+            yield f"{name} {part}", partial(training, x, k, dtype, forward=forward, last=last)
 
 
 def _tool(name: str) -> str:
@@ -163,26 +192,32 @@ def _facts(cubin: bytes) -> list[int]:
 
 
 def rows(arch: int) -> list[str]:
-    found = []
+    found: dict[tuple[str, str], str] = {}
     with _for_gpu(arch):
         for name, call in variants():
             Compiling.made.clear()
             call()
             for kernel, made in Compiling.made:
                 registers, stack, *counts = _facts(made.asm["cubin"])
+                kernel = kernel.removesuffix("_kernel")
+                if kernel == "training_rows":
+                    kernel += "_" + re.search(r"'(sum|gradient|moments|sums)'", str(made.src.constants))[1]
                 numbers = "".join(f"{n:>8}" for n in (registers, stack, made.metadata.shared, *counts))
-                found.append(f"sm_{arch:<5}{kernel.removesuffix('_kernel'):<26}{name:<28}{numbers}")
-    return sorted(found)
+                found.setdefault((kernel, name), f"sm_{arch:<5}{kernel:<26}{name:<34}{numbers}")
+    return sorted(found.values())
 
 
 def header() -> list[str]:
     columns = "".join(f"{name:>8}" for name in ("regs", "stack", "shared", *COLUMNS))
-    return [f"triton {triton.__version__}", f"{'arch':<8}{'kernel':<26}{'variant':<28}{columns}"]
+    return [f"triton {triton.__version__}", f"{'arch':<8}{'kernel':<26}{'variant':<34}{columns}"]
 
 
 if __name__ == "__main__":
     reason = triton_kernels.load()
     if reason is not None:
         sys.exit(reason)
-    archs = [int(a) for a in sys.argv[1:]] or list(ARCHS)
-    print("\n".join([*header(), *(line for arch in archs for line in rows(arch))]))
+    archs = [int(a) for a in sys.argv[1:] if a != "--write"] or list(ARCHS)
+    text = "\n".join([*header(), *(line for arch in archs for line in rows(arch))])
+    print(text)
+    if "--write" in sys.argv:
+        Path(__file__).with_name(f"triton_facts_{triton.__version__}.txt").write_text(text + "\n")

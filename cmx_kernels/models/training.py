@@ -52,8 +52,9 @@ def run(
         updates: list[tuple[BatchNorm, Tensor]] = []
         rows: Tensor | None = None
         if stem:
-            forward = partial(patches_forward, act=act)
-            backward = partial(patches_backward, act=act)
+            backend = backends.select("patch_embed_train", x, act, quiet=True)
+            forward = partial(patches_forward, act=act, backend=backend)
+            backward = partial(patches_backward, act=act, backend=backend)
             given = _parameters(stem, next(weight_of))
             x, rows, moments = UnitFunction.apply(forward, backward, x, *given, batchnorm.norm_of(stem.norm))
             updates.append((stem.norm, moments))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from cmx_kernels import backends
 from cmx_kernels.ops import batchnorm, training
 from cmx_kernels.ops.batchnorm import Norm
 from cmx_kernels.ops.checks import in_format, memory_format
@@ -139,15 +140,16 @@ class Block(Function):
         act: str,
         recompute: bool,
     ) -> tuple[Tensor, ...]:
-        a1, moments1 = training.depthwise_train(x, x_rows, weight1, bias1, act)
+        on = {"backend": backends.select("depthwise_block_train", x, act, quiet=True)}
+        a1, moments1 = training.depthwise_train(x, x_rows, weight1, bias1, act, **on)
         one = batchnorm.affine(a1, moments1, gamma1, beta1, norm1)
-        a2, moments2 = training.pointwise_train(a1, one.rows, x, x_rows, weight2, bias2, act)
+        a2, moments2 = training.pointwise_train(a1, one.rows, x, x_rows, weight2, bias2, act, **on)
         two = batchnorm.affine(a2, moments2, gamma2, beta2, norm2)
         ctx.save_for_backward(
             *(x, x_rows, weight1, bias1, gamma1, beta1, weight2, bias2, gamma2, beta2),
             *(None if recompute else a1, one.rows, one.rstd, a2, two.rows, two.rstd),
         )
-        ctx.norms, ctx.counts, ctx.act = (norm1, norm2), (one.values, two.values), act
+        ctx.norms, ctx.counts, ctx.act, ctx.on = (norm1, norm2), (one.values, two.values), act, on
         ctx.mark_non_differentiable(one.moments, two.moments)
         return a2, two.rows, one.moments, two.moments
 
@@ -158,12 +160,13 @@ class Block(Function):
         a1, rows1, rstd1, a2, rows2, rstd2 = rest
         need = ctx.needs_input_grad
         if a1 is None:
-            a1, _ = training.depthwise_train(x, x_rows, weight1, bias1, ctx.act)
+            a1, _ = training.depthwise_train(x, x_rows, weight1, bias1, ctx.act, **ctx.on)
         sums2 = row_grads[:2]
         k = batchnorm.coefficients(sums2, rows2, rstd2, ctx.counts[1], ctx.norms[1])
         du, dweight2, dbias2, sums1 = training.pointwise_backward(
             *(_incoming(grad, a2), a2, k, a1, rows1, x, x_rows, weight2, ctx.act),
             *(any(need[:6]), need[6] or need[7]),
+            **ctx.on,
         )
         found: list[Tensor | None] = [None] * 6
         if any(need[:6]):
@@ -171,6 +174,7 @@ class Block(Function):
             dx, dweight1, dbias1, sums = training.depthwise_backward(
                 *(du, a1, k, x, x_rows, weight1, ctx.act, True),
                 *(need[0] or need[1], need[2] or need[3]),
+                **ctx.on,
             )
             found = [
                 _wanted(dx, need[0]),

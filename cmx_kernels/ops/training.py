@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmx_kernels import backends
 from cmx_kernels.activations import activation, activation_backward
 from cmx_kernels.ops.checks import column, compute_dtype, in_format, memory_format
 from cmx_kernels.ops.conv_block import Geometry
@@ -81,9 +82,9 @@ def _backward(
         da, padded, weight.to(da.dtype), None, at.stride, (0, 0), (1, 1), False, (0, 0), at.groups, (*need, False)
     )
     return [
-        at.unpad(du) if need[0] else a.new_empty(0),
-        in_format(dweight, torch.contiguous_format) if need[1] else a.new_empty(0),
-        da.sum((0, 2, 3)) if need[1] else a.new_empty(0),
+        at.unpad(du) if need[0] else da.new_empty(0),
+        in_format(dweight, torch.contiguous_format) if need[1] else da.new_empty(0),
+        da.sum((0, 2, 3)) if need[1] else da.new_empty(0),
     ]
 
 
@@ -99,11 +100,15 @@ def _with_sums(gradients: list[Tensor], x: Tensor, affine: Tensor | None, act: s
 def _define(
     name: str, schema: str, fake: Callable[..., Any], reference: Callable[..., Any], flops: Callable[..., int]
 ) -> Callable[..., Any]:
-    """The operator as it is called here: in float64, which no kernel takes, its reference."""
+    """The operator as it is called here: in float64, which no kernel takes, its reference.
+
+    backend: as selected for the forward pass, which the backward pass keeps; without one torch.ops.cmx runs, by device.
+    """
     compiled = define(name, schema, fake, reference, flops=flops)
 
-    def call(first: Tensor, *args: Any, **keywords: Any) -> Any:
-        return (reference if first.dtype == torch.float64 else compiled)(first, *args, **keywords)
+    def call(first: Tensor, *args: Any, backend: str = "", **keywords: Any) -> Any:
+        run = reference if first.dtype == torch.float64 else backends.function(backend, name, reference, compiled)
+        return run(first, *args, **keywords)
 
     return call
 

@@ -25,28 +25,34 @@ from cmx_kernels.ops.pointwise_block import check as check_pointwise
 Trained = tuple[Tensor, Tensor, Tensor]
 
 
-def patches_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, act: str) -> Any:
-    return training.patch_embed_train(x, weight, bias, act)
+def patches_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, act: str, backend: str) -> Any:
+    return training.patch_embed_train(x, weight, bias, act, backend=backend)
 
 
-def patches_backward(grad: Tensor, a: Tensor, k: Tensor, x: Tensor, weight: Tensor, *need: bool, act: str) -> Any:
-    return training.patch_embed_backward(grad, a, k, x, weight, act, *need)
+def patches_backward(
+    grad: Tensor, a: Tensor, k: Tensor, x: Tensor, weight: Tensor, *need: bool, act: str, backend: str
+) -> Any:
+    return training.patch_embed_backward(grad, a, k, x, weight, act, *need, backend=backend)
 
 
-def _depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, act: str) -> Any:
-    return training.depthwise_train(x, None, weight, bias, act)
+def _depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, act: str, backend: str) -> Any:
+    return training.depthwise_train(x, None, weight, bias, act, backend=backend)
 
 
-def _depthwise_backward(grad: Tensor, a: Tensor, k: Tensor, x: Tensor, weight: Tensor, *need: bool, act: str) -> Any:
-    return training.depthwise_backward(grad, a, k, x, None, weight, act, False, *need)
+def _depthwise_backward(
+    grad: Tensor, a: Tensor, k: Tensor, x: Tensor, weight: Tensor, *need: bool, act: str, backend: str
+) -> Any:
+    return training.depthwise_backward(grad, a, k, x, None, weight, act, False, *need, backend=backend)
 
 
-def _pointwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, act: str) -> Any:
-    return training.pointwise_train(x, None, None, None, weight, bias, act)
+def _pointwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, act: str, backend: str) -> Any:
+    return training.pointwise_train(x, None, None, None, weight, bias, act, backend=backend)
 
 
-def _pointwise_backward(grad: Tensor, a: Tensor, k: Tensor, x: Tensor, weight: Tensor, *need: bool, act: str) -> Any:
-    return training.pointwise_backward(grad, a, k, x, None, None, None, weight, act, *need)
+def _pointwise_backward(
+    grad: Tensor, a: Tensor, k: Tensor, x: Tensor, weight: Tensor, *need: bool, act: str, backend: str
+) -> Any:
+    return training.pointwise_backward(grad, a, k, x, None, None, None, weight, act, *need, backend=backend)
 
 
 _OPS = {
@@ -63,8 +69,8 @@ def _run(name: str, x: Tensor, weight: Tensor, vectors: tuple[Any, Any, Any], ac
             return _run(name, x, weight, vectors, act, eps)
     check, forward, backward = _OPS[name]
     check(x, weight, *vectors, act)
-    backends.select(f"{name}_train", x, act)  # says, or with a forced backend raises, what does not run
-    run = partial(forward, act=act), partial(backward, act=act)
+    backend = backends.select(f"{name}_train", x, act)  # says, or with a forced backend raises, what does not run
+    run = partial(forward, act=act, backend=backend), partial(backward, act=act, backend=backend)
     a, rows, (mean, var) = Unit.apply(*run, x, weight, *vectors, Norm(eps))
     return Value.apply(a, rows, act), mean, var
 

@@ -1,10 +1,10 @@
-"""pointwise_block and patch_embed of training on CUDA: passes that form X, da and the sums, and torch's own products.
+"""pointwise_block and patch_embed of training on a GPU: passes that form X, da and the sums, and torch's own products.
 
 What a product reads, X and da, is written once in x's dtype and freed after the call: nothing more is kept for backward
 than the operators' contract says. It lies as the product wants it ("product layout"): [C, N, H, W] in memory, or, for
 channels_last, [N, H, W, C]. Products add in float32, or in TF32 where torch.backends.cuda.matmul.allow_tf32 says so;
-a 16-bit pre-activation takes its bias in its own dtype, as nn.Conv2d does. On the CPU, for tests, the same code runs on
-the references of the passes.
+a 16-bit pre-activation takes its bias in its own dtype, as nn.Conv2d does. ``passes`` holds the passes: torch.ops.cmx
+has them in CUDA C++, and for tests on the CPU as their references, torch.ops.cmx_triton in Triton.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from cmx_kernels.ops import training
 from cmx_kernels.ops.checks import compute_dtype, in_format, memory_format
 from cmx_kernels.ops.training import Gradients
-from cmx_kernels.registry import define, on_device
+from cmx_kernels.registry import compose, define
 
 LAST = torch.channels_last
 
@@ -39,6 +39,13 @@ def _sum_reference(
     return _product_layout(u.to(x.dtype), _is_last(x)).clone()
 
 
+def _new_in_product_layout(x: Tensor) -> Tensor:
+    if _is_last(x):
+        return torch.empty_like(x)
+    n, c, h, w = x.shape
+    return x.new_empty((c, n, h, w)).transpose(0, 1)
+
+
 def _gradient_reference(grad: Tensor, a: Tensor, coefficients: Tensor, act: str) -> tuple[Tensor, Tensor]:
     da = training.gradient_of(grad, a, coefficients, act)
     return _product_layout(da.to(a.dtype), _is_last(a)), da.sum((0, 2, 3))
@@ -52,28 +59,28 @@ def _no_products(*_: Any, **__: Any) -> int:
     return 0
 
 
-form_sum = define(
+define(
     "training_sum",
     "(Tensor x, Tensor? affine, Tensor? skip, Tensor? skip_affine, str act) -> Tensor",
-    lambda x, *_: _product_layout(torch.empty_like(x), _is_last(x)),
+    lambda x, *_: _new_in_product_layout(x),
     _sum_reference,
     flops=_no_products,
 )
-form_gradient = define(
+define(
     "training_gradient",
     "(Tensor grad, Tensor a, Tensor coefficients, str act) -> (Tensor, Tensor)",
-    lambda grad, a, *_: (_product_layout(torch.empty_like(a), _is_last(a)), _per_channel(a)),
+    lambda grad, a, *_: (_new_in_product_layout(a), _per_channel(a)),
     _gradient_reference,
     flops=_no_products,
 )
-moments = define(
+define(
     "training_moments",
     "(Tensor a, str act) -> Tensor",
     lambda a, act: _per_channel(a, 2),
     training.moments_of,
     flops=_no_products,
 )
-sums = define(
+define(
     "training_sums",
     "(Tensor grad, Tensor x, Tensor affine, str act) -> Tensor",
     lambda grad, x, *_: _per_channel(x, 2),
@@ -113,12 +120,15 @@ def _outer(da: Tensor, u: Tensor, last: bool) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
-def _forward(weight: Tensor, u: Tensor, bias: Tensor | None, act: str, last: bool) -> tuple[Tensor, Tensor]:
+def _forward(
+    passes: Any, weight: Tensor, u: Tensor, bias: Tensor | None, act: str, last: bool
+) -> tuple[Tensor, Tensor]:
     a = in_format(_product(weight.flatten(1), u, bias, last), LAST if last else torch.contiguous_format)
-    return a, moments(a, act)
+    return a, passes.training_moments(a, act)
 
 
 def pointwise_train(
+    passes: Any,
     x: Tensor,
     affine: Tensor | None,
     skip: Tensor | None,
@@ -132,11 +142,12 @@ def pointwise_train(
     layout = memory_format(x)
     x, skip = in_format(x, layout), None if skip is None else in_format(skip, layout)
     plain = affine is None and skip is None
-    u = x if plain else form_sum(x, affine, skip, skip_affine, act)
-    return _forward(weight, u, bias, act, layout == LAST)
+    u = x if plain else passes.training_sum(x, affine, skip, skip_affine, act)
+    return _forward(passes, weight, u, bias, act, layout == LAST)
 
 
 def pointwise_backward(
+    passes: Any,
     grad: Tensor,
     a: Tensor,
     coefficients: Tensor,
@@ -156,14 +167,14 @@ def pointwise_backward(
     grad, a, x = (in_format(t, layout) for t in (grad, a, x))
     skip = None if skip is None else in_format(skip, layout)
     last = layout == LAST
-    da, dbias = form_gradient(grad, a, coefficients, act)
+    da, dbias = passes.training_gradient(grad, a, coefficients, act)
     wide, nothing = torch.float32, x.new_empty
     dx, dweight, found = nothing(0), nothing(0, dtype=wide), nothing(0, dtype=wide)
     if need_weight:
-        dweight = _outer(da, form_sum(x, affine, skip, skip_affine, act), last).view_as(weight)
+        dweight = _outer(da, passes.training_sum(x, affine, skip, skip_affine, act), last).view_as(weight)
     if need_input:
         dx = in_format(_product(weight.flatten(1).t(), da, None, last), layout)
-        found = found if affine is None else sums(dx, x, affine, act)
+        found = found if affine is None else passes.training_sums(dx, x, affine, act)
     return dx, dweight, dbias if need_weight else nothing(0, dtype=wide), found
 
 
@@ -185,14 +196,15 @@ def _image(patches: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return F.pad(image, (0, x.shape[3] - w * q, 0, x.shape[2] - h * p))
 
 
-def patch_embed_train(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
+def patch_embed_train(passes: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
         return training.patch_embed_reference(x, weight, bias, act)
     last = _is_last(x)
-    return _forward(weight, _patches(x, weight, last), bias, act, last)
+    return _forward(passes, weight, _patches(x, weight, last), bias, act, last)
 
 
 def patch_embed_backward(
+    passes: Any,
     grad: Tensor,
     a: Tensor,
     coefficients: Tensor,
@@ -207,7 +219,7 @@ def patch_embed_backward(
     layout = memory_format(x)
     grad, a = in_format(grad, layout), in_format(a, layout)
     last = layout == LAST
-    da, dbias = form_gradient(grad, a, coefficients, act)
+    da, dbias = passes.training_gradient(grad, a, coefficients, act)
     nothing = x.new_empty(0, dtype=torch.float32)
     dx, dweight = x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     if need_weight:
@@ -223,4 +235,4 @@ for _name, _function in (
     ("patch_embed_train", patch_embed_train),
     ("patch_embed_backward", patch_embed_backward),
 ):
-    on_device(_name, "CUDA", _function)
+    compose(_name, _function)

@@ -13,7 +13,8 @@ import torch
 
 from cmx_kernels import registry
 
-OPS = ("patch_embed", "depthwise_block", "pointwise_block", "pool_head")
+_FILES = ("patch_embed", "depthwise_block", "pointwise_block", "pool_head", "training_passes", "depthwise_training")
+OPS = (*_FILES[:4], "patch_embed_train", "depthwise_block_train", "pointwise_block_train")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTS = ("gelu", "gelu_tanh", "relu", "none")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,8 +33,9 @@ def load() -> str | None:
         return f"the installed triton does not load: {type(error).__name__}: {error}"
     if tuple(int(n) for n in version.split(".")[:2]) < OLDEST:
         return f"triton {version} is too old: these kernels want {OLDEST[0]}.{OLDEST[1]} or newer"
-    for op in OPS:
-        importlib.import_module(f"cmx_kernels.triton_kernels.{op}")
+    for file in _FILES:
+        importlib.import_module(f"cmx_kernels.triton_kernels.{file}")
+    registry.implement_compositions()
     return None
 
 

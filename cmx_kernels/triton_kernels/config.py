@@ -1,5 +1,5 @@
 """The only tuned numbers: tiles, warps and stages by operator, GPU and size. [pred]: chosen by registers, shared memory
-and occupancy as compiled (tests/triton_facts.txt); none was measured on a GPU.
+and occupancy as compiled (tests/triton_facts_*.txt); none was measured on a GPU.
 """
 
 from typing import NamedTuple
@@ -41,8 +41,22 @@ class Strip(NamedTuple):
 
 
 class Pool(NamedTuple):
+    """A pass over pixels: a program takes [channels, pixels] at a time."""
+
     channels: int
     pixels: int
+    warps: int
+
+
+class Walk(NamedTuple):
+    """Gradient of the depthwise weight: a program takes [channels, columns], walks down ``rows`` rows of planes, and
+    sums for kernel_rows x kernel_columns taps of the filter."""
+
+    channels: int
+    columns: int
+    rows: int
+    kernel_rows: int
+    kernel_columns: int
     warps: int
 
 
@@ -92,12 +106,12 @@ def bands(arch: int, rows: int, columns: int) -> Bands:
         return Bands(32, 1, 1)
     if rows <= 32:
         return Bands(32, 1, 2)
-    return Bands(64, 2, 2) if rows <= 64 or columns > 32 else Bands(128, 4, 2)
+    return Bands(64, 4, 2) if rows <= 64 or columns > 32 else Bands(128, 4, 2)
 
 
 def strip(arch: int, width: int, channels_last: bool, kernel_height: int) -> Strip:
     if family(arch) == 0:
-        return Strip(32, 32, 8, 1)
+        return Strip(32, 32, 3, 1)
     rows = 8 if kernel_height <= 17 else 2  # a column of the filter is in registers too
     if channels_last:
         return Strip(64, 2, rows, 4)
@@ -105,10 +119,53 @@ def strip(arch: int, width: int, channels_last: bool, kernel_height: int) -> Str
     return Strip(128 // columns, columns, rows, 4)
 
 
+def walk(arch: int, width: int, channels_last: bool, kernel_height: int, kernel_width: int) -> Walk:
+    """The sums of 9 x 9 taps at most, and 9 rows of X, are in registers. Larger filters go to several programs."""
+    most = 9 if family(arch) else 4
+    kys, kxs = (-(-size // -(-size // most)) for size in (kernel_height, kernel_width))
+    if family(arch) == 0:
+        return Walk(16, 16, 5, kys, kxs, 1)
+    if channels_last:
+        return Walk(64, 2, 32, kys, kxs, 4)
+    columns = min(max(16, 1 << (width - 1).bit_length()), 64)
+    return Walk(128 // columns, columns, 32, kys, kxs, 4)
+
+
+def training_rows(arch: int, pixels: int, channels_last: bool) -> Pool:
+    """Passes of training: 8 numbers a thread."""
+    if family(arch) == 0:
+        return Pool(16, 32, 1)
+    if channels_last:
+        return Pool(64, 16, 4)
+    columns = min(max(16, 1 << (pixels - 1).bit_length()), 512)
+    return Pool(1024 // columns, columns, 4)
+
+
+def splits(tiles: int, groups: int, multiprocessors: int) -> int:
+    """In how many parts to take the tiles of each group of channels: 16 programs a multiprocessor, where there are."""
+    return max(1, min(tiles, -(-16 * multiprocessors // groups)))
+
+
 def pool(arch: int, channels_last: bool) -> Pool:
     if family(arch) == 0:
         return Pool(16, 32, 1)
     return Pool(64, 32, 4) if channels_last else Pool(8, 256, 4)
+
+
+HEAD_CLASSES = 128  # of a program that pools and multiplies
+
+
+def head_is_one_launch(images: int, image_bytes: int, weight_bytes: int, classes: int, multiprocessors: int) -> bool:
+    """[pred] One launch saves 3 us, and reads each image once for every 128 classes, with fewer programs.
+
+    All multiprocessors together read 4.3 TB/s (an H200), one at most 100 GB/s. Of the released networks none gets one
+    launch (8 blocks of classes, at batch 1 8 programs: 18 us against 4 for 768/32); 256/8 on CIFAR-10 does.
+    """
+    blocks = -(-classes // HEAD_CLASSES)
+    waves = -(-images * blocks // multiprocessors)
+    rate = min(100e9, 4.3e12 / min(images * blocks, multiprocessors))
+    one = waves * (image_bytes + weight_bytes / blocks) / rate
+    return bool(one < 3e-6 + (images * image_bytes + weight_bytes) / 4.3e12)
 
 
 def head(arch: int) -> Gemm:

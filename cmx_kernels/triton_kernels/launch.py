@@ -86,6 +86,11 @@ def is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1
 
 
+def dense(x: Tensor, last: bool) -> Tensor:
+    """x itself where it is contiguous, or with ``last`` channels_last; else a copy that is."""
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def strides(*vectors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if v is None else v.stride(0) for v in vectors)
 

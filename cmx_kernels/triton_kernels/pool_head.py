@@ -1,7 +1,8 @@
 """pool_head: y[n, o] = sum_c weight[o, c] mean_p(x[n, c, p]) + bias[o]
 
-x [N, C, H, W], weight [O, C], y [N, O]. Two kernels with the means [N, C] in float32 between them: in one, either
-every block of classes would read x again, or one program would read the whole weight. Sums are in a fixed order.
+x [N, C, H, W], weight [O, C], y [N, O]. One launch where it is predicted to be faster (config.head_is_one_launch): a
+program takes an image and a block of classes, so that every such block reads the image again. Else two, with the means
+[N, C] in float32 between them. Sums are in a fixed order in both.
 """
 
 import torch
@@ -15,18 +16,11 @@ from cmx_kernels.triton_kernels import config, launch
 
 
 @triton.jit
-def pool_fwd_kernel(
-    x, means, channels, width, pixels, x_n, x_c, x_h, x_w,
+def means_of(
+    plane, inside, width, pixels, x_h, x_w,
     FLAT: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """means[n, c] for CHANNELS channels of one image. FLAT: x_w is the distance between any two neighbouring pixels."""
-    channel_tiles = tl.cdiv(channels, CHANNELS)
-    n = tl.program_id(0) // channel_tiles
-    c = tl.program_id(0) % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
-    if WIDE:
-        n, c = n.to(tl.int64), c.to(tl.int64)
-    inside = c < channels
-    plane = x + n * x_n + c[:, None] * x_c
+    """[CHANNELS] means of planes [CHANNELS, 1]. FLAT: x_w is the distance between any two neighbouring pixels."""
     sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
     for first in range(0, pixels, PIXELS):
         p = first + tl.arange(0, PIXELS)
@@ -35,7 +29,52 @@ def pool_fwd_kernel(
             p = p.to(tl.int64)
         at = p * x_w if FLAT else (p // width) * x_h + (p % width) * x_w
         sums += tl.load(plane + at[None, :], mask=inside[:, None] & p_inside[None, :], other=0).to(tl.float32)
-    tl.store(means + n * channels + c, tl.sum(sums, 1) / pixels, mask=inside)
+    return tl.sum(sums, 1) / pixels
+
+
+@triton.jit
+def pool_head_fwd_kernel(
+    x, weight, bias, y, channels, classes, width, pixels, x_n, x_c, x_h, x_w, weight_o, weight_c, bias_stride,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """CLASSES logits of one image, CHANNELS channels at a time."""
+    class_tiles = tl.cdiv(classes, CLASSES)
+    n = tl.program_id(0) // class_tiles
+    o = tl.program_id(0) % class_tiles * CLASSES + tl.arange(0, CLASSES)
+    i = tl.arange(0, CHANNELS)
+    if WIDE:
+        n, o, i = n.to(tl.int64), o.to(tl.int64), i.to(tl.int64)
+    o_inside = o < classes
+    acc = tl.zeros([CLASSES, CHANNELS], tl.float32)
+    for first in range(0, channels, CHANNELS):
+        c = first + i
+        inside = c < channels
+        plane = x + n * x_n + c[:, None] * x_c
+        means = means_of(plane, inside, width, pixels, x_h, x_w, FLAT, WIDE, CHANNELS, PIXELS)
+        at = weight + o[:, None] * weight_o + c[None, :] * weight_c
+        w = tl.load(at, mask=o_inside[:, None] & inside[None, :], other=0).to(tl.float32)
+        acc += w * tl.where(inside, means, 0.0)[None, :]
+    logits = tl.sum(acc, 1)
+    if bias is not None:
+        logits += tl.load(bias + o * bias_stride, mask=o_inside, other=0).to(tl.float32)
+    tl.store(y + n * classes + o, logits.to(y.dtype.element_ty), mask=o_inside)
+
+
+@triton.jit
+def pool_fwd_kernel(
+    x, means, channels, width, pixels, x_n, x_c, x_h, x_w,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """means[n, c] for CHANNELS channels of one image."""
+    channel_tiles = tl.cdiv(channels, CHANNELS)
+    n = tl.program_id(0) // channel_tiles
+    c = tl.program_id(0) % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
+    if WIDE:
+        n, c = n.to(tl.int64), c.to(tl.int64)
+    inside = c < channels
+    plane = x + n * x_n + c[:, None] * x_c
+    found = means_of(plane, inside, width, pixels, x_h, x_w, FLAT, WIDE, CHANNELS, PIXELS)
+    tl.store(means + n * channels + c, found, mask=inside)
 
 
 @triton.jit
@@ -71,12 +110,23 @@ def pool_head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if y.numel() == 0:
         return y
     (images, channels, height, width), classes, arch = x.shape, weight.shape[0], launch.arch(x)
-    means = torch.empty((images, channels), dtype=torch.float32, device=x.device)
     flat, p, c = launch.pixel_stride(x), config.pool(arch, launch.is_channels_last(x)), config.head(arch)
+    steps = (*x.stride()[:3], x.stride(3) if flat is None else flat)
+    image = channels * height * width * x.element_size()
+    if config.head_is_one_launch(images, image, weight.nbytes, classes, launch.multiprocessors(x)):
+        block = min(config.HEAD_CLASSES, max(16, 1 << (classes - 1).bit_length()))
+        with launch.on_device(x):
+            wrap_triton(pool_head_fwd_kernel)[(images * launch.cdiv(classes, block),)](
+                x, weight, bias, y, channels, classes, width, height * width, *steps, *weight.stride(),
+                *launch.strides(bias), FLAT=flat is not None, WIDE=launch.needs_wide_offsets(x, weight, y),
+                CHANNELS=p.channels, PIXELS=p.pixels, CLASSES=block, num_warps=p.warps,
+            )  # fmt: skip
+        return y
+    means = torch.empty((images, channels), dtype=torch.float32, device=x.device)
     with launch.on_device(x):
         wrap_triton(pool_fwd_kernel)[(images * launch.cdiv(channels, p.channels),)](
-            x, means, channels, width, height * width, *x.stride()[:3], x.stride(3) if flat is None else flat,
-            FLAT=flat is not None, WIDE=launch.needs_wide_offsets(x), CHANNELS=p.channels, PIXELS=p.pixels,
+            x, means, channels, width, height * width, *steps, FLAT=flat is not None,
+            WIDE=launch.needs_wide_offsets(x), CHANNELS=p.channels, PIXELS=p.pixels,
             num_warps=p.warps,
         )  # fmt: skip
         wrap_triton(head_fwd_kernel)[(c.programs(images, classes),)](

@@ -110,6 +110,24 @@ def test_tiles_of_a_gpu(op: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> 
         check(run(op, args[0].contiguous(memory_format=torch.channels_last), *args[1:]), expected, "channels_last")
 
 
+def test_head_in_one_launch_and_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    for one, names in ((True, {"pool_head_fwd_kernel"}), (False, {"pool_fwd_kernel", "head_fwd_kernel"})):
+        monkeypatch.setattr(config, "head_is_one_launch", lambda *sizes, one=one: one)
+        for shape in (*SHAPES["pool_head"][:-1], (2, 3, 130, 1, 2)):
+            for dtype in (F32, BF16):
+                args, expected = cases.problem("pool_head", shape, dtype)
+                before = triton_simulator.launches.copy()
+                check(run("pool_head", *args), expected)
+                assert set(triton_simulator.launches - before) == names
+
+
+def test_head_by_cost() -> None:
+    """256/8 on CIFAR-10 takes one launch at small batches, 1536/20 none."""
+    for images in (1, 64):
+        assert config.head_is_one_launch(images, 2 * 256 * 256, 2 * 256 * 10, 10, 132)
+        assert not config.head_is_one_launch(images, 2 * 1536 * 1024, 2 * 1536 * 1000, 1000, 132)
+
+
 def test_descriptors_are_used() -> None:
     launches = triton_simulator.launches
     for layout in (torch.contiguous_format, torch.channels_last):
