@@ -15,7 +15,7 @@ from benchmarks.peers import Runner
 
 def network(spec: Spec, weights: Path, provider: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """The network in training mode, and the same as its user calls it."""
-    if provider == "fused":
+    if provider.startswith("fused"):
         from cmx_kernels import ConvMixer
 
         size = (spec.dim, spec.depth, spec.kernel_size, spec.patch_size, spec.classes)

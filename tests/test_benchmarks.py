@@ -23,7 +23,7 @@ def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
     done = _run("-m", "benchmarks.gpu.check", "--device", "cpu", "--dry-run", "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     steps = json.loads((tmp_path / "gpu-check-all.json").read_text())["steps"]
-    assert [s["part"] for s in steps if s["passed"]] == ["correct", "ops", "product", "network", "training"]
+    assert [s["part"] for s in steps if s["passed"]] == ["correct", "correct", "ops", "product", "network", "training"]
     sections = {"network": "models", "training": "training", "ops": "gpu_ops", "product": "gpu_product"}
     rows = {part: json.loads((tmp_path / f"gpu-{part}.json").read_text())[name] for part, name in sections.items()}
     assert {r["dtype"] for r in rows["network"]} == {"fp32", "tf32", "bf16", "fp16"}

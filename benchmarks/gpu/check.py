@@ -59,8 +59,10 @@ def skipped(name: str, why: str) -> Step:
 
 
 def correct(dry: bool) -> Iterator[Step]:
-    tests = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda_device.py", "tests/test_cuda_product_device.py"]
-    yield run("operator and instruction models", tests, 240)
+    pytest = [sys.executable, "-m", "pytest", "-q"]
+    tests = ("tests/test_cuda_device.py", "tests/test_cuda_product_device.py")
+    yield run("operator and instruction models", [*pytest, *tests], 240)
+    yield run("triton", [*pytest, "tests/test_triton_device.py"], 120)
     if dry:
         yield skipped("compute-sanitizer", "this is a dry run")
     else:

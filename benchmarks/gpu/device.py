@@ -14,6 +14,7 @@ import torch
 
 import cmx_kernels
 from benchmarks import machine, report
+from cmx_kernels import backends
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 _ROUNDS = 12
@@ -29,6 +30,12 @@ class Device:
             torch.set_num_threads(1)  # tiny shapes on a machine that may be busy
         self.name = torch.cuda.get_device_name() if self.cuda else "CPU, dry run"
         self._buffer = torch.empty(_FLUSH if self.cuda else 1, dtype=torch.uint8, device=self.type)
+
+    def backend_of(self, provider: str) -> contextlib.AbstractContextManager[None]:
+        """Forces what ``provider`` names, "fused" or "fused triton": no GPU backend is chosen by itself yet."""
+        if not self.cuda or not provider.startswith("fused"):
+            return contextlib.nullcontext()
+        return backends.use("triton" if provider.startswith("fused triton") else "cuda")
 
     def once(self, call: Callable[[], Any], flush: bool = True) -> float:
         """Microseconds by events; the L2 cache is overwritten before, unless a caller's network does that itself."""

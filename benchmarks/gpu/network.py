@@ -48,6 +48,8 @@ def variants(device: Device, model: nn.Module, fused: nn.Module | None, x: Tenso
     if fused is not None:
         yield "fused", False, lambda: lambda: fused(x)
         yield "fused, CUDA graph", False, lambda: graphed(device, lambda: fused(x))
+        if device.cuda:
+            yield "fused triton", False, lambda: lambda: fused(x)
     yield "eager", False, lambda: in_layout(nchw)
     yield "eager, cudnn.benchmark", True, lambda: in_layout(nchw)
     yield "eager, CUDA graph", False, lambda: graphed(device, in_layout(nchw))
@@ -123,7 +125,7 @@ def race(device: Device, store: Store, model: str, name: str, batch: int, sectio
                 return
             record = {**common, "provider": provider, "kind": provider.split(",")[0].split()[0]}
             try:
-                with precision(device, name, benchmark):
+                with precision(device, name, benchmark), device.backend_of(provider):
                     call = make()
                     record["error"] = error = (call()[:2].double() - exact).abs().max().item()
                     if not error <= allowed:

@@ -75,20 +75,21 @@ def main(arguments: list[str] | None = None) -> int:
             truth = reference(device, spec, weights)
             allowed = 2 * largest_error(device, spec, weights, "eager", dtype, truth)
             allowed += 16 * torch.finfo(DTYPES[dtype]).eps / 2
-            for provider in PROVIDERS:
+            for provider in (*PROVIDERS, *(["fused triton"] if device.cuda else [])):
                 if device.over or (device.dry and provider == "inductor"):
                     continue
                 record: dict[str, Any] = {"model": model, "batch": batch, "dtype": dtype, "provider": provider}
                 record |= {"kind": provider.split()[0], "note": "", "peak_gflops": {}, "allowed": allowed}
                 try:
-                    record["error"] = error = largest_error(device, spec, weights, provider, dtype, truth)
-                    if not error <= allowed:
-                        raise ArithmeticError(f"gradients are off by {error:.2g}, allowed are {allowed:.2g}")
-                    record |= {**step(device, spec, weights, provider, dtype, batch), "status": "timed"}
+                    with device.backend_of(provider):
+                        record["error"] = error = largest_error(device, spec, weights, provider, dtype, truth)
+                        if not error <= allowed:
+                            raise ArithmeticError(f"gradients are off by {error:.2g}, allowed are {allowed:.2g}")
+                        record |= {**step(device, spec, weights, provider, dtype, batch), "status": "timed"}
                 except Exception as failure:  # out of memory, no compiler, wrong gradients: the others still run
                     wrong = isinstance(failure, ArithmeticError)
                     record |= {"status": "wrong" if wrong else "failed", "note": reason(failure)}
-                    failed |= provider == "fused"
+                    failed |= record["kind"] == "fused"
                 store.add("training", record)
                 say(f"{model} b{batch} {dtype} {provider}: {record.get('images_per_s', record['note'])} images/s")
     return int(failed)
