@@ -27,6 +27,7 @@ COLUMNS = {  # of the table, after registers, stack, static shared memory: instr
     "copy16": r"LDGSTS\S*\.128",  # cp.async
     "TMA": r"UTMALDG|UTMASTG",
     "proxy": r"FENCE\.VIEW\.ASYNC",  # before stores of tiles
+    "chain": r"ACQBULK|PREEXIT",  # begin_chained
     "load16": r"LDG\.\S*128",
     "store16": r"STG\S*\.128",
     "FFMA": r"FFMA",

@@ -58,7 +58,7 @@ TURN = "  if (!is_last) barrier_arrive(kTurn + (turn + 1) % Plan::kGroups, 2 * G
 BYTES = "mbarrier_expect(full, Plan::kStageBytes);"
 A_RING = "a_ring = operand(ring, 16, EIGHT_ROWS)"
 MULTICAST = "full, all);"
-START = "cluster_sync();\n\n  if (group"
+START = "cluster_sync();\n  begin_chained();"
 END = "cluster_sync();  // the other block still writes here"
 LEADING = "B_LEADING = LAST ? 16 : PANEL_BYTES"
 OUT = "      if (thread == 0) wait_for_stores_read();\n      barrier_sync"

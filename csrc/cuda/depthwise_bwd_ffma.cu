@@ -169,6 +169,7 @@ __global__ void __launch_bounds__(THREADS, 4)
   const int task = tid % plan.tasks, part = tid / plan.tasks;
   const int ky = task % s.kh, chunk = task / s.kh % plan.chunks, task_ch = task / (s.kh * plan.chunks);
 
+  begin_chained();
   const int tiles = t.tiles_y * t.tiles_x;
   const auto place = [&](int64_t item) {
     return place_of((item / tiles * t.groups + group) * tiles + item % tiles, t, s);

@@ -241,6 +241,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
   unsigned char* const stages = shared + pairs * WINDOW * 256;
   unsigned char* const tile = stages + warp * plan.stage_bytes;  // da
   unsigned char* const input = tile + G::IMAGES * 2 * plan.half_plane;
+  begin_chained();
   expand_filter<T, WINDOW, true>(filter, static_cast<const T*>(p.weight) + static_cast<int64_t>(c) * taps, s.kh, s.kw,
                                  warp, warps, lane);
   __syncthreads();

@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(256, 2)
   const int patch = plan.channels_first ? threadIdx.x / plan.channels : threadIdx.x % patches;
   const int patch_y = patch / plan.patches_x * ROWS, patch_x = patch % plan.patches_x * COLUMNS;
 
+  begin_chained();
   for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     const Place at = place_of(item, plan, s);
     load_tile<T>(tile, at, p, plan);

@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
   unsigned char* const ring = shared + pairs * WINDOW * 256 + warp * (MmaPlan::kStages * plan.stage_bytes);
 
   const int first = split * warps + warp, step = plan.splits * warps;
+  begin_chained();
 #pragma unroll 1
   for (int i = 0; i < MmaPlan::kStages; ++i) {
     if (first + i * step < plan.units)

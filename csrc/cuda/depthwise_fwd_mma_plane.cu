@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
 
   for (int i = lane; i < STAGES * G::STAGE / 16; i += 32)
     put(ring + i * 16, make_uint4(0, 0, 0, 0));  // rows around the plane
+  begin_chained();
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {

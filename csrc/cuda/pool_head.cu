@@ -18,6 +18,7 @@ __device__ __forceinline__ float sum_over_lanes(float v) {
 
 template <class T>
 __global__ void __launch_bounds__(LANES* WARPS) pool_planes_kernel(const __grid_constant__ PoolHeadForward p) {
+  begin_chained();
   const int lane = threadIdx.x % LANES;
   const int64_t plane = static_cast<int64_t>(p.h) * p.w;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / LANES;
@@ -55,6 +56,7 @@ __global__ void __launch_bounds__(LANES* WARPS) pool_planes_kernel(const __grid_
 
 template <class T>
 __global__ void __launch_bounds__(LANES* WARPS) pool_channels_kernel(const __grid_constant__ PoolHeadForward p) {
+  begin_chained();
   CMX_DYNAMIC_SHARED(shared);
   float* const sums = reinterpret_cast<float*>(shared);  // [warp][channel]
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, groups = (p.c + LANES - 1) / LANES;
@@ -76,6 +78,7 @@ __global__ void __launch_bounds__(LANES* WARPS) pool_channels_kernel(const __gri
 
 template <class T>
 __global__ void __launch_bounds__(LANES* WARPS) head_kernel(const __grid_constant__ PoolHeadForward p) {
+  begin_chained();
   const int lane = threadIdx.x % LANES, first = blockIdx.y * IMAGES;
   const int k = blockIdx.x * WARPS + threadIdx.x / LANES;
   if (k >= p.classes) return;
@@ -106,14 +109,14 @@ cudaError_t launch(const PoolHeadForward& p, cudaStream_t stream) {
   if (x.c == 1 && x.w != 1 && linear) {
     const int64_t blocks = p.n * ceil_div(p.c, LANES);
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    CMX_LAUNCH(pool_channels_kernel<T>, dim3(blocks), dim3(threads), threads * 4, stream, p);
+    CMX_LAUNCH_CHAINED(pool_channels_kernel<T>, 1, dim3(blocks), dim3(threads), threads * 4, stream, p);
   } else {
     PoolHeadForward planes = p;
     planes.vector_loads =
         linear && x.w == 1 && access_bytes(p.x, {x.n, x.c, static_cast<int64_t>(p.h) * p.w}, sizeof(T)) == 16;
     const int64_t blocks = ceil_div(static_cast<int64_t>(p.n) * p.c, WARPS);
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    CMX_LAUNCH(pool_planes_kernel<T>, dim3(blocks), dim3(threads), 0, stream, planes);
+    CMX_LAUNCH_CHAINED(pool_planes_kernel<T>, 1, dim3(blocks), dim3(threads), 0, stream, planes);
   }
   if (cudaError_t error = cudaGetLastError()) return error;
   constexpr int kMost = 65535 * IMAGES;  // images of a launch: the second dimension of a grid ends there
@@ -123,7 +126,7 @@ cudaError_t launch(const PoolHeadForward& p, cudaStream_t stream) {
     part.pooled = p.pooled + static_cast<int64_t>(n) * p.c;
     part.y = static_cast<T*>(p.y) + static_cast<int64_t>(n) * p.classes;
     const dim3 grid(ceil_div(p.classes, WARPS), ceil_div(part.n, IMAGES));
-    CMX_LAUNCH(head_kernel<T>, grid, dim3(threads), 0, stream, part);
+    CMX_LAUNCH_CHAINED(head_kernel<T>, 1, grid, dim3(threads), 0, stream, part);
     if (cudaError_t error = cudaGetLastError()) return error;
   }
   return cudaSuccess;

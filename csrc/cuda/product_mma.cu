@@ -197,6 +197,7 @@ __global__ void __launch_bounds__(kProductThreads, kProductTiles[TILE].blocks_pe
     x_table[i] = pixel >= pixels ? -1 : n * p.x_stride.n + y * s.ph * p.x_stride.h + x * s.pw * p.x_stride.w;
     y_table[i] = pixel >= pixels ? -1 : n * p.y_stride.n + rest * p.y_stride.w;
   }
+  begin_chained();
   __syncthreads();
 
   const auto weight_row = [&](int first, int count) {
@@ -375,7 +376,7 @@ cudaError_t launch(const ProductForward& p, const ProductPlan& plan, cudaStream_
     if (cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes))
       return error;
-  CMX_LAUNCH(kernel, dim3(plan.blocks()), dim3(kProductThreads), plan.shared_bytes, stream, p, plan);
+  CMX_LAUNCH_CHAINED(kernel, 1, dim3(plan.blocks()), dim3(kProductThreads), plan.shared_bytes, stream, p, plan);
   return cudaGetLastError();
 }
 

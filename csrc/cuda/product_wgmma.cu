@@ -218,6 +218,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
     mbarrier_init_done();
   }
   cluster_sync();
+  begin_chained();
 
   if (group == Plan::kGroups) {
     keep_registers<40>();
@@ -259,8 +260,8 @@ cudaError_t launch(const ProductForward& p, const Plan& plan, cudaStream_t strea
         encode_tensor_map(&maps.y, p.y, y.size, y.stride, LAST ? Plan::kPanel : Plan::kTile),
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Plan::kShared)})
     if (error) return error;
-  CMX_LAUNCH_CLUSTERS(kernel, plan.cluster, dim3(plan.blocks), dim3(Plan::kThreads), Plan::kShared, stream, maps, p,
-                      plan);
+  CMX_LAUNCH_CHAINED(kernel, plan.cluster, dim3(plan.blocks), dim3(Plan::kThreads), Plan::kShared, stream, maps, p,
+                     plan);
   return cudaGetLastError();
 }
 

@@ -36,6 +36,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 #endif
 
+// In every kernel that CMX_LAUNCH_CHAINED launches, before it touches global memory: waits until all kernels before it on the
+// stream have ended, and allows the next one to be launched. Kernels for devices older than 9.0 start after the end anyway.
+__device__ __forceinline__ void begin_chained() {
+#if !defined(CMX_EMULATED) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Copies 16, 8 or 4 bytes to shared memory in the background; zeros where !inside, and `from` is not read.
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {

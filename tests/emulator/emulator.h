@@ -498,7 +498,7 @@ V __ldg(const V* p) {
 #define CMX_DYNAMIC_SHARED(name) unsigned char* const name = cmx::emulator::machine.shared
 #define CMX_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream), cmx::emulator::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }))
-#define CMX_LAUNCH_CLUSTERS(kernel, cluster, grid, block, shared_bytes, stream, ...) \
+#define CMX_LAUNCH_CHAINED(kernel, cluster, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream), cmx::emulator::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }, cluster))
 #define cudaGetLastError() cudaSuccess
 #define cudaFuncSetAttribute(...) cudaSuccess
