@@ -321,16 +321,18 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t chunk =
       std::max<int64_t>({1, 1024 / std::max<int64_t>(1, h * w), ceil_div(4 * threads, std::max<int64_t>(1, h))});
-  const int64_t most = std::min(chunk, in.n), size = most * round_up(channels, k.lanes) * h * w * size_of(in.dtype);
-  const Tensor memory[2] = {bytes(size), bytes(stages.size() > 2 || want_pool ? size : 0)};
+  const int64_t most = std::min(chunk, in.n),
+                size = round_up(most * round_up(channels, k.lanes) * h * w * size_of(in.dtype), 64);
+  const Scratch memory(Scratch::activations, stages.size() > 2 || want_pool ? 2 * size : size);
   for (int64_t n = 0; n < in.n; n += chunk) {
     const int64_t count = std::min(chunk, in.n - n);
     View from = images(in, n, count);
     for (size_t i = 0; i < stages.size(); i++) {
       Stage& s = stages[i];
       s.in = from;
-      s.out = i + 1 < stages.size() || want_pool ? blocked(aligned(memory[i % 2]), in.dtype, count, channels, h, w)
-                                                 : images(out, n, count);
+      s.out = i + 1 < stages.size() || want_pool
+                  ? blocked(memory.data() + i % 2 * size, in.dtype, count, channels, h, w)
+                  : images(out, n, count);
       s.act = act;
       run_stage(s);
       from = s.out;

@@ -89,17 +89,21 @@ inline char* aligned(const Tensor& t) { return (char*)round_up((int64_t)t.mutabl
 // Memory of the calling thread, kept until its next call: pages that are new in every call take longer than a small layer.
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    thread_local std::unique_ptr<char[]> kept;
-    thread_local int64_t size = 0;
-    constexpr int64_t kMost = 4 << 20;
+  enum Use { workers, activations };  // of one call, at the same time
+
+  Scratch(Use use, int64_t count) {
+    constexpr int64_t kMostKept = 16 << 20;
+    thread_local struct {
+      std::unique_ptr<char[]> data;
+      int64_t size = 0;
+    } kept[2];
     count += 64;
-    if (count > kMost) {
+    auto& mine = kept[use];
+    if (count > kMostKept)
       own_.reset(new char[count]);
-    } else if (count > size) {
-      kept.reset(new char[count]), size = count;
-    }
-    data_ = (char*)round_up((int64_t)(own_ ? own_ : kept).get(), 64);
+    else if (count > mine.size)
+      mine.data.reset(new char[count]), mine.size = count;
+    data_ = (char*)round_up((int64_t)(own_ ? own_ : mine.data).get(), 64);
   }
   char* data() const { return data_; }
 
@@ -114,7 +118,7 @@ inline void run(int64_t tasks, int64_t scratch_bytes, const F& f) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   if (!workers) return;
   const int64_t piece = round_up(scratch_bytes, 4096);
-  const Scratch memory(workers * piece);
+  const Scratch memory(Scratch::workers, workers * piece);
   char* const scratch = memory.data();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; worker++)
