@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "bind.h"
@@ -120,10 +121,10 @@ inline void run(int64_t tasks, int64_t scratch_bytes, const F& f) {
   const int64_t piece = round_up(scratch_bytes, 4096);
   const Scratch memory(Scratch::workers, workers * piece);
   char* const scratch = memory.data();
+  std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; worker++)
-      for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++)
-        f(task, scratch + worker * piece);
+      for (int64_t task; (task = next++) < tasks;) f(task, scratch + worker * piece);
   });
 }
 
