@@ -55,11 +55,13 @@ static __attribute__((noinline)) void scatter_as(const View& v, int64_t n, int64
   const int64_t lanes = least(VL, v.c - c);
   T* p = address<T>(v, n, c, y, x);
   if (v.sc == 1 || v.c == 1) {
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < count; i++) {
+      __builtin_prefetch(p + (i + kAhead) * v.sw, 1);
       if (lanes == VL)
         store(p + i * v.sw, load(in + i * step));
       else
         store_some(p + i * v.sw, 1, lanes, load(in + i * step));
+    }
     return;
   }
   if (v.sw == 1 && count >= VL) {

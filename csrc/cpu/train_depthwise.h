@@ -71,8 +71,9 @@ static void depthwise_train_band(const DepthwiseTrain& s, int64_t n, int64_t blo
     for (int64_t i = 0; i < count; i++) store(run + (x + i) * VL, load(acc + i * VL) + bias);
     if (x + count < w) return;
     const Run r{n, block, y, 0, w};
+    round_run(s.a.dtype, run, w);
     scatter_run(s.a, r, run);
-    moments_run(s.a, s.act, r, run, s.moments + ((n * ceil_div(s.a.c, VL) + block) * h + y) * kMomentPieces * VL);
+    moments_run(run, w, s.act, s.moments + ((n * ceil_div(s.a.c, VL) + block) * h + y) * kMomentPieces * VL);
   });
 }
 
@@ -148,8 +149,9 @@ static void depthwise_backward_plane(const DepthwiseBackward& s, int64_t n, int6
         gather_run(s.out.grad, r, other);
         for (int64_t i = 0; i < w; i++) store(run + i * VL, load(run + i * VL) + load(other + i * VL));
       }
+      round_run(s.dx.dtype, run, w);
       scatter_run(s.dx, r, run);
-      if (s.in.rows) sums_run(s.dx, s.in, s.act, r, run, other, sums);
+      if (s.in.rows) sums_run(run, s.in, s.act, r, other, sums);
     });
   }
 }

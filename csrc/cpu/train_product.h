@@ -75,10 +75,10 @@ struct ProductPlan {
   int64_t chunk;
 };
 
-// panel x packed weight (+ bias) -> out, pixels m0 .. m0 + pixels of image n
-template <class P>
+// panel x packed weight (+ bias) -> out, pixels m0 .. m0 + pixels of image n. f(run, values) gets what was stored.
+template <class P, class F>
 CMX_INLINE void product_into(const View& out, const P* panel, int64_t pitch, int64_t c_in, const void* weight,
-                             const float* bias, int64_t n, int64_t m0, int64_t pixels, float* sums) {
+                             const float* bias, int64_t n, int64_t m0, int64_t pixels, float* sums, F f) {
   Pointwise p{};
   p.weight = weight;
   product(
@@ -89,7 +89,13 @@ CMX_INLINE void product_into(const View& out, const P* panel, int64_t pitch, int
         for (int64_t i = 0; i < count; i++) store(to + i * VL, load(acc + i * VL) + b);
       },
       [&](int64_t, int64_t, int64_t block, int64_t blocks) {
-        for (int64_t j = 0; j < blocks; j++) scatter_run(out, {n, block + j, 0, m0, pixels}, sums + j * pixels * VL);
+        for (int64_t j = 0; j < blocks; j++) {
+          const Run r{n, block + j, 0, m0, pixels};
+          float* const values = sums + j * pixels * VL;
+          round_run(out.dtype, values, pixels);
+          scatter_run(out, r, values);
+          f(r, values);
+        }
       });
 }
 
@@ -100,10 +106,10 @@ static void product_train_as(const ProductTrain& s, int64_t n, int64_t m0, char*
   float *const sums = (float*)(scratch + plan.panel_bytes()), *const run = sums + NR * s.chunk * VL;
   const int64_t pixels = least(s.chunk, s.a.w - m0), blocks = ceil_div(s.a.c, VL);
   fill_input(s.in, s.act, n, m0, pixels, panel, plan.pitch, run, run + kRunPixels * VL);
-  product_into(s.a, panel, plan.pitch, s.in.channels, s.weight, s.bias, n, m0, pixels, sums);
   float* const moments = s.moments + (n * ceil_div(s.a.w, s.chunk) + m0 / s.chunk) * blocks * kMomentPieces * VL;
-  for (int64_t block = 0; block < blocks; block++)
-    moments_run(s.a, s.act, {n, block, 0, m0, pixels}, run, moments + block * kMomentPieces * VL);
+  product_into(
+      s.a, panel, plan.pitch, s.in.channels, s.weight, s.bias, n, m0, pixels, sums,
+      [&](const Run& r, const float* a) { moments_run(a, pixels, s.act, moments + r.block * kMomentPieces * VL); });
 }
 
 // da transposed: [channel][pixel], VL pixels of a run at a time
@@ -160,10 +166,11 @@ static void product_backward_as(const ProductBackward& s, int64_t n, int64_t m0,
   for (int64_t c = 0; s.need_weight && whole < s.chunk && c < round_up(c_out, VL); c++)
     memset((P*)s.da + c * da_pitch + slot + whole, 0, (s.chunk - whole) * sizeof(P));
   if (s.need_input) {
-    product_into(s.dx, panel, plan.pitch, c_out, s.transposed, nullptr, n, m0, pixels, sums);
     clear(s.sums, blocks * kSumPieces);
-    for (int64_t block = 0; s.in.in.rows && block < blocks; block++)
-      sums_run(s.dx, s.in.in, s.act, {n, block, 0, m0, pixels}, run, other, s.sums + block * kSumPieces * VL);
+    product_into(s.dx, panel, plan.pitch, c_out, s.transposed, nullptr, n, m0, pixels, sums,
+                 [&](const Run& r, const float* dx) {
+                   if (s.in.in.rows) sums_run(dx, s.in.in, s.act, r, run, s.sums + r.block * kSumPieces * VL);
+                 });
   }
   if (s.need_weight) {
     fill_input(s.in, s.act, n, m0, pixels, panel, plan.pitch, run, other);

@@ -51,36 +51,45 @@ static void gradient_run(const PreActivation& p, Act act, const Run& r, float* o
   });
 }
 
+// A run as it will be read again after it was stored
+CMX_INLINE void round_run(Dtype dtype, float* run, int64_t count) {
+  if (dtype == Dtype::float32) return;
+  with_dtype(dtype, [&](auto t) {
+    for (int64_t i = 0; i < count; i++) {
+      decltype(t) stored[VL];
+      store(stored, load(run + i * VL));
+      store(run + i * VL, load(stored));
+    }
+  });
+}
+
 // Mean and squared deviations of act(a), from differences to its first value: right for any mean
-static void moments_run(const View& a, Act act, const Run& r, float* scratch, float* piece) {
-  gather_run(a, r, scratch);
+static void moments_run(const float* a, int64_t length, Act act, float* piece) {
   with_activation(act, [&](auto f) {
-    const vf first = activate<decltype(f)::value>(load(scratch));
+    const vf first = activate<decltype(f)::value>(load(a));
     vf sum = {}, squares = {};
-    for (int64_t i = 1; i < r.count; i++) {
-      const vf d = activate<decltype(f)::value>(load(scratch + i * VL)) - first;
+    for (int64_t i = 1; i < length; i++) {
+      const vf d = activate<decltype(f)::value>(load(a + i * VL)) - first;
       sum += d;
       squares += d * d;
     }
-    const vf count = all((float)r.count);
+    const vf count = all((float)length);
     store(piece + kFirst * VL, first);
     store(piece + kOffset * VL, sum / count);
     store(piece + kSquares * VL, squares - sum * sum / count);
   });
 }
 
-// piece += sum(dx), sum(dx * (act(x) - mean))
-static void sums_run(const View& dx, const Activation& in, Act act, const Run& r, float* scratch, float* other,
-                     float* piece) {
-  gather_run(dx, r, scratch);
-  gather_run(in.x, r, other);
+// piece += sum(dx), sum(dx * (act(x) - mean)), x of the run r
+static void sums_run(const float* dx, const Activation& in, Act act, const Run& r, float* scratch, float* piece) {
+  gather_run(in.x, r, scratch);
   const vf mean = table_row(in.rows, in.x.c, 0, r.block);
   with_activation(act, [&](auto a) {
     vf sum = {}, centred = {};
     for (int64_t i = 0; i < r.count; i++) {
-      const vf d = load(scratch + i * VL);
+      const vf d = load(dx + i * VL);
       sum += d;
-      centred += d * (activate<decltype(a)::value>(load(other + i * VL)) - mean);
+      centred += d * (activate<decltype(a)::value>(load(scratch + i * VL)) - mean);
     }
     store(piece + kSum * VL, load(piece + kSum * VL) + sum);
     store(piece + kCentred * VL, load(piece + kCentred * VL) + centred);
