@@ -59,7 +59,7 @@ class Budget:
         return not once and (turn < 2 or result.median < self.slow)
 
 
-DEFAULT = Budget(race=15, turns=(3, 7), photos=2, exact=2, slow=1.5, once=2.5)
+DEFAULT = Budget(race=15, turns=(3, 7), photos=2, exact=1, slow=1.5, once=2.5)
 FULL = Budget(race=90, turns=(5, 15), photos=8, exact=8, slow=30, once=30)
 
 

@@ -49,15 +49,18 @@ def network_rows(config: pytest.Config) -> list[Row]:
 
 def reduce(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves the quick rows of every file, unless it was named, or a keyword chooses, or everything was asked for."""
-    if full(config) or config.getoption("keyword"):
-        return
+    models = config.getoption("models")
+    networks_only = models != ",".join(RELEASED)  # who names networks wants those
+    everything = full(config) or config.getoption("keyword")
     named = {Path(argument.split("::")[0]).name for argument in config.args}
-    networks_only = config.getoption("models") != ",".join(RELEASED)  # who names networks wants those
-    left_out = [
-        item
-        for item in items
-        if item.path.parent == HERE and item.path.name not in named and not _quick(item, networks_only)
-    ]
+
+    def wanted(item: Any) -> bool:
+        trains = networks_only and item.path.name == "bench_training.py"
+        if trains and item.callspec.params["row"].model not in models.split(","):
+            return False
+        return everything or item.path.name in named or _quick(item, networks_only)
+
+    left_out = [item for item in items if item.path.parent == HERE and not wanted(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

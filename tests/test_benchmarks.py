@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,22 @@ def test_gpu_check_survives_a_part_that_fails(tmp_path: Path, monkeypatch: pytes
 
     ran = []
 
-    def run(name: str, command: list[str], seconds: float) -> check.Step:
+    def run(name: str, command: list[str], seconds: float, end: float = 0.0) -> check.Step:
         ran.append(name)
         return {"step": name, "passed": name != "ops", "result": 1, "seconds": 0.0}
 
     monkeypatch.setattr(check, "run", run)
     assert check.main(["--device", "cpu", "--dry-run", "--results", str(tmp_path)]) == 1
     assert ran[-4:] == ["ops", "product", "network", "training"]
+
+
+def test_gpu_check_ends_a_part_in_time() -> None:
+    from benchmarks.gpu import check
+
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert check.run("late", sleeps, 60, time.monotonic())["passed"] is None
+    cut = check.run("cut", sleeps, 60, time.monotonic() + 5.5)
+    assert cut["passed"] is False and "not finished" in cut["result"] and cut["seconds"] < 30
 
 
 def test_counts_of_the_networks() -> None:
@@ -95,6 +105,12 @@ def test_pictures_of_what_was_measured_and_no_others(tmp_path: Path) -> None:
     operators.write_text(operators.read_text().replace("AMD", "Another"))
     with pytest.raises(ValueError, match="different machines"):
         draw([operators, networks])
+
+
+def test_named_networks_are_all_that_is_trained() -> None:
+    named = ("--models", "convmixer_768_32")
+    found = _run("-m", "pytest", "benchmarks/bench_training.py", "--collect-only", "-q", *named).stdout
+    assert "convmixer_768_32" in found and "convmixer_256_8" not in found
 
 
 def test_a_run_is_stored_and_compared(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ others, and makes the exit status 1. `--device cpu --dry-run` goes the same way 
 """
 
 import argparse
+import math
 import shutil
 import subprocess
 import sys
@@ -37,13 +38,18 @@ PROGRAMS = {  # under sanitizers: main, and the kernels it calls
 }
 PARTS = ("correct", "ops", "product", "network", "training")
 BUDGET = 570  # seconds a part
+_SHORTEST = 5  # seconds a step must have left
 
 Step = dict[str, Any]
 
 
-def run(name: str, command: list[str], seconds: float) -> Step:
-    say(f"== {name}: {' '.join(map(str, command))}")
+def run(name: str, command: list[str], seconds: float, end: float = math.inf) -> Step:
+    """``end``: of the part, by time.monotonic()."""
     start = time.monotonic()
+    seconds = min(seconds, end - start)
+    if seconds < _SHORTEST:
+        return skipped(name, f"the {BUDGET} s of its part are over")
+    say(f"== {name}: {' '.join(map(str, command))}")
     try:
         code: int | str = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
     except subprocess.TimeoutExpired:
@@ -61,16 +67,17 @@ def skipped(name: str, why: str) -> Step:
 def correct(dry: bool) -> Iterator[Step]:
     pytest = [sys.executable, "-m", "pytest", "-q"]
     tests = ("tests/test_cuda_device.py", "tests/test_cuda_product_device.py")
-    yield run("operator and instruction models", [*pytest, *tests], 240)
-    yield run("triton", [*pytest, "tests/test_triton_device.py"], 120)
+    end = time.monotonic() + BUDGET
+    yield run("operator and instruction models", [*pytest, *tests], 240, end)
     if dry:
         yield skipped("compute-sanitizer", "this is a dry run")
     else:
         with tempfile.TemporaryDirectory() as folder:
-            yield from sanitizers(Path(folder))
+            yield from sanitizers(Path(folder), end)
+    yield run("triton", [*pytest, "tests/test_triton_device.py"], 120, end)
 
 
-def sanitizers(folder: Path) -> Iterator[Step]:
+def sanitizers(folder: Path, end: float) -> Iterator[Step]:
     """memcheck, racecheck and initcheck over the kernels on ragged shapes, in a program without torch."""
     names = ("memcheck", "racecheck", "initcheck")
     try:
@@ -88,11 +95,11 @@ def sanitizers(folder: Path) -> Iterator[Step]:
         arch = _build_info.for_device(torch.cuda.get_device_capability())
         command = [nvcc, "-std=c++20", "-O3", "-lineinfo", *arch, "--threads", "0"]
         folders = ["-Icsrc", "-Icsrc/cuda", "-Itests/emulator"]
-        build = run(f"build {main_file}", [*command, *folders, "-x", "cu", *sources, "-o", str(program)], 100)
+        build = run(f"build {main_file}", [*command, *folders, "-x", "cu", *sources, "-o", str(program)], 100, end)
         yield build
         if build["passed"]:
             for name in names:
-                yield run(f"{name}, {main_file}", [tool, f"--tool={name}", "--error-exitcode=9", str(program)], 60)
+                yield run(f"{name}, {main_file}", [tool, f"--tool={name}", "--error-exitcode=9", str(program)], 60, end)
 
 
 def timings(part: str, options: argparse.Namespace) -> Iterator[Step]:
