@@ -66,7 +66,7 @@ def skipped(name: str, why: str) -> Step:
 
 def correct(dry: bool) -> Iterator[Step]:
     pytest = [sys.executable, "-m", "pytest", "-q"]
-    tests = ("tests/test_cuda_device.py", "tests/test_cuda_product_device.py")
+    tests = [f"tests/test_{name}.py" for name in ("cuda_device", "cuda_product_device", "gpu_models")]
     end = time.monotonic() + BUDGET
     yield run("operator and instruction models", [*pytest, *tests], 240, end)
     if dry:

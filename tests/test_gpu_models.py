@@ -1,0 +1,110 @@
+"""Whole models on a GPU, with both backends: logits, CUDA graphs, torch.compile, side streams, a second device, a step.
+
+Skipped where there is no GPU; `make gpu-check PART=correct` runs this.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from compare import check_equal
+from plain_models import check_against, check_step, trained
+from torch import Tensor, nn
+from training_twins import twins
+
+from cmx_kernels import ConvMixer, cuda, fuse, triton_kernels, use
+
+CUDA = torch.cuda.is_available()
+WHY_NOT = {
+    "cuda": cuda.why_not(0) if CUDA else "torch sees no CUDA device",
+    "triton": triton_kernels.why_not(0) if CUDA else "torch sees no CUDA device",
+}
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=WHY_NOT)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if WHY_NOT[request.param] is not None:
+        pytest.skip(f"needs a GPU: {WHY_NOT[request.param]}")
+    with use(request.param), torch.backends.cudnn.flags(allow_tf32=False):
+        yield request.param
+
+
+def pair(dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> tuple[nn.Module, nn.Module, Tensor]:
+    """A fused model, its plain twin, images."""
+    torch.manual_seed(0)
+    plain = trained(ConvMixer(64, 3, kernel_size=9, patch_size=7, num_classes=10, fused=False))
+    plain = plain.to(device, dtype).requires_grad_(False)
+    return fuse(copy.deepcopy(plain), strict=True), plain, torch.randn(4, 3, 112, 112).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_logits(backend: str, dtype: torch.dtype) -> None:
+    fused, plain, x = pair(dtype)
+    check_against(fused(x), plain, x)
+    check_against(fused(x.to(memory_format=torch.channels_last)), plain, x)
+
+
+@torch.no_grad()
+def test_a_captured_graph_reads_what_is_written_later(backend: str) -> None:
+    fused, _, x = pair()
+    wanted, given = fused(x), torch.zeros_like(x)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        fused(given)  # compiles and packs outside of the graph
+        with torch.cuda.graph(graph, stream=stream):
+            out = fused(given)
+    given.copy_(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    check_equal(out, wanted)
+
+
+def test_graphed_callables(backend: str) -> None:
+    fused, _, x = pair()
+    wanted = fused(x)
+    check_equal(torch.cuda.make_graphed_callables(fused, (x.clone(),))(x), wanted)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@torch.no_grad()
+def test_compiled(backend: str, mode: str) -> None:
+    fused, plain, x = pair()
+    compiled: Callable[[Tensor], Tensor] = torch.compile(fused, mode=mode, fullgraph=True)
+    for _ in range(3):  # warm-up, record, replay
+        out = compiled(x).clone()
+    check_against(out, plain, x)
+
+
+@torch.no_grad()
+def test_a_side_stream(backend: str) -> None:
+    """What another stream still computes is not read before it is there."""
+    fused, _, x = pair()
+    wanted, side = fused(x), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(20_000_000)
+        late += x
+        out = fused(late)
+    torch.cuda.current_stream().wait_stream(side)
+    check_equal(out, wanted)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@torch.no_grad()
+def test_the_second_device(backend: str) -> None:
+    """The current device is the first one; weights and images are on the other."""
+    fused, plain, x = pair(device="cuda:1")
+    check_against(fused(x), plain, x)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_step(backend: str, dtype: torch.dtype) -> None:
+    fused, plain = (model.to("cuda", dtype) for model in twins())
+    check_step(fused, plain, torch.randn(4, 3, 28, 21).to("cuda", dtype))
