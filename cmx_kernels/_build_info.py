@@ -17,7 +17,7 @@ import sysconfig
 from pathlib import Path
 
 MIN_TORCH = (2, 11)
-DEFAULT_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+DEFAULT_ARCHS = "8.0;8.9;9.0a;10.0;12.0+PTX"  # 8.6 and 8.7 run the code of 8.0
 NAMED_ARCHS = {  # PyTorch's names; a combined name stands before its parts
     "Volta+Tegra": "7.2",
     "Volta": "7.0+PTX",

@@ -126,7 +126,7 @@ def test_no_nvcc(clean_env, compiler, source_tree, mode):
 @pytest.mark.parametrize(
     ("wanted", "archs"),
     [
-        ("", ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]),
+        ("", ["8.0", "8.9", "9.0a", "10.0", "12.0+PTX"]),
         ("8.0", ["8.0"]),
         ("8.0;9.0", ["8.0", "9.0a"]),
         ("8.0 8.6+PTX", ["8.0", "8.6+PTX"]),
@@ -144,7 +144,7 @@ def test_arch_list(wanted, archs):
 
 def test_default_archs_are_cut_to_what_an_older_nvcc_knows():
     missing = {}
-    assert info.cuda_archs("", {80, 86, 89, 90}, missing) == ["8.0", "8.6", "8.9", "9.0a+PTX"]
+    assert info.cuda_archs("", {80, 86, 89, 90}, missing) == ["8.0", "8.9", "9.0a+PTX"]
     assert set(missing) == {"CUDA 10.0", "CUDA 12.0+PTX"}
 
 

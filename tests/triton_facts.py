@@ -1,6 +1,7 @@
 """What the Triton kernels are as compiled: registers, spills and instructions for three GPUs, without a GPU.
 
 python tests/triton_facts.py --write      after a change that is meant: the table of the Triton that is installed
+python tests/triton_facts.py --third      every variant for one of the GPUs, a third of the time
 
 The launches are the real ones, on CPU tensors that nobody fills: the tiles, strides and alignments that the operators
 choose, specialised and compiled by Triton's own JIT against a driver that only names the GPU.
@@ -191,10 +192,10 @@ def _facts(cubin: bytes) -> list[int]:
     ]
 
 
-def rows(arch: int) -> list[str]:
+def rows(arch: int, third: bool) -> list[str]:
     found: dict[tuple[str, str], str] = {}
     with _for_gpu(arch):
-        for name, call in variants():
+        for name, call in list(variants())[list(ARCHS).index(arch) if third else 0 :: 3 if third else 1]:
             Compiling.made.clear()
             call()
             for kernel, made in Compiling.made:
@@ -216,8 +217,8 @@ if __name__ == "__main__":
     reason = triton_kernels.load()
     if reason is not None:
         sys.exit(reason)
-    archs = [int(a) for a in sys.argv[1:] if a != "--write"] or list(ARCHS)
-    text = "\n".join([*header(), *(line for arch in archs for line in rows(arch))])
+    archs = [int(a) for a in sys.argv[1:] if a.isdigit()] or list(ARCHS)
+    text = "\n".join([*header(), *(line for arch in archs for line in rows(arch, "--third" in sys.argv))])
     print(text)
     if "--write" in sys.argv:
         Path(__file__).with_name(f"triton_facts_{triton.__version__}.txt").write_text(text + "\n")
