@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,8 +58,9 @@ def build(mode: str, *sources: str) -> Path:
 
     def make(target: Path, *arguments: str) -> Path:
         if not target.exists():
-            subprocess.run(["g++", *flags, *folders, *arguments, "-o", f"{target}.new"], cwd=ROOT, check=True)
-            os.replace(f"{target}.new", target)
+            new = f"{target}.{threading.get_ident()}.{os.getpid()}"  # others may want the same one now
+            subprocess.run(["g++", *flags, *folders, *arguments, "-o", new], cwd=ROOT, check=True)
+            os.replace(new, target)
         return target
 
     def compile_one(source: str) -> Path:

@@ -5,6 +5,7 @@ A planted bug is an edit of the product's own source: one that no longer applies
 
 import os
 import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,14 +34,22 @@ def check_clean(mode: str, sources: tuple[str, ...]) -> None:
     assert done.stdout + done.stderr == ""
 
 
-def check_caught(bug: Bug, sources: tuple[str, ...], folder: Path) -> None:
-    """The same program of the edited source fails and says what was wrong."""
+def build_all(bugs: dict[str, Bug], sources: tuple[str, ...], folder: Path) -> dict[str, Future[Path]]:
+    """The same program of every edited source, made side by side while the first ones run."""
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    return {name: pool.submit(_build, bug, sources, folder / f"{i}.cu") for i, (name, bug) in enumerate(bugs.items())}
+
+
+def _build(bug: Bug, sources: tuple[str, ...], planted: Path) -> Path:
     source = (emulated.ROOT / bug.file).read_text()
     assert source.count(bug.old) == 1, f"{bug.file} has {source.count(bug.old)} places for this bug, wanted one"
-    planted = folder / "planted.cu"
     planted.write_text(source.replace(bug.old, bug.new))
     others = [file for file in sources if file != bug.file]
-    program = emulated.build("program" if bug.checker == "values" else bug.checker, str(planted), *others)
-    done = run(program, bug.argument)
+    return emulated.build("program" if bug.checker == "values" else bug.checker, str(planted), *others)
+
+
+def check_caught(bug: Bug, program: Future[Path]) -> None:
+    """It fails and says what was wrong."""
+    done = run(program.result(), bug.argument)
     assert done.returncode != 0, "nothing was noticed"
     assert bug.says in done.stdout + done.stderr, (done.stdout + done.stderr)[:4000]

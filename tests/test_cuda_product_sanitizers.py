@@ -1,10 +1,11 @@
 """The CUDA product, pooling and epilogue under sanitizers, and with planted bugs, as tests/test_cuda_sanitizers.py."""
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import emulated
 import pytest
-from planted import ENVIRONMENT, Bug, check_caught, check_clean, run
+from planted import ENVIRONMENT, Bug, build_all, check_caught, check_clean, run
 
 FILES = {name: f"csrc/cuda/{name}.cu" for name in ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace")}
 SOURCES = (*FILES.values(), "tests/emulator/sanitized_product.cpp")
@@ -43,10 +44,17 @@ PLANTED = {  # what: file, layout, old, new, checker, what it says
 }
 
 
-@pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
-    file, *edit = PLANTED[bug]
-    check_caught(Bug(FILES[file], *edit), SOURCES, tmp_path)
+BUGS = {bug: Bug(FILES[file], *edit) for bug, (file, *edit) in PLANTED.items()}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
+    return build_all(BUGS, SOURCES, tmp_path_factory.mktemp("planted"))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug: str, programs: dict[str, Future[Path]]) -> None:
+    check_caught(BUGS[bug], programs[bug])
 
 
 # ---- product_wgmma: all bugs in one program, since most of the time goes into headers

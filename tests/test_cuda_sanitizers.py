@@ -1,10 +1,11 @@
 """The CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer, and with planted bugs (tests/planted.py)."""
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import emulated
 import pytest
-from planted import Bug, check_caught, check_clean
+from planted import Bug, build_all, check_caught, check_clean
 
 KERNEL_FILES = {kernel: f"csrc/cuda/depthwise_fwd_{kernel}.cu" for kernel in emulated.KERNELS}
 SOURCES = (*KERNEL_FILES.values(), "tests/emulator/sanitized.cpp")
@@ -68,7 +69,14 @@ PLANTED = {  # what: kernel, old, new, checker, what it says
 }
 
 
-@pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
-    kernel, *edit = PLANTED[bug]
-    check_caught(Bug(KERNEL_FILES[kernel], kernel, *edit), SOURCES, tmp_path)
+BUGS = {bug: Bug(KERNEL_FILES[what], what, *edit) for bug, (what, *edit) in PLANTED.items()}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
+    return build_all(BUGS, SOURCES, tmp_path_factory.mktemp("planted"))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug: str, programs: dict[str, Future[Path]]) -> None:
+    check_caught(BUGS[bug], programs[bug])

@@ -1,9 +1,10 @@
 """The CUDA kernels of training under sanitizers, and with planted bugs, as tests/test_cuda_sanitizers.py."""
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from planted import Bug, check_caught, check_clean
+from planted import Bug, build_all, check_caught, check_clean
 from test_cuda_sanitizers import KERNEL_FILES
 
 FILES = {f"backward_{kernel}": f"csrc/cuda/depthwise_bwd_{kernel}.cu" for kernel in ("ffma", "mma")}
@@ -68,7 +69,14 @@ PLANTED = {  # what: what runs, old, new, checker, what it says
 }
 
 
-@pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
-    what, *edit = PLANTED[bug]
-    check_caught(Bug(FILES[what], what, *edit), SOURCES, tmp_path)
+BUGS = {bug: Bug(FILES[what], what, *edit) for bug, (what, *edit) in PLANTED.items()}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
+    return build_all(BUGS, SOURCES, tmp_path_factory.mktemp("planted"))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug: str, programs: dict[str, Future[Path]]) -> None:
+    check_caught(BUGS[bug], programs[bug])
