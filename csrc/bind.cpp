@@ -54,8 +54,10 @@ void run_stage(Stage& s) {
   s.rows = band_rows(s.out.n, s.out.h, (4 << 20) / (pixel * s.out.w) + 1);
   s.part = std::max<int64_t>(64, l2_bytes() * 3 / 4 / pixel / 16 * 16);
   const int64_t bands = ceil_div(s.out.h, s.rows);
-  run(s.out.n * bands, k.stage_scratch_bytes(s),
-      [&](int64_t task, char* scratch) { k.stage_band(s, task / bands, task % bands * s.rows, scratch); });
+  run(
+      s.out.n * bands, k.stage_scratch_bytes(s),
+      [&](int64_t task, char* scratch) { k.stage_band(s, task / bands, task % bands * s.rows, scratch); },
+      Tasks::as_they_come);
 }
 
 Tensor pack_pointwise(const Tensor& given) {

@@ -113,9 +113,13 @@ class Scratch {
   char* data_;
 };
 
+// Equal shares: neighbouring tasks, which may write into the same line of the cache, go to one worker. As they come: for
+// tasks that share no line, nobody waits for a slow worker.
+enum class Tasks { in_shares, as_they_come };
+
 // Calls f(task, scratch) for every task, each worker with scratch memory of its own
 template <class F>
-inline void run(int64_t tasks, int64_t scratch_bytes, const F& f) {
+inline void run(int64_t tasks, int64_t scratch_bytes, const F& f, Tasks how = Tasks::in_shares) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   if (!workers) return;
   const int64_t piece = round_up(scratch_bytes, 4096);
@@ -124,7 +128,11 @@ inline void run(int64_t tasks, int64_t scratch_bytes, const F& f) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; worker++)
-      for (int64_t task; (task = next++) < tasks;) f(task, scratch + worker * piece);
+      if (how == Tasks::as_they_come)
+        for (int64_t task; (task = next++) < tasks;) f(task, scratch + worker * piece);
+      else
+        for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++)
+          f(task, scratch + worker * piece);
   });
 }
 
