@@ -106,7 +106,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
         inference = not (torch.compiler.is_compiling() or wants_grad(x, weight, bias))
         given, (x,) = x, autocast(x)
         backend = backends.select("depthwise_block", x, "none", weight=weight.shape)
-        if backend == "reference" or (backend == "cpu" and backends.plain_is_faster(x, weight)):
+        if backend == "reference":
             return super().forward(given)
         if inference and backend == "cpu" and not weight.is_inference():
             packed = self._packed(x, weight, bias)
