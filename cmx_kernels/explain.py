@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -160,7 +160,8 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
     except Refusal as reason:
         stack, obstacle = None, str(reason)
     if isinstance(part, FusedNetwork):
-        yield from _network_rows(name, part, x, stack if obstacle is None else None)
+        rows = _network_rows(name, part, x, stack if obstacle is None else None)
+        yield from rows if stack is None or obstacle is None else _in_parts(rows, part, stack, x)
     elif stack is None:
         yield Row(name or "block", PLAIN, "its modules", {"fusion": str(obstacle)})
     elif obstacle is None:
@@ -169,6 +170,22 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
         names = ["patch_embed"] if isinstance(part, Stem) else ["depthwise_block", "pointwise_block"]
         weights = [unit.conv.weight for unit in stack.units]
         yield _op_row(name or "block", names, autocast(x)[0], stack.act, obstacle, weights)
+
+
+def _in_parts(rows: Iterator[Row], part: FusedNetwork, stack: Stack, x: Tensor) -> Iterator[Row]:
+    """Rows of a network whose operators run one by one, perhaps a few images at a time through all of them."""
+    x = autocast(x)[0]
+    found = None if stack.trains(x, stack.tensors(part) or []) else stack.micro_batch_of(x)
+    listed = list(rows)
+    if any(row.backend != PLAIN and "reference" in row.backend for row in listed):
+        found = None
+    for i, row in enumerate(listed):
+        if found and stack.stem and row.backend == PLAIN and stack.span[0] <= i < stack.span[0] + 3 <= stack.span[1]:
+            row = Row(row.part, backends.select("patch_embed", x, stack.act, quiet=True), "patch_embed")
+        if found and row.backend != PLAIN:
+            note = f"{found[0]} images at a time through all blocks"
+            row = replace(row, note="; ".join(filter(None, (row.note, note))))
+        yield row
 
 
 def stack_of(part: Any, x: Tensor) -> tuple[Stack, str | None]:

@@ -2,7 +2,9 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from cmx_kernels.models.fused import Block, Stem, run_unit
 from cmx_kernels.models.networks import FusedNetwork
 from cmx_kernels.models.stack import Stack
 from cmx_kernels.models.structure import Refusal, Unit
-from cmx_kernels.ops import block_stack
+from cmx_kernels.ops import block_stack, depth_first
 from cmx_kernels.ops.checks import autocast
 
 TURNS, SECONDS = 7, 0.004  # of each candidate; a turn is as many calls as take that long
@@ -30,8 +32,9 @@ class Candidate(NamedTuple):
     x: Tensor
     weight: tuple[int, ...]
     act: str
-    run: Callable[[Tensor], Tensor]  # follows backends.use()
+    run: Callable[[Tensor], Tensor]
     plain: nn.Module  # what it stands for, in PyTorch
+    under: Callable[[str], AbstractContextManager[None]] = backends.use  # by the name of what is measured
 
 
 class Plain(nn.Module):
@@ -76,13 +79,13 @@ def tune(model: nn.Module, x: Tensor) -> Report:
         for one in _candidates(model, x):
             call = tuned.call_of(one.op, one.x, one.weight, one.act)
             if call not in measured:
-                ms, wrong = _measure(one)
+                ways = (depth_first.WHOLE, depth_first.PARTS)
+                ms, wrong = (_race(one, ways), {}) if one.op == depth_first.OP else _measure(one)
                 best = min(ms, key=lambda name: ms[name])
                 measured[call] = best, ms
+                tuned.remember(call, best)
                 times = ", ".join(f"{name} {value:.3g} ms" for name, value in ms.items())
                 rows.append(Row(one.part, best, one.op, wrong, times))
-    for call, (best, _) in measured.items():
-        tuned.remember(call, best)
     tuned.save([(call, best, ms) for call, (best, ms) in measured.items()])
     return Report(rows)
 
@@ -116,6 +119,27 @@ def _candidates(model: nn.Module, x: Tensor) -> Iterator[Candidate]:
             value = autocast(value)[0]
             yield Candidate(label, "block_stack", value, stack.size, stack.act, part, copy.deepcopy(part))
         yield from _one_by_one(label, part, stack, value)
+        value = autocast(value)[0]
+        found = None if obstacle is None or stack.span[0] else stack.micro_batch_of(value)
+        if isinstance(part, FusedNetwork) and found is not None and stack.micro_batch is None:
+            images, y = found
+            under = partial(_divided, part, images)
+            run = partial(_run, part, value)
+            yield Candidate(label, depth_first.OP, y, stack.size, stack.act, run, part, under)
+
+
+def _run(net: nn.Module, x: Tensor, blocks_x: Tensor) -> Tensor:
+    return net(x)
+
+
+@contextmanager
+def _divided(net: FusedNetwork, images: int, way: str) -> Iterator[None]:
+    """All images at once, or so many at a time."""
+    net.micro_batch = 0 if way == depth_first.WHOLE else images
+    try:
+        yield
+    finally:
+        net.micro_batch = None
 
 
 def _one_by_one(label: str, part: nn.Module, stack: Stack, x: Tensor) -> Iterator[Candidate]:
@@ -165,7 +189,7 @@ def _measure(one: Candidate) -> tuple[dict[str, float], dict[str, str]]:
     return _race(one, [name for name in takers if name == "reference" or name not in wrong]), wrong
 
 
-def _race(one: Candidate, names: list[str]) -> dict[str, float]:
+def _race(one: Candidate, names: Sequence[str]) -> dict[str, float]:
     """Median milliseconds of a call, taken in turns, so that the drift of the machine hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in names}
     calls = {name: max(1, int(SECONDS / max(_seconds(one, name, 1), 1e-7))) for name in names}
@@ -177,7 +201,7 @@ def _race(one: Candidate, names: list[str]) -> dict[str, float]:
 
 def _seconds(one: Candidate, name: str, calls: int) -> float:
     """Of one of ``calls`` calls."""
-    with backends.use(name):
+    with one.under(name):
         _wait(one.x)
         start = time.perf_counter()
         for _ in range(calls):

@@ -48,6 +48,28 @@ def test_logits(backend: str, dtype: torch.dtype) -> None:
     check_against(fused(x.to(memory_format=torch.channels_last)), plain, x)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@torch.no_grad()
+def test_micro_batches(backend: str, layout: torch.memory_format) -> None:
+    """Three of four images, then one, and the same in a graph."""
+    fused, plain, x = pair()
+    x = x.contiguous(memory_format=layout)
+    fused.micro_batch = 3
+    out = fused(x)
+    check_against(out, plain, x)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["num_alloc_retries"], torch.cuda.memory_reserved()
+    check_equal(fused(x), out)
+    assert before == (torch.cuda.memory_stats()["num_alloc_retries"], torch.cuda.memory_reserved())
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        captured = fused(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    check_equal(captured, out)
+
+
 @torch.no_grad()
 def test_a_captured_graph_reads_what_is_written_later(backend: str) -> None:
     fused, _, x = pair()

@@ -25,7 +25,7 @@ LAYERS = (
     {"flops"},
     {"registry", "activations", "_build_info", "profiling"},
     {"cuda", "triton_kernels", "cost_model", "tuned"},
-    {"backends", "checkpoints"},
+    {"backends", "checkpoints", "micro_batches"},
     {"ops"},
     {"models"},
     {"layers"},

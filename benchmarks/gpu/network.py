@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks import timm_models
 from benchmarks.gpu.device import Device, Store, flags, graphed, opened, parser, reason, say
 from benchmarks.networks import DTYPES, RELEASED, SPECS, Spec, plain
+from cmx_kernels import cost_model, micro_batches
 
 Call = Callable[[], Tensor]
 PRECISIONS = {  # name -> TF32, dtype of autocast
@@ -50,6 +51,10 @@ def variants(device: Device, model: nn.Module, fused: nn.Module | None, x: Tenso
         yield "fused, CUDA graph", False, lambda: graphed(device, lambda: fused(x))
         if device.cuda:
             yield "fused triton", False, lambda: lambda: fused(x)
+        if len(x) > 1:
+            yield "fused, at once, CUDA graph", False, lambda: graphed(device, divided(fused, x, 0))
+            parts = "fused, micro-batches, CUDA graph"
+            yield parts, False, lambda: graphed(device, divided(fused, x, that_fit(device, fused, x)))
     yield "eager", False, lambda: in_layout(nchw)
     yield "eager, cudnn.benchmark", True, lambda: in_layout(nchw)
     yield "eager, CUDA graph", False, lambda: graphed(device, in_layout(nchw))
@@ -62,6 +67,28 @@ def variants(device: Device, model: nn.Module, fused: nn.Module | None, x: Tenso
             yield name, False, lambda options=options: _compiled(device, model.to(memory_format=nchw), x, options)
     yield "eager channels_last", False, lambda: in_layout(nhwc)
     yield "eager channels_last, cudnn.benchmark", True, lambda: in_layout(nhwc)
+
+
+def that_fit(device: Device, fused: nn.Module, x: Tensor) -> int:
+    """Images of the best micro-batch in L2, whether it pays or not; half of the batch for a GPU that is not known."""
+    name, spec = cost_model.named(device.name), next(s for s in SPECS.values() if s.dim == fused.num_features)
+    if name is None:
+        return max(1, len(x) // 2)
+    side, kernel = spec.image_size // spec.patch_size, (spec.kernel_size, spec.kernel_size)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
+    kind, act = str(dtype).removeprefix("torch."), "relu" if spec.act is nn.ReLU else "gelu"
+    return micro_batches.predict(name, (len(x), spec.dim, side, side), spec.depth, kernel, kind, act, host_us=0).images
+
+
+def divided(fused: nn.Module, x: Tensor, images: int) -> Call:
+    def call() -> Tensor:
+        fused.micro_batch = images
+        try:
+            return fused(x)
+        finally:
+            fused.micro_batch = None
+
+    return call
 
 
 def _compiled(device: Device, model: nn.Module, x: Tensor, options: dict[str, Any]) -> Call:

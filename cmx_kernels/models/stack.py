@@ -14,10 +14,10 @@ from cmx_kernels import backends
 from cmx_kernels.activations import name_of
 from cmx_kernels.models import training
 from cmx_kernels.models.structure import Refusal, Unit
-from cmx_kernels.ops import block_stack
+from cmx_kernels.ops import block_stack, depth_first
 from cmx_kernels.ops.batchnorm import fold
 from cmx_kernels.ops.block_stack import ConvParams, PackedCache, PackedStack
-from cmx_kernels.ops.checks import autocast
+from cmx_kernels.ops.checks import autocast, memory_format
 
 STATE = "_cmx"  # the one entry a fused module has in its __dict__
 _PLAIN = frozenset((Tensor, nn.Parameter))
@@ -107,7 +107,10 @@ class Stack:
         span: in an nn.Sequential, the first child that is replaced and the next that is not.
         """
         self.children = dict(owner._modules)
-        self.recompute = _recomputes(owner)
+        self.settings = _settings(owner)
+        self.recompute, self.micro_batch = self.settings
+        if self.micro_batch is not None and (not isinstance(self.micro_batch, int) or self.micro_batch < 0):
+            raise ValueError(f"micro_batch: got {self.micro_batch!r}, wanted a number of images, 0 for all, or None")
         self.stem, self.blocks, self.pool, self.span = stem, list(blocks), pool, span
         self.units = ([stem] if stem else []) + [unit for block in blocks for unit in block]
         kernel = self.blocks[0][0].conv.kernel_size if self.blocks else ()
@@ -125,7 +128,7 @@ class Stack:
 
     def tensors(self, owner: nn.Module) -> list[Tensor] | None:
         """Parameters and running statistics; None unless the modules are still the same, plain and in the same mode."""
-        if owner.__dict__["_modules"] != self.children or _recomputes(owner) != self.recompute:
+        if owner.__dict__["_modules"] != self.children or _settings(owner) != self.settings:
             return None
         for modules, kinds, states, read, expected in self.watched:
             if list(map(type, modules)) != kinds or any(map(contains, states, repeat("forward"))):
@@ -146,13 +149,21 @@ class Stack:
 
     def obstacle(self, x: Tensor, trains: bool) -> str | None:
         """A sentence if ``x``, in the dtype of autocast, cannot pass the whole stack in one call."""
+        reason = self._mismatch(x)
+        if reason is not None:
+            return reason
+        return training.why_not(x, self.act) if trains else block_stack.why_not(x, self.act, self.size)
+
+    def _mismatch(self, x: Tensor) -> str | None:
         if self.why_not is not None:
             return self.why_not
-        conv = self.units[0].conv
-        size = conv.kernel_size if self.stem else (1, 1)
+        conv, size = self.units[0].conv, self._patch()
         if x.dim() != 4 or x.shape[1] != conv.in_channels or x.shape[2] < size[0] or x.shape[3] < size[1]:
             return f"x has shape {list(x.shape)}"  # the operators say what they want instead
-        return training.why_not(x, self.act) if trains else block_stack.why_not(x, self.act, self.size)
+        return None
+
+    def _patch(self) -> tuple[int, ...]:
+        return self.stem.conv.kernel_size if self.stem else (1, 1)
 
     def trains(self, x: Tensor, tensors: Sequence[Tensor]) -> bool:
         """Whether this call needs a gradient or the statistics of its batch."""
@@ -168,7 +179,8 @@ class Stack:
         (x,) = autocast(x)
         trains = self.trains(x, tensors)
         if self.obstacle(x, trains) is not None:
-            return None
+            y = None if trains else self._depth_first(x)
+            return nn.functional.adaptive_avg_pool2d(y, 1).flatten(1) if pool and y is not None else y
         if trains:
             y = training.run(self.stem, self.blocks, x, self.act, self.recompute)
             return y.mean((2, 3)) if pool and y is not None else y
@@ -187,20 +199,51 @@ class Stack:
             packed = self._pack(x, mixed)
         return None if packed is None else block_stack.block_stack(x, packed, pool)
 
-    @torch.no_grad()
-    def _pack(self, x: Tensor, mixed: bool) -> PackedStack | None:
-        """None where a parameter does not have the dtype, device or shape that the modules announce."""
+    def micro_batch_of(self, x: Tensor) -> tuple[int, Tensor] | None:
+        """Images that pass all blocks together, and what takes the results; None where the batch is not divided."""
+        chosen = x.is_cuda if self.micro_batch is None else self.micro_batch > 0
+        if not chosen or len(self.blocks) < 2 or self._mismatch(x) is not None:
+            return None
+        p, q = self._patch()
+        shape = (x.shape[0], self.size[1], x.shape[2] // p, x.shape[3] // q)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+        m = self.micro_batch or depth_first.images(y, len(self.blocks), self.size[2:], self.act)
+        return (m, y) if m < len(x) else None
+
+    def _depth_first(self, x: Tensor) -> Tensor | None:
+        found = self.micro_batch_of(x)
+        if found is None or not self._fits(x, torch.is_autocast_enabled(x.device.type)):
+            return None
+        m, y = found
+        x = x.contiguous(memory_format=memory_format(x))  # so that parts have the layout of the whole
+        ops = ("patch_embed",) if self.stem else ()
+        ops = (*ops, "depthwise_block", "pointwise_block")
+        sizes = {op: unit.conv.weight.shape for op, unit in zip(ops, self.units, strict=False)}
+        return y if depth_first.run(x, y, sizes, self.act, m, lambda: self._layers(x.dtype)) else None
+
+    def _fits(self, x: Tensor, mixed: bool) -> bool:
+        """Whether all parameters have the dtype, device and shape that the modules announce."""
         for conv, _, norm in self.units:
             shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
             if conv.weight.shape != shape or not (mixed or conv.weight.dtype == x.dtype):
-                return None
+                return False
             vectors = (conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
             if any(v is not None and v.shape != shape[:1] for v in vectors):
-                return None
+                return False
             if any(v is not None and v.device != x.device for v in (conv.weight, *vectors)):
-                return None
-        stem = _params(self.stem) if self.stem else None
-        return block_stack.pack(stem, [(_params(a), _params(b)) for a, b in self.blocks], self.act, x.dtype)
+                return False
+        return True
+
+    def _layers(self, dtype: torch.dtype) -> depth_first.Layers:
+        def of(unit: Unit) -> ConvParams:
+            bias = None if unit.conv.bias is None else unit.conv.bias.detach().float()
+            return ConvParams(unit.conv.weight.detach().to(dtype), bias, *fold(unit.norm))
+
+        return of(self.stem) if self.stem else None, [(of(a), of(b)) for a, b in self.blocks]
+
+    @torch.no_grad()
+    def _pack(self, x: Tensor, mixed: bool) -> PackedStack | None:
+        return block_stack.pack(*self._layers(x.dtype), self.act, x.dtype) if self._fits(x, mixed) else None
 
     def _why_not_one_call(self) -> str | None:
         """A stack has one width, one kernel size and one activation."""
@@ -217,8 +260,8 @@ class Stack:
         return type(None), ()  # a copy of the owner makes its own
 
 
-def _recomputes(owner: nn.Module) -> bool:
-    return getattr(owner, "recompute_depthwise", False)
+def _settings(owner: nn.Module) -> tuple[bool, int | None]:
+    return getattr(owner, "recompute_depthwise", False), getattr(owner, "micro_batch", None)
 
 
 def current(owner: nn.Module, build: Callable[[], Stack]) -> tuple[Stack, list[Tensor]]:
@@ -231,10 +274,6 @@ def current(owner: nn.Module, build: Callable[[], Stack]) -> tuple[Stack, list[T
         if tensors is None:
             raise Refusal("its modules changed meanwhile")
     return stack, tensors
-
-
-def _params(unit: Unit) -> ConvParams:
-    return ConvParams(unit.conv.weight, unit.conv.bias, *fold(unit.norm))
 
 
 def _watch(modules: Iterable[nn.Module]) -> list[tuple[Any, ...]]:

@@ -22,7 +22,7 @@ inline Rates rates_of(const Gpu& gpu) {
   switch (gpu.arch) {
     case 80: return {0.5, 0.5, 2};    // 1024 MAC per cycle
     case 86: return {0.125, 0.5, 4};  // with float32 sums, on GeForce
-    case 89: return {0.25, 0.5, 4};
+    case 89: return {0.25 * gpu.tensor, 0.5, 4};
     // mma.sync reaches 62 % of 2048 MAC (arXiv 2501.12084); k8 is a guess; wgmma as cuBLAS: 790 TFLOP/s on an H200
     case 90: return {0.62, 0.75, 4, 0.83};
     default: return {0.25, 0.5, 4};  // not known: the lowest of a server GPU
@@ -34,11 +34,12 @@ struct NamedGpu {
   Gpu gpu;
 };
 
-// Sustained clocks; bandwidth as a device-to-device copy reaches it
+// Sustained clocks; bandwidth as a device-to-device copy reaches it. GeForce has half the rate with float32 sums (165 of 330
+// TFLOP/s, NVIDIA's Ada white paper).
 inline constexpr NamedGpu kGpus[] = {
     {"H200", {90, 132, 227 << 10, 1.755, 4.3}},   {"H100", {90, 132, 227 << 10, 1.755, 3.0}},
     {"A100", {80, 108, 163 << 10, 1.41, 1.75}},   {"L40S", {89, 142, 99 << 10, 2.2, 0.78}},
-    {"RTX 4090", {89, 128, 99 << 10, 2.4, 0.92}},
+    {"RTX 4090", {89, 128, 99 << 10, 2.4, 0.92, 0.5}},
 };
 
 enum class DepthwiseKernel : int { ffma, mma, mma_plane };

@@ -23,6 +23,7 @@ struct Gpu {
   int multiprocessors;
   int shared_bytes;      // that one block may have
   double ghz, tb_per_s;  // sustained clock, memory bandwidth (read and written bytes counted)
+  double tensor = 1;     // share of the tensor cores' rate of its architecture
 };
 
 // What a plan needs to know of the memory of x and y

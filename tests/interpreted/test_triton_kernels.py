@@ -6,6 +6,7 @@ Every launch also checks that loads and stores stay inside their tensors, and th
 """
 
 import cases
+import plain_models
 import pytest
 import torch
 import triton_simulator
@@ -13,7 +14,7 @@ from cases import LAYOUTS, RAGGED
 from compare import Expected, check, check_nonfinite
 from torch import Tensor
 
-from cmx_kernels import backends, ops
+from cmx_kernels import ConvMixer, backends, ops
 from cmx_kernels.triton_kernels import config, launch
 
 triton_simulator.install()
@@ -190,3 +191,17 @@ def test_gradients_and_fakes(op: str) -> None:
         wanted = torch.autograd.grad(getattr(ops, op)(*args).sum(), leaves)
     for grad, want in zip(torch.autograd.grad(kernel(*args).sum(), leaves), wanted, strict=True):
         torch.testing.assert_close(grad, want)
+
+
+@torch.no_grad()
+def test_micro_batches() -> None:
+    """Two images and then one through all blocks: what all of them together become."""
+    net, x, results, launches = plain_models.trained(ConvMixer(8, 2, 3, 7, 10)), torch.randn(3, 3, 14, 7), [], []
+    with backends.use("triton"):
+        for images in (0, 2):
+            net.micro_batch = images
+            before = triton_simulator.launches.total()
+            results.append(net(x))
+            launches.append(triton_simulator.launches.total() - before)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    assert launches == [5, 10]
