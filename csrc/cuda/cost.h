@@ -37,8 +37,8 @@ struct NamedGpu {
 // Sustained clocks; bandwidth as a device-to-device copy reaches it. GeForce has half the rate with float32 sums (165 of 330
 // TFLOP/s, NVIDIA's Ada white paper).
 inline constexpr NamedGpu kGpus[] = {
-    {"H200", {90, 132, 227 << 10, 1.755, 4.3}},   {"H100", {90, 132, 227 << 10, 1.755, 3.0}},
-    {"A100", {80, 108, 163 << 10, 1.41, 1.75}},   {"L40S", {89, 142, 99 << 10, 2.2, 0.78}},
+    {"H200", {90, 132, 227 << 10, 1.755, 4.3}},        {"H100", {90, 132, 227 << 10, 1.755, 3.0}},
+    {"A100", {80, 108, 163 << 10, 1.41, 1.75}},        {"L40S", {89, 142, 99 << 10, 2.2, 0.78}},
     {"RTX 4090", {89, 128, 99 << 10, 2.4, 0.92, 0.5}},
 };
 
