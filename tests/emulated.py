@@ -99,13 +99,26 @@ class _Forward(ctypes.Structure):
     )
 
 
+class Gpu(ctypes.Structure):
+    """struct Gpu of csrc/cuda/plan.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("arch", "multiprocessors", "shared_bytes")),
+        *((name, ctypes.c_double) for name in ("ghz", "tb_per_s", "tensor")),
+    )
+
+
+def gpu(multiprocessors: int) -> Gpu:
+    """An H200, of so many multiprocessors."""
+    return Gpu(90, multiprocessors, 227 << 10, 1.755, 4.3, 1)
+
+
 class _Call(ctypes.Structure):
     """struct Call of tests/emulator/depthwise.cpp"""
 
     _fields_ = (
         ("p", _Forward),
-        ("gpu", ctypes.c_int * 3),
-        ("speed", ctypes.c_double * 2),
+        ("gpu", Gpu),
         ("kernel", ctypes.c_int),
         ("order", ctypes.c_int),
         ("seed", ctypes.c_uint),
@@ -115,7 +128,9 @@ class _Call(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(build("library", *SOURCES)))
+    found = ctypes.CDLL(str(build("library", *SOURCES)))
+    assert (found.cmx_size_of_gpu(), found.cmx_size_of_call()) == (ctypes.sizeof(Gpu), ctypes.sizeof(_Call))
+    return found
 
 
 class NoPlan(Exception):
@@ -156,8 +171,7 @@ def depthwise(
     )
     call = _Call(
         p,
-        (90, multiprocessors, 227 << 10),
-        (1.755, 4.3),
+        gpu(multiprocessors),
         KERNELS.index(kernel),
         order,
         order + 1,

@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Callable
 
 import torch
-from emulated import ACTS, DTYPES, NoPlan, library
+from emulated import ACTS, DTYPES, Gpu, NoPlan, gpu, library
 from torch import Tensor
 
 from cmx_kernels.ops import training_products
@@ -23,8 +23,7 @@ class _Backward(ctypes.Structure):
         ("residual", ctypes.c_bool),
         ("need_weight", ctypes.c_bool),
         *((n, ctypes.c_void_p) for n in ("dweight", "dbias", "sums")),
-        ("gpu", ctypes.c_int * 3),
-        ("speed", ctypes.c_double * 2),
+        ("gpu", Gpu),
         ("order", ctypes.c_int),
         ("tensor_cores", ctypes.c_bool),
     )
@@ -77,8 +76,7 @@ def depthwise_backward(
         residual,
         need_weight,
         *map(_address, (dweight, dbias, sums)),
-        (90, multiprocessors, 227 << 10),
-        (1.755, 4.3),
+        gpu(multiprocessors),
         order,
         kernel == "mma",
     )
@@ -107,8 +105,7 @@ class _RowsCall(ctypes.Structure):
     _fields_ = (
         ("p", _Rows),
         ("result", ctypes.c_void_p),
-        ("gpu", ctypes.c_int * 3),
-        ("speed", ctypes.c_double * 2),
+        ("gpu", Gpu),
         ("order", ctypes.c_int),
     )
 
@@ -126,7 +123,7 @@ def _pass(mode: int, inputs: tuple, rows: tuple, out: Tensor | None, result: Ten
     n, c, h, w = first.shape
     size = (n, h * w, c, DTYPES.index(first.dtype), ACTS.index(act), mode)
     p = _Rows(*map(_address, (first, second, out, *rows)), None, tuple(strides), *size)
-    _run(library().cmx_emulate_rows, _RowsCall(p, _address(result), (90, 2, 227 << 10), (1.755, 4.3), ORDER))
+    _run(library().cmx_emulate_rows, _RowsCall(p, _address(result), gpu(2), ORDER))
 
 
 def _like(x: Tensor) -> Tensor:

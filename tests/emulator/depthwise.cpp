@@ -10,7 +10,7 @@
 
 using namespace cmx;
 
-struct Call {  // as in tests/emulator/__init__.py
+struct Call {  // as in tests/emulated.py
   DepthwiseForward p;
   Gpu gpu;
   int kernel;  // 0 ffma, 1 mma, 2 mma_plane
@@ -19,8 +19,13 @@ struct Call {  // as in tests/emulator/__init__.py
   float* moments;  // [2][c] or null
 };
 
+// tests/emulated.py asks whether its structs are these.
+#define CMX_SHOWN extern "C" __attribute__((visibility("default"))) int
+CMX_SHOWN cmx_size_of_gpu() { return sizeof(Gpu); }
+CMX_SHOWN cmx_size_of_call() { return sizeof(Call); }
+
 // 0, a cudaError, -1: no plan, -2: `message` says what the emulator found
-extern "C" __attribute__((visibility("default"))) int cmx_emulate(const Call* call, char* message, size_t size) {
+CMX_SHOWN cmx_emulate(const Call* call, char* message, size_t size) {
   emulator::machine.order = static_cast<emulator::Machine::Order>(call->order % 3);
   emulator::machine.copies_arrive_at_once = call->order >= 3;
   emulator::machine.seed = call->seed;
