@@ -149,11 +149,10 @@ def product_note(device: str, op: str, x: Tensor, weight: Sequence[int], act: st
         return ""
     last = x.stride(1) == 1 and x.shape[1] > 1
     p = product(known, tuple(x.shape), weight[0], tuple(weight[2:]), kind, act, last)  # type: ignore[arg-type]
-    return (
-        f"{op}: wgmma"
-        if p.kernel == "wgmma"
-        else f"{op}: mma.sync {p.kernel}" + (f", not wgmma: {p.why_not_wgmma}" if p.why_not_wgmma else "")
-    )
+    if p.kernel == "wgmma":
+        return f"{op}: wgmma"
+    why = "" if p.why_not_wgmma is None else f", not wgmma: {p.why_not_wgmma}"
+    return f"{op}: mma.sync {p.kernel}{why}"
 
 
 def main() -> None:

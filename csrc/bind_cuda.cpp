@@ -49,10 +49,6 @@ Tensor output_like(const Tensor& x, int64_t c, int64_t h, int64_t w) {
                               format_of(x));
 }
 
-void check_launch(cudaError_t error, const char* op) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA says: ", cudaGetErrorString(error));
-}
-
 Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
                        const Optional& shift, std::string act, bool residual) {
   const int device = check_arguments(x, weight);
@@ -83,7 +79,7 @@ Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bi
              dtype};
   p.x_stride = strides_of(x), p.y_stride = strides_of(y);
   p.act = activation, p.residual = residual;
-  check_launch(depthwise_fwd(p, gpu_of(device), current_stream(device)), "depthwise_block");
+  check_cuda(depthwise_fwd(p, gpu_of(device), current_stream(device)), "depthwise_block");
   return y;
 }
 
@@ -112,7 +108,7 @@ Tensor product_float32(const Tensor& x, const Tensor& weight, const Vector& bias
   p.channels = c, p.act = act, p.channels_last = is_channels_last(y);
   const int64_t plane = y.size(2) * y.size(3);
   p.rows = y.size(0) * (p.channels_last ? plane : c), p.columns = p.channels_last ? c : plane;
-  check_launch(epilogue_inplace(p, gpu_of(device), current_stream(device)), "epilogue");
+  check_cuda(epilogue_inplace(p, gpu_of(device), current_stream(device)), "epilogue");
   return y;
 }
 
@@ -143,7 +139,7 @@ Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias
              static_cast<int>(w),         static_cast<int>(ph),        static_cast<int>(pw), dtype};
   p.x_stride = strides_of(x), p.y_stride = strides_of(y);
   p.act = activation;
-  check_launch(product_fwd(p, gpu_of(device), current_stream(device)), patches ? "patch_embed" : "pointwise_block");
+  check_cuda(product_fwd(p, gpu_of(device), current_stream(device)), patches ? "patch_embed" : "pointwise_block");
   return y;
 }
 
@@ -176,7 +172,7 @@ Tensor pool_head(const Tensor& x, const Tensor& weight, const Optional& bias) {
   p.n = static_cast<int>(n), p.c = static_cast<int>(c), p.classes = static_cast<int>(classes);
   p.h = static_cast<int>(x.size(2)), p.w = static_cast<int>(x.size(3)), p.dtype = dtype;
   p.x_stride = strides_of(x);
-  check_launch(pool_head_fwd(p, current_stream(device)), "pool_head");
+  check_cuda(pool_head_fwd(p, current_stream(device)), "pool_head");
   return y;
 }
 

@@ -13,13 +13,23 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 extern "C" cudaError_t cudaGetDevice(int*);
 extern "C" cudaError_t cudaSetDevice(int);
 extern "C" const char* cudaGetErrorString(cudaError_t);
+extern "C" cudaError_t cudaGetLastError();
 
 namespace cmx {
+
+inline void check_cuda(cudaError_t error, const char* op) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is reported here, not again by the next one who asks
+  STD_TORCH_CHECK(false, op, ": CUDA says: ", cudaGetErrorString(error));
+}
 
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    if (cudaGetDevice(&before_) == cudaSuccess && before_ != device) cudaSetDevice(device), changed_ = true;
+    check_cuda(cudaGetDevice(&before_), "the current device");
+    if (before_ == device) return;
+    check_cuda(cudaSetDevice(device), "the tensor's device");
+    changed_ = true;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(before_);

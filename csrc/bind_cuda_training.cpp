@@ -14,10 +14,6 @@ namespace {
 using Two = std::tuple<Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-void check_call(cudaError_t error, const char* op) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA says: ", cudaGetErrorString(error));
-}
-
 // x [N, C, H, W] on a device that runs the kernels
 void check_input(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 4, "x: got shape ", shape_of(x),
@@ -25,6 +21,7 @@ void check_input(const Tensor& x) {
   check_runs(x.get_device_index());
   for (int64_t d = 0; d < 4; d++)
     STD_TORCH_CHECK(x.size(d) <= INT_MAX, "x: got ", x.size(d), " along a dimension, wanted less than 2^31");
+  STD_TORCH_CHECK(x.size(1) <= INT_MAX / 4, "x: got ", x.size(1), " channels, wanted less than 2^29");  // times 4 rows
 }
 
 void check_same(const Tensor& t, const char* name, const Tensor& x) {
@@ -44,6 +41,8 @@ void check_weight(const Tensor& weight, const Tensor& x) {
   STD_TORCH_CHECK(
       weight.size(2) >= 1 && weight.size(3) >= 1 && weight.size(2) <= kMaxKernel && weight.size(3) <= kMaxKernel,
       "weight: got a ", weight.size(2), "x", weight.size(3), " kernel, wanted 1 to ", kMaxKernel, " on each side");
+  STD_TORCH_CHECK(weight.size(0) * (weight.size(2) * weight.size(3) + 3) <= INT_MAX, "weight: got shape ",
+                  shape_of(weight), ", wanted less than 2^31 numbers, three more a channel counted");  // in 32 bits
 }
 
 // [rows, C] or [C] as dense float32; the tensor keeps its memory alive until the launch is enqueued
@@ -98,8 +97,8 @@ Two depthwise_block_train(const Tensor& x, const Optional& affine, const Tensor&
   const Tensor partials = floats({parts, x.size(1), 3}, x);
   p.partials = data_of(partials);
   const cudaStream_t stream = current_stream(device);
-  if (y.numel()) check_call(depthwise_fwd(p, gpu, stream), "depthwise_block_train");
-  check_call(moments_final(p.partials, parts, p.shape.c, data_of(moments), stream), "depthwise_block_train");
+  if (y.numel()) check_cuda(depthwise_fwd(p, gpu, stream), "depthwise_block_train");
+  check_cuda(moments_final(p.partials, parts, p.shape.c, data_of(moments), stream), "depthwise_block_train");
   return {y, moments};
 }
 
@@ -133,9 +132,9 @@ Four depthwise_block_backward(const Tensor& grad, const Tensor& a, const Tensor&
   const Tensor partials = floats({parts, c * (kh * kw + 3)}, x);
   p.partials = data_of(partials);
   const cudaStream_t stream = current_stream(device);
-  if (x.numel()) check_call(depthwise_bwd(p, gpu, stream), "depthwise_block_backward");
+  if (x.numel()) check_cuda(depthwise_bwd(p, gpu, stream), "depthwise_block_backward");
   const SumsFinal final{p.partials, parts, {c * kh * kw, c, 2 * c}, {data_of(dweight), data_of(dbias), data_of(sums)}};
-  check_call(sums_final(final, stream), "depthwise_block_backward");
+  check_cuda(sums_final(final, stream), "depthwise_block_backward");
   return {dx, dweight, dbias, sums};
 }
 
@@ -190,12 +189,12 @@ void run_rows(Rows& p, const Tensor& x, const Tensor* result, const char* op) {
   const int64_t each = p.mode == RowsMode::moments ? 3 : p.mode == RowsMode::sums ? 2 : 1;
   const Tensor partials = result ? floats({plan.splits, each * p.c}, x) : floats({0}, x);
   p.partials = data_of(partials);
-  check_call(training_rows(p, plan, stream), op);
+  check_cuda(training_rows(p, plan, stream), op);
   if (!result) return;
   if (p.mode == RowsMode::moments)
-    check_call(moments_final(p.partials, plan.splits, p.c, data_of(*result), stream), op);
+    check_cuda(moments_final(p.partials, plan.splits, p.c, data_of(*result), stream), op);
   else
-    check_call(sums_final({p.partials, plan.splits, {each * p.c, 0, 0}, {data_of(*result), nullptr, nullptr}}, stream),
+    check_cuda(sums_final({p.partials, plan.splits, {each * p.c, 0, 0}, {data_of(*result), nullptr, nullptr}}, stream),
                op);
 }
 

@@ -71,7 +71,7 @@ def test_instructions(lines: list[str]) -> None:
 
 
 def test_chained_kernels(lines: list[str]) -> None:
-    """CMX_LAUNCH_CHAINED may launch a kernel early: one without begin_chained would read what is not yet written."""
+    """launch() may start a kernel early: one without begin_chained would read what is not yet written."""
     chained = ("depthwise", "product", "pool", "head")
     for (arch, name), facts in _kernels(lines).items():
         assert facts["chain"] == (2 if arch == "sm_90a" and name.startswith(chained) else 0), f"{arch} {name}: {facts}"

@@ -154,6 +154,12 @@ def test_pool_head(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert all(torch.equal(out, outs[0]) for out in outs), "depends on the order of the threads"
 
 
+def test_pool_head_without_channels() -> None:
+    """Nothing to sum: the bias. A launch of no blocks would be an error."""
+    x, weight, bias = cases.inputs("pool_head", (2, 0, 5, 3, 3), BF16, vectors=(F32,) * 3)
+    check_equal(emulated_product.pool_head(x, weight, bias), bias.to(BF16).expand(2, 5))
+
+
 @pytest.mark.parametrize("act", cases.ACTS)
 def test_epilogue(act: str) -> None:
     """After a convolution of torch's own, the whole operator."""

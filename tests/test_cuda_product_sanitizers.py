@@ -102,7 +102,11 @@ def bugs_of_wgmma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program with a copy of the kernel for every bug; the environment variable BUG picks one."""
     text = (emulated.ROOT / FILES["product_wgmma"]).read_text()
     headers, _, kernel = text.partition("namespace cmx {\n")
-    kernel = kernel.replace("launch<T, true>", "launch<T, false>").replace("launch_layout<fp16>", "launch_layout<bf16>")
+    for other, one in (
+        ("launch_kernel<T, true>", "launch_kernel<T, false>"),
+        ("launch_layout<fp16>", "launch_layout<bf16>"),
+    ):
+        kernel = kernel.replace(other, one)
     parts, calls = [headers, "#include <cstdlib>\n"], []
     for i, (bug, (old, new, _)) in enumerate(WGMMA.items()):
         assert kernel.count(old) == 1, f"{bug}: {kernel.count(old)} places for it, wanted one"

@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(THREADS, 4)
 
 cudaError_t depthwise_bwd_ffma(const DepthwiseGradients& p, const BackwardPlan& plan, cudaStream_t stream) {
   return dispatch_ffma(p.shape, [&]<class T, int KW>() {
-    return launch(depthwise_bwd_ffma_kernel<T, KW>, plan.tile.blocks, THREADS, plan.shared_bytes, stream, p, plan);
+    return launch(depthwise_bwd_ffma_kernel<T, KW>, {plan.tile.blocks, THREADS, plan.shared_bytes, stream}, p, plan);
   });
 }
 

@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
 #pragma unroll
         for (int i = 0; i < NT; i += 2) {
           uint32_t two[4];
-          load_matrices_transposed(two, shared_address(input) + input_at + set * OWN_HALF + 16 * i);
+          load_matrices<true>(two, shared_address(input) + input_at + set * OWN_HALF + 16 * i);
           in[set][i][0] = two[0], in[set][i][1] = two[1], in[set][i + 1][0] = two[2], in[set][i + 1][1] = two[3];
         }
 #pragma unroll
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
 #pragma unroll
         for (int block = 0; block < G::BLOCKS; ++block) {
           uint32_t columns[4];
-          load_matrices_transposed(columns, address + transposed_at[pair % 2] + pair / 2 * 2 * G::PITCH + 16 * block);
+          load_matrices<true>(columns, address + transposed_at[pair % 2] + pair / 2 * 2 * G::PITCH + 16 * block);
 #pragma unroll
           for (int d = 0; d < WINDOW; ++d) {
             const int i = block - d;

@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(256, 2)
 
 cudaError_t depthwise_fwd_ffma(const DepthwiseForward& p, const FfmaPlan& plan, cudaStream_t stream) {
   return dispatch_ffma(p.shape, [&]<class T, int KW>() {
-    return launch(depthwise_fwd_ffma_kernel<T, KW>, plan.blocks, plan.channels * plan.patches_x * plan.patches_y,
-                  plan.shared_bytes, stream, p, plan);
+    const int threads = plan.channels * plan.patches_x * plan.patches_y;
+    return launch(depthwise_fwd_ffma_kernel<T, KW>, {plan.blocks, threads, plan.shared_bytes, stream}, p, plan);
   });
 }
 

@@ -200,7 +200,7 @@ __device__ __forceinline__ void store_moments(const RunningMoments& moments, con
 
 template <class Kernel, class Parameters>
 cudaError_t launch_mma(Kernel kernel, const Parameters& p, const MmaPlan& plan, cudaStream_t stream) {
-  return launch(kernel, plan.blocks, 32 * plan.warps, plan.shared_bytes, stream, p, plan);
+  return launch(kernel, {plan.blocks, 32 * plan.warps, plan.shared_bytes, stream}, p, plan);
 }
 
 }  // namespace cmx

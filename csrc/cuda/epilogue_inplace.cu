@@ -42,19 +42,17 @@ __global__ void __launch_bounds__(LANES* WARPS) epilogue_inplace_kernel(const __
 }
 
 template <int LAST>
-cudaError_t launch(const EpilogueInplace& p, int blocks, cudaStream_t stream) {
-  if (access_bytes(p.y, {p.columns}, 4) == 16)
-    CMX_LAUNCH((epilogue_inplace_kernel<LAST, 4>), dim3(blocks), dim3(LANES * WARPS), 0, stream, p);
-  else
-    CMX_LAUNCH((epilogue_inplace_kernel<LAST, 1>), dim3(blocks), dim3(LANES * WARPS), 0, stream, p);
-  return cudaGetLastError();
+cudaError_t launch_layout(const EpilogueInplace& p, int blocks, cudaStream_t stream) {
+  const bool vector = access_bytes(p.y, {p.columns}, 4) == 16;
+  const Launch how{.grid = blocks, .threads = LANES * WARPS, .stream = stream, .chained = false};
+  return launch(vector ? epilogue_inplace_kernel<LAST, 4> : epilogue_inplace_kernel<LAST, 1>, how, p);
 }
 
 }  // namespace
 
 cudaError_t epilogue_inplace(const EpilogueInplace& p, const Gpu& gpu, cudaStream_t stream) {
   const int blocks = static_cast<int>(std::min<int64_t>(ceil_div(p.rows, WARPS), 32 * gpu.multiprocessors));
-  return p.channels_last ? launch<1>(p, blocks, stream) : launch<0>(p, blocks, stream);
+  return p.channels_last ? launch_layout<1>(p, blocks, stream) : launch_layout<0>(p, blocks, stream);
 }
 
 }  // namespace cmx

@@ -8,9 +8,9 @@
 namespace cmx {
 namespace {
 
-int attribute(cudaDeviceAttr what, int device) {
+int attribute(cudaDeviceAttr what, int device) {  // 0 where the driver does not tell
   int value = 0;
-  cudaDeviceGetAttribute(&value, what, device);
+  if (cudaDeviceGetAttribute(&value, what, device)) cudaGetLastError();  // the next one who asks shall not get it
   return value;
 }
 
@@ -24,7 +24,8 @@ const Gpu& gpu_of(int device) {
   if (is_new) {
     const double bus_bytes = attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8.;
     const double transfers = 2e3 * attribute(cudaDevAttrMemoryClockRate, device);  // two a clock of so many kHz
-    found->second = {
+    Gpu& gpu = found->second;
+    gpu = {
         .arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
                 attribute(cudaDevAttrComputeCapabilityMinor, device),
         .multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device),
@@ -32,6 +33,9 @@ const Gpu& gpu_of(int device) {
         .ghz = attribute(cudaDevAttrClockRate, device) * 1e-6 * 0.9,  // under load
         .tb_per_s = bus_bytes * transfers * 1e-12 * 0.9,              // as a copy reaches it
     };
+    // virtual and integrated GPUs may not tell their clocks: as a server GPU, or every plan would take forever alike
+    if (gpu.ghz <= 0) gpu.ghz = 1.5;
+    if (gpu.tb_per_s <= 0) gpu.tb_per_s = 0.02 * gpu.multiprocessors;
   }
   return found->second;
 }

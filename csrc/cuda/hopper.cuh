@@ -151,7 +151,7 @@ inline auto tensor_map_encoder() {
 #else
     const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
 #endif
-    const bool there = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    const bool there = taken(error) == cudaSuccess && result == cudaDriverEntryPointSuccess;
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(there ? function : nullptr);  // null without a driver
   }();
   return found;
@@ -177,30 +177,25 @@ inline cudaError_t encode_tensor_map(TensorMap* map, const void* base, const int
 #endif
 }
 
-// Brings one box to shared memory and its bytes, all of them, to `barrier`.
-__device__ __forceinline__ void load_tile(void* to, const TensorMap& map, int c0, int c1, int c2, uint64_t* barrier) {
+// Brings one box to shared memory and its bytes, all of them, to `barrier`. MULTICAST: to every block of the cluster that
+// `ranks` has a bit for, at the same addresses and mbarriers in each; else to this one.
+template <bool MULTICAST = false>
+__device__ __forceinline__ void load_tile(void* to, const TensorMap& map, int c0, int c1, int c2, uint64_t* barrier,
+                                          [[maybe_unused]] unsigned ranks = 0) {
 #ifdef CMX_EMULATED
-  emulator::load_tile(map, shared_address(to), c0, c1, c2, shared_address(barrier), 1u << emulator::self().rank);
+  emulator::load_tile(map, shared_address(to), c0, c1, c2, shared_address(barrier),
+                      MULTICAST ? ranks : 1u << emulator::self().rank);
 #else
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
-          "r"(shared_address(to)),
-      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier))
-      : "memory");
-#endif
-}
-
-// The same to every block of the cluster that `ranks` has a bit for: to the same addresses and mbarriers in each.
-__device__ __forceinline__ void load_tile_for(void* to, const TensorMap& map, int c0, int c1, int c2, uint64_t* barrier,
-                                              unsigned ranks) {
-#ifdef CMX_EMULATED
-  emulator::load_tile(map, shared_address(to), c0, c1, c2, shared_address(barrier), ranks);
-#else
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(ranks))
-      : "memory");
+#define CMX_LOAD(form)                                                                                             \
+  asm volatile(                                                                                                    \
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes" form::"r"(shared_address(to)), \
+      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(ranks))        \
+      : "memory")
+  if constexpr (MULTICAST)
+    CMX_LOAD(".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;");
+  else
+    CMX_LOAD(" [%0], [%1, {%2, %3, %4}], [%5];");
+#undef CMX_LOAD
 #endif
 }
 
@@ -273,6 +268,15 @@ __device__ __forceinline__ void wait_for_products() {
   emulator::wait_for_products(Groups);
 #else
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Groups) : "memory");
+#endif
+}
+
+// Behind the wait for their products: the compiler reads these registers no earlier. No instruction.
+template <int N>
+__device__ __forceinline__ void products_done([[maybe_unused]] float (&d)[N]) {
+#ifndef CMX_EMULATED
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 #endif
 }
 

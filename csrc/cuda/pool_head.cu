@@ -102,32 +102,27 @@ __global__ void __launch_bounds__(LANES* WARPS) head_kernel(const __grid_constan
 }
 
 template <class T>
-cudaError_t launch(const PoolHeadForward& p, cudaStream_t stream) {
+cudaError_t launch_both(const PoolHeadForward& p, cudaStream_t stream) {
   const Strides& x = p.x_stride;
-  const bool linear = x.h == p.w * x.w || p.h == 1;
+  const bool linear = x.h == p.w * x.w || p.h == 1, channels = x.c == 1 && x.w != 1 && linear;
   const int threads = LANES * WARPS;
-  if (x.c == 1 && x.w != 1 && linear) {
-    const int64_t blocks = p.n * ceil_div(p.c, LANES);
-    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    CMX_LAUNCH_CHAINED(pool_channels_kernel<T>, 1, dim3(blocks), dim3(threads), threads * 4, stream, p);
-  } else {
-    PoolHeadForward planes = p;
-    planes.vector_loads =
-        linear && x.w == 1 && access_bytes(p.x, {x.n, x.c, static_cast<int64_t>(p.h) * p.w}, sizeof(T)) == 16;
-    const int64_t blocks = ceil_div(static_cast<int64_t>(p.n) * p.c, WARPS);
-    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    CMX_LAUNCH_CHAINED(pool_planes_kernel<T>, 1, dim3(blocks), dim3(threads), 0, stream, planes);
-  }
-  if (cudaError_t error = cudaGetLastError()) return error;
-  constexpr int kMost = 65535 * IMAGES;  // images of a launch: the second dimension of a grid ends there
-  for (int n = 0; n < p.n; n += kMost) {
+  const int64_t blocks = channels ? p.n * ceil_div(p.c, LANES) : ceil_div(static_cast<int64_t>(p.n) * p.c, WARPS);
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  PoolHeadForward pool = p;
+  pool.vector_loads =
+      linear && x.w == 1 && access_bytes(p.x, {x.n, x.c, static_cast<int64_t>(p.h) * p.w}, sizeof(T)) == 16;
+  if (blocks)  // none without channels
+    if (cudaError_t error = channels ? launch(pool_channels_kernel<T>, {blocks, threads, threads * 4, stream}, pool)
+                                     : launch(pool_planes_kernel<T>, {blocks, threads, 0, stream}, pool))
+      return error;
+  constexpr int64_t kMost = 65535 * IMAGES;  // images of a launch: the second dimension of a grid ends there
+  for (int64_t n = 0; n < p.n; n += kMost) {
     PoolHeadForward part = p;
-    part.n = std::min(kMost, p.n - n);
-    part.pooled = p.pooled + static_cast<int64_t>(n) * p.c;
-    part.y = static_cast<T*>(p.y) + static_cast<int64_t>(n) * p.classes;
+    part.n = static_cast<int>(std::min(kMost, p.n - n));
+    part.pooled = p.pooled + n * p.c;
+    part.y = static_cast<T*>(p.y) + n * p.classes;
     const dim3 grid(ceil_div(p.classes, WARPS), ceil_div(part.n, IMAGES));
-    CMX_LAUNCH_CHAINED(head_kernel<T>, 1, grid, dim3(threads), 0, stream, part);
-    if (cudaError_t error = cudaGetLastError()) return error;
+    if (cudaError_t error = launch(head_kernel<T>, {grid, threads, 0, stream}, part)) return error;
   }
   return cudaSuccess;
 }
@@ -136,9 +131,9 @@ cudaError_t launch(const PoolHeadForward& p, cudaStream_t stream) {
 
 cudaError_t pool_head_fwd(const PoolHeadForward& p, cudaStream_t stream) {
   switch (p.dtype) {
-    case Dtype::float32: return launch<float>(p, stream);
-    case Dtype::float16: return launch<fp16>(p, stream);
-    case Dtype::bfloat16: return launch<bf16>(p, stream);
+    case Dtype::float32: return launch_both<float>(p, stream);
+    case Dtype::float16: return launch_both<fp16>(p, stream);
+    case Dtype::bfloat16: return launch_both<bf16>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -8,10 +8,10 @@ cudaError_t product_fwd(const ProductForward& p, const Gpu& gpu, cudaStream_t st
   constexpr int64_t kMost = 1 << 30;  // pixels of a launch: they are counted in 32 bits
   const ProductShape& s = p.shape;
   if (s.plane() > kMost || s.k() > INT32_MAX) return cudaErrorInvalidValue;
-  const int most = static_cast<int>(kMost / std::max<int64_t>(s.plane(), 1));
-  for (int n = 0; n < s.n; n += most) {
+  const int64_t most = kMost / std::max<int64_t>(s.plane(), 1);
+  for (int64_t n = 0; n < s.n; n += most) {
     ProductForward part = p;
-    part.shape.n = std::min(most, s.n - n);
+    part.shape.n = static_cast<int>(std::min(most, s.n - n));
     const int64_t element = size_of(s.dtype);
     part.x = static_cast<const char*>(p.x) + n * p.x_stride.n * element;
     part.y = static_cast<char*>(p.y) + n * p.y_stride.n * element;

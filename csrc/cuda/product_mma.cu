@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kProductThreads, kProductTiles[TILE].blocks_pe
           load_matrices(b[j], b_panels + swizzled(row * G::DEPTH * 2 + (2 * k16 + b_half) * 16));
         } else {
           const int column = column_of_warp + (2 * j + b_tile) * 8, panel = column / G::PANEL;
-          load_matrices_transposed(
+          load_matrices<true>(
               b[j], b_panels + swizzled((panel * G::DEPTH + k16 * 16 + b_half) * G::PANEL * 2 + column % G::PANEL * 2));
         }
       }
@@ -370,22 +370,17 @@ __global__ void __launch_bounds__(kProductThreads, kProductTiles[TILE].blocks_pe
 }
 
 template <class T, int LAYOUT, int TILE>
-cudaError_t launch(const ProductForward& p, const ProductPlan& plan, cudaStream_t stream) {
+cudaError_t launch_kernel(const ProductForward& p, const ProductPlan& plan, cudaStream_t stream) {
   const auto kernel = product_mma_kernel<T, LAYOUT, TILE>;
-  if (plan.shared_bytes > 48 << 10)
-    if (cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes))
-      return error;
-  CMX_LAUNCH_CHAINED(kernel, 1, dim3(plan.blocks()), dim3(kProductThreads), plan.shared_bytes, stream, p, plan);
-  return cudaGetLastError();
+  return launch(kernel, {plan.blocks(), kProductThreads, plan.shared_bytes, stream}, p, plan);
 }
 
 template <class T, int LAYOUT>
 cudaError_t launch_tile(const ProductForward& p, const ProductPlan& plan, cudaStream_t stream) {
   switch (plan.tile) {
-    case 0: return launch<T, LAYOUT, 0>(p, plan, stream);
-    case 1: return launch<T, LAYOUT, 1>(p, plan, stream);
-    case 2: return launch<T, LAYOUT, 2>(p, plan, stream);
+    case 0: return launch_kernel<T, LAYOUT, 0>(p, plan, stream);
+    case 1: return launch_kernel<T, LAYOUT, 1>(p, plan, stream);
+    case 2: return launch_kernel<T, LAYOUT, 2>(p, plan, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -395,7 +390,7 @@ cudaError_t launch_layout(const ProductForward& p, const ProductPlan& plan, cuda
   switch (plan.layout) {
     case ProductLayout::pixels: return launch_tile<T, 0>(p, plan, stream);
     case ProductLayout::channels_last: return launch_tile<T, 1>(p, plan, stream);
-    case ProductLayout::gather: return launch<T, 2, kProductGatherTile>(p, plan, stream);
+    case ProductLayout::gather: return launch_kernel<T, 2, kProductGatherTile>(p, plan, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -142,7 +142,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const Plan& plan, cons
       unsigned char* const to = shared.ring + at.stage * Plan::kStageBytes;
       mbarrier_expect(full, Plan::kStageBytes);
       for (int i = rank; i < 2; i += cluster)
-        load_tile_for(to + WEIGHT_AT + i * PANEL_BYTES, maps.weight, k, tile.channel + i * 64, 0, full, all);
+        load_tile<true>(to + WEIGHT_AT + i * PANEL_BYTES, maps.weight, k, tile.channel + i * 64, 0, full, all);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         load_tile(to + X_AT + i * PANEL_BYTES, maps.x, LAST ? k : tile.pixel[i], LAST ? tile.pixel[i] : k,
@@ -183,6 +183,8 @@ __device__ __forceinline__ void multiply(float (&acc)[2][64], const Plan& plan, 
   }
   if (!is_last) barrier_arrive(kTurn + (turn + 1) % Plan::kGroups, 2 * GROUP);
   wait_for_products<0>();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) products_done(acc[i]);
   if (lane < plan.cluster) mbarrier_arrive_in(shared.empty + before, lane);
 }
 
@@ -247,8 +249,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 }
 
 template <class T, bool LAST>
-cudaError_t launch(const ProductForward& p, const Plan& plan, cudaStream_t stream) {
-  const auto kernel = product_wgmma_kernel<T, LAST>;
+cudaError_t launch_kernel(const ProductForward& p, const Plan& plan, cudaStream_t stream) {
   const int64_t k = p.shape.k(), c_out = p.shape.c_out;
   const TensorView x = tensor_view(p.shape, plan.layout, k, p.x_stride),
                    y = tensor_view(p.shape, plan.layout, c_out, p.y_stride),
@@ -257,17 +258,16 @@ cudaError_t launch(const ProductForward& p, const Plan& plan, cudaStream_t strea
   for (const cudaError_t error :
        {encode_tensor_map(&maps.x, p.x, x.size, x.stride, Plan::kPanel),
         encode_tensor_map(&maps.weight, p.weight, weight.size, weight.stride, Plan::kTile / 2),
-        encode_tensor_map(&maps.y, p.y, y.size, y.stride, LAST ? Plan::kPanel : Plan::kTile),
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Plan::kShared)})
+        encode_tensor_map(&maps.y, p.y, y.size, y.stride, LAST ? Plan::kPanel : Plan::kTile)})
     if (error) return error;
-  CMX_LAUNCH_CHAINED(kernel, plan.cluster, dim3(plan.blocks), dim3(Plan::kThreads), Plan::kShared, stream, maps, p,
-                     plan);
-  return cudaGetLastError();
+  const Launch how{plan.blocks, Plan::kThreads, Plan::kShared, stream, plan.cluster};
+  return launch(product_wgmma_kernel<T, LAST>, how, maps, p, plan);
 }
 
 template <class T>
 cudaError_t launch_layout(const ProductForward& p, const Plan& plan, cudaStream_t stream) {
-  return plan.layout == ProductLayout::pixels ? launch<T, false>(p, plan, stream) : launch<T, true>(p, plan, stream);
+  return plan.layout == ProductLayout::pixels ? launch_kernel<T, false>(p, plan, stream)
+                                              : launch_kernel<T, true>(p, plan, stream);
 }
 
 }  // namespace
@@ -282,7 +282,7 @@ bool product_wgmma_runs() {
   static const bool answer = [] {
     constexpr int kEmpty = 64;  // registers: more than the kernel that is empty, compiled for anything but sm_90a
     cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, product_wgmma_kernel<bf16, false>);
+    const cudaError_t error = taken(cudaFuncGetAttributes(&attributes, product_wgmma_kernel<bf16, false>));
     return error == cudaSuccess && attributes.numRegs > kEmpty && tensor_map_encoder() != nullptr;
   }();
   return answer;

@@ -36,7 +36,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 #endif
 
-// In every kernel that CMX_LAUNCH_CHAINED launches, before it touches global memory: waits until all kernels before it on the
+// In every kernel that launch() launches (platform.cuh), before it touches global memory: waits until all kernels before it on the
 // stream have ended, and allows the next one to be launched. Kernels for devices older than 9.0 start after the end anyway.
 __device__ __forceinline__ void begin_chained() {
 #if !defined(CMX_EMULATED) && __CUDA_ARCH__ >= 900
@@ -87,38 +87,31 @@ __device__ __forceinline__ void prefetch_to_l2([[maybe_unused]] const void* p) {
 #endif
 }
 
-// Four 8x8 matrices of 16-bit numbers. Lane i brings the address of row i % 8 of matrix i / 8;
-// lane 4g + t gets elements 2t and 2t+1 of row g of each.
+// Four 8x8 matrices of 16-bit numbers. Lane i brings the address of row i % 8 of matrix i / 8; lane 4g + t gets, of each,
+// elements 2t and 2t+1 of row g. TRANSPOSED: elements g of rows 2t and 2t+1.
+template <bool TRANSPOSED = false>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
-#ifdef CMX_EMULATED
-  uint32_t rows[32];
-  if (row % 16) emulator::fail("ldmatrix: a row is not 16-byte aligned");
-  emulator::show(row, rows);
-  const int lane = emulator::self().lane;
-  for (int i = 0; i < 4; ++i) std::memcpy(&r[i], shared_pointer(rows[8 * i + lane / 4]) + lane % 4 * 4, 4);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(row)
-               : "memory");
-#endif
-}
-
-// The same, each matrix transposed: lane 4g + t gets elements g of rows 2t and 2t+1.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t row) {
 #ifdef CMX_EMULATED
   uint32_t rows[32];
   if (row % 16) emulator::fail("ldmatrix: a row is not 16-byte aligned");
   emulator::show(row, rows);
   const int g = emulator::self().lane / 4, t = emulator::self().lane % 4;
   for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 2; ++j)
-      std::memcpy(reinterpret_cast<char*>(&r[i]) + 2 * j, shared_pointer(rows[8 * i + 2 * t + j]) + 2 * g, 2);
+    for (int j = 0; j < 2; ++j) {
+      const int of = TRANSPOSED ? 2 * t + j : g, element = TRANSPOSED ? g : 2 * t + j;
+      std::memcpy(reinterpret_cast<char*>(&r[i]) + 2 * j, shared_pointer(rows[8 * i + of]) + 2 * element, 2);
+    }
 #else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(row)
-               : "memory");
+#define CMX_LOAD(form)                                                          \
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4" form ".b16 {%0,%1,%2,%3}, [%4];" \
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                 \
+               : "r"(row)                                                       \
+               : "memory")
+  if constexpr (TRANSPOSED)
+    CMX_LOAD(".trans.shared");
+  else
+    CMX_LOAD(".shared");
+#undef CMX_LOAD
 #endif
 }
 

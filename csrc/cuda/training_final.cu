@@ -62,16 +62,16 @@ __global__ void __launch_bounds__(THREADS) sums_final_kernel(const __grid_consta
 
 cudaError_t moments_final(const float* partials, int64_t parts, int c, float* moments, cudaStream_t stream) {
   if (!c) return cudaSuccess;
-  CMX_LAUNCH(moments_final_kernel, dim3(c), dim3(THREADS), THREADS * sizeof(double), stream, partials, parts, c,
-             moments);
-  return cudaGetLastError();
+  const Launch how{.grid = c, .threads = THREADS, .shared_bytes = 8 * THREADS, .stream = stream, .chained = false};
+  return launch(moments_final_kernel, how, partials, parts, c, moments);
 }
 
 cudaError_t sums_final(const SumsFinal& p, cudaStream_t stream) {
   const int64_t all = p.count[0] + p.count[1] + p.count[2];
   if (!all) return cudaSuccess;
-  CMX_LAUNCH(sums_final_kernel, dim3(static_cast<unsigned>(ceil_div(all, THREADS))), dim3(THREADS), 0, stream, p);
-  return cudaGetLastError();
+  const int64_t blocks = ceil_div(all, THREADS);
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  return launch(sums_final_kernel, {.grid = blocks, .threads = THREADS, .stream = stream, .chained = false}, p);
 }
 
 }  // namespace cmx

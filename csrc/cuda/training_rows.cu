@@ -160,10 +160,12 @@ __global__ void __launch_bounds__(THREADS, 8)
 }
 
 template <class T>
-cudaError_t launch(const Rows& p, const RowsPlan& plan, cudaStream_t stream) {
+cudaError_t launch_mode(const Rows& p, const RowsPlan& plan, cudaStream_t stream) {
+  constexpr int kShared = THREADS * 4 * sizeof(PartMoments);
   const auto run = [&](auto kernel) {
-    CMX_LAUNCH(kernel, dim3(plan.blocks), dim3(THREADS), THREADS * 4 * sizeof(PartMoments), stream, p, plan);
-    return cudaGetLastError();
+    const Launch how{
+        .grid = plan.blocks, .threads = THREADS, .shared_bytes = kShared, .stream = stream, .chained = false};
+    return launch(kernel, how, p, plan);
   };
   switch (p.mode) {
     case RowsMode::sum: return run(training_rows_kernel<T, 0>);
@@ -179,9 +181,9 @@ cudaError_t launch(const Rows& p, const RowsPlan& plan, cudaStream_t stream) {
 cudaError_t training_rows(const Rows& p, const RowsPlan& plan, cudaStream_t stream) {
   if (!plan.blocks) return cudaSuccess;
   switch (p.dtype) {
-    case Dtype::float32: return launch<float>(p, plan, stream);
-    case Dtype::float16: return launch<fp16>(p, plan, stream);
-    case Dtype::bfloat16: return launch<bf16>(p, plan, stream);
+    case Dtype::float32: return launch_mode<float>(p, plan, stream);
+    case Dtype::float16: return launch_mode<fp16>(p, plan, stream);
+    case Dtype::bfloat16: return launch_mode<bf16>(p, plan, stream);
   }
   return cudaErrorInvalidValue;
 }

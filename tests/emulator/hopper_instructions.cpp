@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(THREADS)
   }
   commit_products();
   wait_for_products<0>();
+  products_done(d);
   for (int i = 0; i < 64; ++i) sums[thread * 64 + i] = d[i];
 #endif
 }
@@ -102,7 +103,8 @@ static int run(T* numbers, float* sums, uint32_t* words, const char* type) {
   constexpr int SHARED = 1024 + 6 * TILE + 8;
   const char* names[] = {"wgmma, b along k", "wgmma, b across k"};
   for (int which = 0; which < 3; ++which) {
-    CMX_LAUNCH(hopper_kernel<T>, dim3(1), dim3(THREADS), SHARED, nullptr, maps, sums, words, which);
+    const Launch how{.grid = 1, .threads = THREADS, .shared_bytes = SHARED, .chained = false};
+    if (cudaError_t error = launch(hopper_kernel<T>, how, maps, sums, words, which)) return std::printf("error %d\n", error), 1;
     if (cudaError_t error = cudaDeviceSynchronize()) return std::printf("error %d\n", error), 1;
     if (which < 2) print(names[which], type, sums, SUMS);
   }

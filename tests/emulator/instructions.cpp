@@ -45,7 +45,7 @@ __global__ void instructions_kernel(const Input* in, uint32_t* out, int which) {
       {
         uint32_t r[4];
         const uint32_t row = shared_address(shared + 16 * (lane * 37 % 256));
-        which == 6 ? load_matrices_transposed(r, row) : load_matrices(r, row);
+        which == 6 ? load_matrices<true>(r, row) : load_matrices(r, row);
         for (int i = 0; i < 4; ++i) mine[i] = r[i];
       }
       break;
@@ -76,7 +76,8 @@ static void run(const Input* in, uint32_t* out, const char* type) {
                          "cp.async.8 and 4", "ex2, rcp, max.NaN", "cp.async.16+ldmatrix.trans"};
   for (int which = 0; which < 7; ++which) {
     for (int i = 0; i < 32 * RESULTS; ++i) out[i] = 0;
-    CMX_LAUNCH(instructions_kernel<T>, dim3(1), dim3(32), WORDS * 4, nullptr, in, out, which);
+    const Launch how{.grid = 1, .threads = 32, .shared_bytes = 4 * WORDS, .chained = false};
+    if (launch(instructions_kernel<T>, how, in, out, which)) std::printf("%s: not launched\n", names[which]);
 #ifndef CMX_EMULATED
     if (cudaError_t error = cudaDeviceSynchronize()) std::printf("%s: %s\n", names[which], cudaGetErrorString(error));
 #endif
