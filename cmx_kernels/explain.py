@@ -174,18 +174,17 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
 
 def _in_parts(rows: Iterator[Row], part: FusedNetwork, stack: Stack, x: Tensor) -> Iterator[Row]:
     """Rows of a network whose operators run one by one, perhaps a few images at a time through all of them."""
-    x = autocast(x)[0]
+    x, listed = autocast(x)[0], list(rows)
     found = None if stack.trains(x, stack.tensors(part) or []) else stack.micro_batch_of(x)
-    listed = list(rows)
-    if any(row.backend != PLAIN and "reference" in row.backend for row in listed):
-        found = None
+    stem = backends.select("patch_embed", x, stack.act, quiet=True) if found and stack.stem else PLAIN
+    if found is None or any("reference" in backend for backend in (stem, *(row.backend for row in listed))):
+        yield from listed
+        return
+    note = f"{found[0]} images at a time through all blocks" if found[0] < len(x) else ""
     for i, row in enumerate(listed):
-        if found and stack.stem and row.backend == PLAIN and stack.span[0] <= i < stack.span[0] + 3 <= stack.span[1]:
-            row = Row(row.part, backends.select("patch_embed", x, stack.act, quiet=True), "patch_embed")
-        if found and row.backend != PLAIN:
-            note = f"{found[0]} images at a time through all blocks"
-            row = replace(row, note="; ".join(filter(None, (row.note, note))))
-        yield row
+        if stack.stem and row.backend == PLAIN and stack.span[0] <= i < stack.span[0] + 3 <= stack.span[1]:
+            row = Row(row.part, stem, "patch_embed")  # of three modules that are no Stem
+        yield row if row.backend == PLAIN else replace(row, note="; ".join(filter(None, (row.note, note))))
 
 
 def stack_of(part: Any, x: Tensor) -> tuple[Stack, str | None]:

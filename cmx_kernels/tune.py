@@ -121,7 +121,7 @@ def _candidates(model: nn.Module, x: Tensor) -> Iterator[Candidate]:
         yield from _one_by_one(label, part, stack, value)
         value = autocast(value)[0]
         found = None if obstacle is None or stack.span[0] else stack.micro_batch_of(value)
-        if isinstance(part, FusedNetwork) and found is not None and stack.micro_batch is None:
+        if isinstance(part, FusedNetwork) and found and found[0] < len(value) and stack.micro_batch is None:
             images, y = found
             under = partial(_divided, part, images)
             run = partial(_run, part, value)

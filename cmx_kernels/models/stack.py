@@ -13,10 +13,10 @@ from torch.nn.modules import module as module_globals
 from cmx_kernels import backends
 from cmx_kernels.activations import name_of
 from cmx_kernels.models import training
+from cmx_kernels.models.parameters import Parameters
 from cmx_kernels.models.structure import Refusal, Unit
 from cmx_kernels.ops import block_stack, depth_first
-from cmx_kernels.ops.batchnorm import fold
-from cmx_kernels.ops.block_stack import ConvParams, PackedCache, PackedStack
+from cmx_kernels.ops.block_stack import PackedCache, PackedStack
 from cmx_kernels.ops.checks import autocast, memory_format
 
 STATE = "_cmx"  # the one entry a fused module has in its __dict__
@@ -120,6 +120,8 @@ class Stack:
         for module in bypassed:
             check_bypass(module)
         self.watched = _watch([*bypassed, *(module for unit in self.units for module in unit)])
+        convs = [unit.conv for unit in self.units]
+        self.shapes = [(c.out_channels, c.in_channels // c.groups, *c.kernel_size) for c in convs]
         self.stores = [(unit.conv.__dict__, unit.norm.__dict__) for unit in self.units]
         norms = [unit.norm for unit in self.units]
         self.always_batch = any(norm.running_mean is None or norm.running_var is None for norm in norms)
@@ -200,50 +202,32 @@ class Stack:
         return None if packed is None else block_stack.block_stack(x, packed, pool)
 
     def micro_batch_of(self, x: Tensor) -> tuple[int, Tensor] | None:
-        """Images that pass all blocks together, and what takes the results; None where the batch is not divided."""
-        chosen = x.is_cuda if self.micro_batch is None else self.micro_batch > 0
-        if not chosen or len(self.blocks) < 2 or self._mismatch(x) is not None:
+        """Images that pass all blocks together, and a tensor for the results; None where blocks run one by one."""
+        if not (x.is_cuda or self.micro_batch) or len(self.blocks) < 2 or self._mismatch(x) is not None:
             return None
         p, q = self._patch()
         shape = (x.shape[0], self.size[1], x.shape[2] // p, x.shape[3] // q)
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-        m = self.micro_batch or depth_first.images(y, len(self.blocks), self.size[2:], self.act)
-        return (m, y) if m < len(x) else None
+        if self.micro_batch is None:
+            return depth_first.images(y, len(self.blocks), self.size[2:], self.act), y
+        return min(self.micro_batch or len(x), len(x)), y
 
+    @torch.no_grad()
     def _depth_first(self, x: Tensor) -> Tensor | None:
         found = self.micro_batch_of(x)
-        if found is None or not self._fits(x, torch.is_autocast_enabled(x.device.type)):
+        ops = (*(("patch_embed",) if self.stem else ()), "depthwise_block", "pointwise_block")
+        kernels = found and depth_first.kernels(x, found[1], dict(zip(ops, self.shapes, strict=False)), self.act)
+        now = Parameters(self.stores)
+        if not found or not kernels or not now.fit(self.shapes, x, torch.is_autocast_enabled(x.device.type)):
             return None
-        m, y = found
-        x = x.contiguous(memory_format=memory_format(x))  # so that parts have the layout of the whole
-        ops = ("patch_embed",) if self.stem else ()
-        ops = (*ops, "depthwise_block", "pointwise_block")
-        sizes = {op: unit.conv.weight.shape for op, unit in zip(ops, self.units, strict=False)}
-        return y if depth_first.run(x, y, sizes, self.act, m, lambda: self._layers(x.dtype)) else None
-
-    def _fits(self, x: Tensor, mixed: bool) -> bool:
-        """Whether all parameters have the dtype, device and shape that the modules announce."""
-        for conv, _, norm in self.units:
-            shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-            if conv.weight.shape != shape or not (mixed or conv.weight.dtype == x.dtype):
-                return False
-            vectors = (conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-            if any(v is not None and v.shape != shape[:1] for v in vectors):
-                return False
-            if any(v is not None and v.device != x.device for v in (conv.weight, *vectors)):
-                return False
-        return True
-
-    def _layers(self, dtype: torch.dtype) -> depth_first.Layers:
-        def of(unit: Unit) -> ConvParams:
-            bias = None if unit.conv.bias is None else unit.conv.bias.detach().float()
-            return ConvParams(unit.conv.weight.detach().to(dtype), bias, *fold(unit.norm))
-
-        return of(self.stem) if self.stem else None, [(of(a), of(b)) for a, b in self.blocks]
+        return depth_first.run(x, *found, kernels, self.act, *now.layers(x.dtype, bool(self.stem)))
 
     @torch.no_grad()
     def _pack(self, x: Tensor, mixed: bool) -> PackedStack | None:
-        return block_stack.pack(*self._layers(x.dtype), self.act, x.dtype) if self._fits(x, mixed) else None
+        now = Parameters(self.stores)
+        if not now.fit(self.shapes, x, mixed):
+            return None
+        return block_stack.pack(*now.layers(x.dtype, bool(self.stem)), self.act, x.dtype)
 
     def _why_not_one_call(self) -> str | None:
         """A stack has one width, one kernel size and one activation."""

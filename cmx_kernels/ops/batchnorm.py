@@ -6,6 +6,7 @@ with the statistics of the batch, alone or over the processes of a group.
                mean * scale may be large against what is left
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,15 +39,43 @@ def fold(bn: BatchNorm) -> tuple[Tensor, Tensor]:
             "running_mean: got None, wanted the running statistics of a BatchNorm in eval mode; "
             "build it with track_running_stats=True, or call .train()"
         )
-    dtype = torch.float64 if bn.running_var.dtype == torch.float64 else torch.float32
-    mean = bn.running_mean.to(dtype)
-    scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
-    if bn.weight is not None:
-        scale = scale * bn.weight.to(dtype)
-    shift = -mean * scale
-    if bn.bias is not None:
-        shift = shift + bn.bias.to(dtype)
+    return _folded((bn.running_mean, bn.running_var, bn.weight, bn.bias), bn.eps)
+
+
+def _folded(vectors: Sequence[Any], eps: float) -> tuple[Tensor, Tensor]:
+    mean, var, gamma, beta = vectors
+    dtype = torch.float64 if var.dtype == torch.float64 else torch.float32
+    scale = torch.rsqrt(var.to(dtype) + eps)
+    if gamma is not None:
+        scale = scale * gamma.to(dtype)
+    shift = -mean.to(dtype) * scale
+    if beta is not None:
+        shift = shift + beta.to(dtype)
     return scale, shift
+
+
+Vectors = Sequence[Tensor | None]
+
+
+def fold_all(vectors: Sequence[Vectors], eps: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+    """fold() of running mean, running variance, gamma and beta of several: the same bits.
+
+    Of equal ones all at once, in ten launches on a GPU instead of six for each.
+    """
+    kinds = [tuple(None if v is None else (v.dtype, v.shape) for v in one) for one in vectors]
+    if len(set(kinds)) > 1 or len(set(eps)) > 1:
+        return [_folded(one, e) for one, e in zip(vectors, eps, strict=True)]
+    columns: Any = zip(*vectors, strict=True)
+    scale, shift = _folded([None if column[0] is None else torch.stack(column) for column in columns], eps[0])
+    return list(zip(scale.unbind(), shift.unbind(), strict=True))
+
+
+def float_rows(vectors: Vectors) -> Vectors:
+    """In float32, all at once where they are equal but for their values."""
+    given = [v for v in vectors if v is not None]
+    if len(given) < len(vectors) or len({(v.dtype, v.shape) for v in given}) > 1:
+        return [None if v is None else v.float() for v in vectors]
+    return given if given[0].dtype == torch.float32 else torch.stack(given).float().unbind()
 
 
 class Norm(NamedTuple):

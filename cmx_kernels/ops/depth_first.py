@@ -20,7 +20,6 @@ from cmx_kernels.registry import below_autograd
 
 OP, WHOLE, PARTS = "depth_first", "whole", "parts"  # by which tune() knows it, and what it may measure as faster
 Blocks = Sequence[tuple[ConvParams, ConvParams]]
-Layers = tuple[ConvParams | None, Blocks]
 Kernels = dict[str, Callable[..., Tensor]]
 
 
@@ -47,31 +46,34 @@ def _gpu(device: int) -> str | None:
     return cost_model.named(torch.cuda.get_device_name(device))
 
 
-def run(
-    x: Tensor, y: Tensor, sizes: Mapping[str, Sequence[int]], act: str, m: int, layers: Callable[[], Layers]
-) -> bool:
-    """The result for ``x``, ``m`` images at a time, into ``y``; False, and nothing is done, where no kernel takes it.
+def kernels(x: Tensor, y: Tensor, sizes: Mapping[str, Sequence[int]], act: str) -> Kernels | None:
+    """What runs each operator, the first on ``x`` and the others on ``y``; None where one has no kernel for it.
 
     sizes: shapes of the operators' weights, of patch_embed first if there is a stem.
-    layers: makes the parameters, in x's dtype.
     """
-    kernels: Kernels = {}
-    given = x
+    found: Kernels = {}
     for op, size in sizes.items():
-        backend = backends.select(op, given, act, quiet=True, weight=size)
+        backend = backends.select(op, y if found else x, act, quiet=True, weight=size)
         if backend == "reference":
-            return False
+            return None
         kernel = getattr(torch.ops.cmx, op)
-        kernels[op] = functools.partial(profiling.call, backends.function(backend, op, kernel, kernel), op, backend)
-        given = y
+        found[op] = functools.partial(profiling.call, backends.function(backend, op, kernel, kernel), op, backend)
+    return found
+
+
+def run(x: Tensor, m: int, y: Tensor, kernels: Kernels, act: str, stem: ConvParams | None, blocks: Blocks) -> Tensor:
+    """The result for ``x``, ``m`` images at a time: [N, C, H, W]. ``y`` takes it, or gives up its memory if m is N."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        stem, blocks = layers()
+        if m >= len(x):
+            y.untyped_storage().resize_(0)
+            return _through(x, kernels, act, stem, blocks)
+        x = x.contiguous(memory_format=memory_format(x))  # so that parts have the layout of the whole
         for images, results in zip(x.split(m), y.split(m), strict=True):
-            results.copy_(_through(images, stem, blocks, act, kernels))
-    return True
+            results.copy_(_through(images, kernels, act, stem, blocks))
+    return y
 
 
-def _through(x: Tensor, stem: ConvParams | None, blocks: Blocks, act: str, kernels: Kernels) -> Tensor:
+def _through(x: Tensor, kernels: Kernels, act: str, stem: ConvParams | None, blocks: Blocks) -> Tensor:
     with below_autograd():
         if stem is not None:
             x = kernels["patch_embed"](x, *stem, act)

@@ -1,0 +1,44 @@
+"""The parameters and running statistics of a stack's convolutions, as they are in a call."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmx_kernels.ops.batchnorm import float_rows, fold_all
+from cmx_kernels.ops.block_stack import ConvParams
+from cmx_kernels.ops.depth_first import Blocks
+
+Stores = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # of a convolution and its BatchNorm: their __dict__
+
+
+class Parameters:
+    """Read from the modules' dictionaries: asking the modules takes as long as launching a kernel."""
+
+    def __init__(self, stores: Stores) -> None:
+        parts = [(conv["_parameters"], norm["_buffers"], norm["_parameters"]) for conv, norm in stores]
+        self.convs = [(conv["weight"], conv["bias"]) for conv, _, _ in parts]
+        self.norms = [(b["running_mean"], b["running_var"], p["weight"], p["bias"]) for _, b, p in parts]
+        self.eps = [norm["eps"] for _, norm in stores]
+
+    def fit(self, shapes: Sequence[tuple[int, ...]], x: Tensor, mixed: bool) -> bool:
+        """Whether all are on x's device and have the shapes, [C, Cin, kh, kw] and [C], and weights x's dtype.
+
+        mixed: weights may have any dtype.
+        """
+        for shape, (weight, bias), norm in zip(shapes, self.convs, self.norms, strict=True):
+            if weight.shape != shape or weight.device != x.device or not (mixed or weight.dtype == x.dtype):
+                return False
+            if any(v is not None and (v.shape != shape[:1] or v.device != x.device) for v in (bias, *norm)):
+                return False
+        return True
+
+    def layers(self, dtype: torch.dtype, stem: bool) -> tuple[ConvParams | None, Blocks]:
+        """Weights in ``dtype``, the rest folded in float32: of the stem, if there is one, and of each block."""
+        rows = zip(
+            self.convs, float_rows([bias for _, bias in self.convs]), fold_all(self.norms, self.eps), strict=True
+        )
+        found = [ConvParams(weight.detach().to(dtype), bias, *affine) for (weight, _), bias, affine in rows]
+        first = found.pop(0) if stem else None
+        return first, list(zip(found[::2], found[1::2], strict=True))
