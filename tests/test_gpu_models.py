@@ -48,6 +48,23 @@ def test_logits(backend: str, dtype: torch.dtype) -> None:
     check_against(fused(x.to(memory_format=torch.channels_last)), plain, x)
 
 
+@torch.no_grad()
+def test_two_launches_a_block(backend: str) -> None:
+    """Of three blocks more, six kernels more."""
+    counts = []
+    for depth in (2, 5):
+        model = trained(ConvMixer(64, depth, kernel_size=9, patch_size=7, num_classes=10)).to("cuda", torch.bfloat16)
+        x = torch.randn(2, 3, 112, 112, device="cuda", dtype=torch.bfloat16)
+        model(x)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            model(x)
+            torch.cuda.synchronize()
+        found = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        counts.append(sum(not name.startswith("cmx_kernels.") for name in found))  # ranges have these names
+    assert counts[1] - counts[0] == 6, counts
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @torch.no_grad()
 def test_micro_batches(backend: str, layout: torch.memory_format) -> None:
