@@ -28,6 +28,7 @@ COLUMNS = {  # of the table, after registers, stack, static shared memory: instr
     "TMA": r"UTMALDG|UTMASTG",
     "proxy": r"FENCE\.VIEW\.ASYNC",  # before stores of tiles
     "chain": r"ACQBULK|PREEXIT",  # begin_chained
+    "membar": r"MEMBAR\S*\.(GPU|SYS)",  # hundreds of cycles: where clusters meet, and in no loop
     "load16": r"LDG\.\S*128",
     "store16": r"STG\S*\.128",
     "FFMA": r"FFMA",

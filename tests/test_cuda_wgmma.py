@@ -126,6 +126,14 @@ def test_nonfinite(value: float, layout: str) -> None:
     check_nonfinite(run(args, layout), cases.formula(torch.float64, "pointwise_block", *args).to(BF16))
 
 
+def test_planes_of_one_pixel() -> None:
+    """They are rows of channels, although the strides of a contiguous tensor say that pixels are neighbours."""
+    args = cases.inputs("pointwise_block", (5, 24, 16, 1, 1), BF16, "gelu", VECTORS)
+    y, layout = emulated_product.product(*args, tile=emulated_product.WGMMA)
+    assert layout == "channels_last"
+    check(y, cases.expect("pointwise_block", args))
+
+
 @pytest.mark.parametrize(
     "shape", ((2, 20, 16, 4, 8), (2, 16, 16, 7, 7), (2, 24, 16, 3, 4)), ids=("c_in", "plane", "half a row")
 )

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <map>
 #include <mutex>
 
@@ -12,6 +13,12 @@ int attribute(cudaDeviceAttr what, int device) {  // 0 where the driver does not
   int value = 0;
   if (cudaDeviceGetAttribute(&value, what, device)) cudaGetLastError();  // the next one who asks shall not get it
   return value;
+}
+
+bool is_geforce(int device) {
+  cudaDeviceProp properties;
+  if (cudaGetDeviceProperties(&properties, device)) return cudaGetLastError(), false;
+  return std::strstr(properties.name, "GeForce");
 }
 
 }  // namespace
@@ -36,6 +43,7 @@ const Gpu& gpu_of(int device) {
     // virtual and integrated GPUs may not tell their clocks: as a server GPU, or every plan would take forever alike
     if (gpu.ghz <= 0) gpu.ghz = 1.5;
     if (gpu.tb_per_s <= 0) gpu.tb_per_s = 0.02 * gpu.multiprocessors;
+    if (is_geforce(device)) gpu.tensor = 0.5;  // as in the table of cost.h
   }
   return found->second;
 }

@@ -62,7 +62,8 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
 #endif
 }
 
-// At the mbarrier with this address in another block of the cluster, or in this one
+// At the mbarrier with this address in another block of the cluster, or in this one. Orders no memory beyond this block: says
+// only that products have been waited for, which read a stage. `.release.cluster` would fence the whole GPU, in every step.
 __device__ __forceinline__ void mbarrier_arrive_in(uint64_t* barrier, int rank) {
 #ifdef CMX_EMULATED
   emulator::arrive_mbarrier(shared_address(barrier), 0, rank);
@@ -70,7 +71,7 @@ __device__ __forceinline__ void mbarrier_arrive_in(uint64_t* barrier, int rank) 
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 #endif

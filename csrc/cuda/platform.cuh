@@ -58,9 +58,8 @@ bool is_chained(Kernel* kernel) {
   if (!known[device]) {
     cudaFuncAttributes attributes;
     int driver = 0;
-    const bool there = taken(cudaDriverGetVersion(&driver)) == cudaSuccess && driver >= 12030 &&
-                       taken(cudaFuncGetAttributes(&attributes, kernel)) == cudaSuccess && attributes.ptxVersion >= 90;
-    known[device] = there ? 1 : -1;
+    if (taken(cudaDriverGetVersion(&driver)) || taken(cudaFuncGetAttributes(&attributes, kernel))) return false;
+    known[device] = driver >= 12030 && attributes.ptxVersion >= 90 ? 1 : -1;
   }
   return known[device] > 0;
 }

@@ -100,8 +100,9 @@ inline ProductMemory product_memory_of(const void* x, const Strides& xs, const v
     m.layout = ProductLayout::pixels, m.x_bytes = x_planes, m.y_bytes = y_planes;
   } else if (!patches && linear && xs.c == 1 && ys.c == 1) {
     m.layout = ProductLayout::channels_last;
-    m.x_bytes = access_bytes(x, {xs.n, xs.w, s.k()}, element);
-    m.y_bytes = access_bytes(y, {ys.n, ys.w, s.c_out}, element);
+    const bool one = plane == 1;  // without a neighbour, at whatever distance
+    m.x_bytes = access_bytes(x, {xs.n, one ? 0 : xs.w, s.k()}, element);
+    m.y_bytes = access_bytes(y, {ys.n, one ? 0 : ys.w, s.c_out}, element);
   } else if (!patches && linear && xs.w == 1 && x_planes >= 4) {
     m.layout = ProductLayout::pixels, m.x_bytes = x_planes, m.y_bytes = y_planes;
   } else {
