@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from plain_models import needs_kernels
+from plain_models import needs_kernels, trained
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cmx_kernels import micro_batches
+from cmx_kernels import ConvMixer, micro_batches
 from cmx_kernels.ops import depth_first
 
 pytestmark = needs_kernels
@@ -64,3 +64,25 @@ def test_what_is_asked_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert depth_first.images(y.double(), 32, (7, 7), "gelu") == 64
         assert depth_first.images(y, 32, (7, 7), "silu") == 64
         assert depth_first.images(y, 32, (7, 7), "gelu") == 64
+
+
+@torch.no_grad()
+def test_what_a_network_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images on a GPU, whose activations take the layout of the images; never on a CPU, unless it is told to."""
+    monkeypatch.setattr(depth_first, "_gpu", lambda device: "L40S")
+    net = trained(ConvMixer(768, 32, 7, 7, 10, device="meta"))
+    call = "L40S", (64, 768, 32, 32), 32, (7, 7), "bfloat16", "gelu"
+    with FakeTensorMode():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.empty(64, 3, 224, 224, dtype=torch.bfloat16, device="cuda", memory_format=layout)
+            m, y = net.stack().micro_batch_of(x)
+            wanted = micro_batches.predict(*call, channels_last=layout == torch.channels_last).images
+            assert 1 < wanted < 64
+            assert (m, y.shape, y.dtype, y.device) == (wanted, (64, 768, 32, 32), x.dtype, x.device)
+            assert y.is_contiguous(memory_format=layout)
+        assert net.stack().micro_batch_of(x.cpu()) is None
+        net.micro_batch = 0
+        assert net.stack().micro_batch_of(x)[0] == 64
+        assert net.stack().micro_batch_of(x.cpu()) is None
+        net.micro_batch = 5
+        assert net.stack().micro_batch_of(x.cpu())[0] == 5
