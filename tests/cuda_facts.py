@@ -28,6 +28,7 @@ COLUMNS = {  # of the table, after registers, stack, static shared memory: instr
     "TMA": r"UTMALDG|UTMASTG",
     "proxy": r"FENCE\.VIEW\.ASYNC",  # before stores of tiles
     "chain": r"ACQBULK|PREEXIT",  # begin_chained
+    "early": r"(LDG|STG|LDGSTS|UTMALDG|UTMASTG|ATOMG?|RED|LD|ST)(\.|$)",  # accesses to global memory before it
     "membar": r"MEMBAR\S*\.(GPU|SYS)",  # hundreds of cycles: where clusters meet, and in no loop
     "load16": r"LDG\.\S*128",
     "store16": r"STG\S*\.128",
@@ -100,7 +101,11 @@ def _facts(code: Path, arch: str) -> dict[str, str]:
         found[function] = [int(numbers[key]) for key in ("REG", "STACK", "SHARED")]
     for part in dump.split("Function : ")[1:]:
         code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", part)
-        found[part.split()[0]] += [sum(bool(re.match(p, i)) for i in code) for p in COLUMNS.values()]
+        before = code[: code.index("ACQBULK")] if "ACQBULK" in code else []
+        found[part.split()[0]] += [
+            sum(bool(re.match(pattern, i)) for i in (before if name == "early" else code))
+            for name, pattern in COLUMNS.items()
+        ]
     rows = {}
     for function, numbers in found.items():
         match = _NAME.search(function)

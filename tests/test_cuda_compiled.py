@@ -76,6 +76,7 @@ def test_chained_kernels(lines: list[str]) -> None:
     chained = ("depthwise", "product", "pool", "head")
     for (arch, name), facts in _kernels(lines).items():
         assert facts["chain"] == (2 if arch == "sm_90a" and name.startswith(chained) else 0), f"{arch} {name}: {facts}"
+        assert facts["early"] == 0, f"{arch} {name} touches memory before begin_chained: {facts}"
 
 
 def test_every_instantiation_is_there(lines: list[str]) -> None:

@@ -100,7 +100,7 @@ def test_length_of_python_files(path: Path) -> None:
 
 
 @needs_sources
-@pytest.mark.parametrize("path", NATIVE_FILES, ids=_name)
+@pytest.mark.parametrize("path", [*NATIVE_FILES, *_files("tests/emulator/*.h", "tests/emulator/*.cpp")], ids=_name)
 def test_length_of_native_files(path: Path) -> None:
     lines = len(path.read_text().splitlines())
     assert lines <= 500, f"{_name(path)} has {lines} lines: it has two jobs"
