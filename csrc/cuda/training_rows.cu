@@ -3,6 +3,7 @@
 // Neighbouring threads take neighbouring numbers, four at a time: of the pixels of one channel, or, where channels lie
 // side by side, of the channels of one pixel. A block keeps its channels; its threads' sums are added in their order.
 #include "moments.cuh"
+#include "neighbours.cuh"
 #include "training.h"
 
 namespace cmx {
@@ -13,17 +14,9 @@ constexpr int THREADS = RowsPlan::kThreads;
 template <class T>
 __device__ __forceinline__ void load4(float* v, const void* data, int64_t at, int valid, bool vector) {
   const T* const from = static_cast<const T*>(data) + at;
-  if (!vector) {
+  if (vector) return load4_vector(v, from);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = j < valid ? to_float(from[j]) : 0.f;
-  } else if constexpr (sizeof(T) == 4) {
-    const float4 all = get<float4>(from);
-    v[0] = all.x, v[1] = all.y, v[2] = all.z, v[3] = all.w;
-  } else {
-    const uint2 words = get<uint2>(from);
-    const float2 a = unpack<T>(words.x), b = unpack<T>(words.y);
-    v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
-  }
+  for (int j = 0; j < 4; ++j) v[j] = j < valid ? to_float(from[j]) : 0.f;
 }
 
 template <class T>
