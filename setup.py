@@ -27,6 +27,8 @@ sys.path.pop(0)
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
 FLAGS += " -Wno-maybe-uninitialized"  # GCC's own AVX-512 headers set it off
 NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DCMX_WITH_CUDA"
+# to compile: they are begun first, or the last one would run alone
+LONGEST = ("product_mma", "depthwise_fwd_mma", "depthwise_bwd_ffma", "depthwise_fwd_ffma")
 RULES = """\
 rule cxx
   command = {cxx} $flags -MMD -MF $out.d -c $in -o $out
@@ -86,12 +88,12 @@ def write_ninja(folder, cxx, torch, pybind11, report):
         "module.cpp": [*headers("pybind11", pybind11), *headers("python", sysconfig.get_path("include"))],
     }
     extra |= {source.name: with_torch for source in ROOT.glob("csrc/bind*.cpp")}
-    lines, objects = [f"builddir = {here}", RULES.format(cxx=cxx, nvcc=nvcc)], []
+    objects, edges = [], []
 
     def add(rule, source, flags, isa=""):
         objects.append(f"{here}/{source.relative_to(ROOT / 'csrc')}{isa and '.'}{isa}.o")
-        lines.append(f"build {objects[-1]}: {rule} {source.relative_to(ROOT)}")
-        lines.append(f"  flags = {shlex.join(flags)}\n  isa = {isa}".replace("$", "$$"))
+        edge = f"build {objects[-1]}: {rule} {source.relative_to(ROOT)}\n"
+        edges.append(edge + f"  flags = {shlex.join(flags)}\n  isa = {isa}".replace("$", "$$"))
 
     for source in sorted(ROOT.glob("csrc/*.cpp")):
         add("cxx", source, [*common, *with_cuda, *extra.get(source.name, [])])
@@ -100,11 +102,16 @@ def write_ninja(folder, cxx, torch, pybind11, report):
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             add("cxx", source, [*common, f"-DCMX_ISA={level}", *isa_flags.split()], level)
     for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else []:
-        add("nvcc", source, ["-Icsrc", f"-I{here}", *nvcc_flags])
+        if "__global__" in source.read_text():
+            add("nvcc", source, ["-Icsrc", f"-I{here}", *nvcc_flags])
+        else:  # nothing to compile once per architecture
+            add("cxx", source, ["-x", "c++", *common, *with_cuda])
     # torch loads its libraries RTLD_LOCAL, so _C must name libtorch_cpu itself; libtorch, for the weak CUDA symbols
     libs = [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed", *cuda_link]
     libs += shlex.split(os.environ.get("LDFLAGS", ""))
-    lines.append(f"build {here}/_C.so: link {' '.join(objects)}\n  flags = {shlex.join(libs)}\n".replace("$", "$$"))
+    link = f"build {here}/_C.so: link {' '.join(objects)}\n  flags = {shlex.join(libs)}\n".replace("$", "$$")
+    edges.sort(key=lambda edge: next((i for i, name in enumerate(LONGEST) if f"/{name}.cu\n" in edge), len(LONGEST)))
+    lines = [f"builddir = {here}", RULES.format(cxx=cxx, nvcc=nvcc), *edges, link]
     (folder / "build.ninja").write_text("\n".join(lines))
 
 
