@@ -16,6 +16,8 @@ ARGS ?=
 PART ?= all
 
 SOURCES := setup.py pyproject.toml cmx_kernels/_build_info.py $(shell find csrc -type f)
+# not compiled: Python compiles what is imported, and all of torch and triton would take half a minute
+INSTALL := -m pip install --no-compile
 BUILD := -m pip install --no-build-isolation --no-deps --verbose -e .
 
 .PHONY: test bench gpu-check wheel lint clean
@@ -60,16 +62,16 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	@test -n "$(TORCH_INDEX)" || command -v nvidia-smi >/dev/null || \
 	  echo "No GPU here: TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the CPU build of torch, which is smaller."
-	$(RUN) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(RUN) $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch requirements/test.txt
-	$(RUN) -m pip install -r requirements/test.txt
-	$(RUN) -m pip install --no-deps timm==1.0.31 torchvision==0.28.0  # whose wheels would replace the torch above
+	$(RUN) $(INSTALL) -r requirements/test.txt
+	$(RUN) $(INSTALL) --no-deps timm==1.0.31 torchvision==0.28.0  # whose wheels would replace the torch above
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.test requirements/bench.txt
-	$(RUN) -m pip install -r requirements/bench.txt
+	$(RUN) $(INSTALL) -r requirements/bench.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.test $(SOURCES)
