@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.update(XDG_CACHE_HOME=tempfile.mkdtemp())  # what somebody's tune() measured is no part of a test
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads of two test runs do not spin
 
+import ahead
 import hypothesis
 import pytest
 import torch
@@ -48,6 +49,7 @@ _let_torchvision_import()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(ahead, "ahead")
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
 
 

@@ -1,15 +1,14 @@
 """Builds csrc/cuda for the CPU (tests/emulator) and calls its kernels on torch CPU tensors."""
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
-import subprocess
-import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ahead
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from cmx_kernels import _build_info
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "build" / "emulator"
 FLAGS = "-std=c++20 -fno-strict-aliasing -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-class-memaccess -DCMX_EMULATED"
 MODES = {
     "library": "-O1",
@@ -30,7 +30,7 @@ ACTS = ("none", "relu", "gelu", "gelu_tanh")
 ORDERS = range(6)  # forward, reverse, random; then the same with cp.async arriving at once
 
 
-@functools.cache
+@ahead.once
 def cuda_include() -> Path:
     """The folder of cuda_bf16.h and its like, or a skip."""
     if platform.machine() != "x86_64":
@@ -41,35 +41,59 @@ def cuda_include() -> Path:
         pytest.skip(f"the emulator needs g++ and CUDA's headers: {why}")
 
 
-@functools.cache
+def needs(function: Callable[..., object], *arguments: object) -> pytest.MarkDecorator:
+    """Marks a test for which this call builds something beforehand."""
+    return ahead.needs(function, *arguments, first=cuda_include)
+
+
+def written(text: str, suffix: str) -> str:
+    """A file of this content."""
+    file = CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}{suffix}"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_name(f"{os.getpid()}.{file.name}")  # another session may want the same one now
+        new.write_text(text)
+        os.replace(new, file)
+    return str(file)
+
+
+@ahead.once
+def _make(target: Path, *arguments: str) -> Path:
+    """What g++ makes of these arguments."""
+    if not target.exists():
+        new = target.with_name(f"{os.getpid()}.{target.name}")
+        done = ahead.run("g++", *arguments, "-o", str(new))
+        assert done.returncode == 0, done.stdout[-6000:]
+        os.replace(new, target)
+    return target
+
+
+@ahead.once
 def build(mode: str, *sources: str) -> Path:
     """Compiles and links sources (paths from the repository), each once per content: a shared library, or a program."""
     include = cuda_include()
     headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
     headers += ROOT.glob("tests/emulator/*.h")
     flags = [*FLAGS.split(), *MODES[mode].split()]
-    folders = ["-Icsrc", "-Icsrc/cuda", "-Itests/emulator", "-isystem", str(include)]
+    flags += ["-Icsrc", "-Icsrc/cuda", "-Itests/emulator", "-isystem", str(include)]
     common = " ".join([*flags, *(header.read_text() for header in sorted(headers))])
-    cache = ROOT / "build" / "emulator"
-    cache.mkdir(parents=True, exist_ok=True)
 
-    def name(*texts: str) -> str:
-        return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+    def name(*texts: str) -> Path:
+        return CACHE / hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
-    def make(target: Path, *arguments: str) -> Path:
-        if not target.exists():
-            new = f"{target}.{threading.get_ident()}.{os.getpid()}"  # others may want the same one now
-            subprocess.run(["g++", *flags, *folders, *arguments, "-o", new], cwd=ROOT, check=True)
-            os.replace(new, target)
-        return target
+    # most of the time goes into these headers: they are compiled once
+    first = written(f'#include "tests/emulator/emulator.h"  // {name(common).name}\n', ".h")
+    _make(Path(f"{first}.gch"), *flags, f"-I{ROOT}", "-x", "c++-header", first)
 
     def compile_one(source: str) -> Path:
-        return make(cache / f"{name(common, (ROOT / source).read_text())}.o", "-x", "c++", "-c", source)
+        target = name(common, (ROOT / source).read_text()).with_suffix(".o")
+        return _make(target, *flags, "-include", first, "-x", "c++", "-c", source)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(ahead.CORES) as pool:
         objects = list(map(str, pool.map(compile_one, sources)))
-    library = mode == "library"
-    return make(cache / f"{name(*objects)}{'.so' if library else ''}", *(["-shared"] if library else []), *objects)
+    if mode == "library":
+        return _make(name(*objects).with_suffix(".so"), *flags, "-shared", *objects)
+    return _make(name(*objects), *flags, *objects)
 
 
 SOURCES = (
@@ -126,7 +150,7 @@ class _Call(ctypes.Structure):
     )
 
 
-@functools.cache
+@ahead.once
 def library() -> ctypes.CDLL:
     found = ctypes.CDLL(str(build("library", *SOURCES)))
     assert (found.cmx_size_of_gpu(), found.cmx_size_of_call()) == (ctypes.sizeof(Gpu), ctypes.sizeof(_Call))

@@ -1,8 +1,8 @@
 """Calls the CUDA kernels of pointwise_block, patch_embed and pool_head on torch CPU tensors (tests/emulator)."""
 
 import ctypes
-import functools
 
+import ahead
 import torch
 from emulated import ACTS, DTYPES, NoPlan, build
 from torch import Tensor
@@ -59,15 +59,15 @@ class _Run(ctypes.Structure):
     _fields_ = (("order", Int), ("seed", ctypes.c_uint), ("message", ctypes.c_char_p))
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
+@ahead.once
+def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(build("library", *SOURCES)))
 
 
 def _call(function: str, order: int, *arguments: object) -> None:
     message = ctypes.create_string_buffer(1000)
     run = _Run(order, order + 1, ctypes.cast(message, ctypes.c_char_p))
-    result = getattr(_library(), function)(*arguments, ctypes.byref(run))
+    result = getattr(library(), function)(*arguments, ctypes.byref(run))
     if result == -1:
         raise NoPlan
     if result:

@@ -3,15 +3,15 @@
 A planted bug is an edit of the product's own source: one that no longer applies fails, and wants a new place.
 """
 
-import os
 import subprocess
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import ahead
 import emulated
+import pytest
 
-ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1 report_bugs=1"}
+ENVIRONMENT = {**ahead.ENVIRONMENT, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1 report_bugs=1"}
 
 
 class Bug(NamedTuple):
@@ -23,33 +23,54 @@ class Bug(NamedTuple):
     says: str
 
 
-def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+class Program(NamedTuple):
+    """One of tests/emulator with the kernels it runs, or the program of a planted bug."""
+
+    checker: str
+    sources: tuple[str, ...]
+    bug: Bug | None = None
+
+    def build(self) -> Path:
+        if self.bug is None:
+            return emulated.build(self.checker, *self.sources)
+        file, _, old, new, _, _ = self.bug
+        text = (emulated.ROOT / file).read_text()
+        assert text.count(old) == 1, f"{file} has {text.count(old)} places for this bug, wanted one"
+        planted = emulated.written(text.replace(old, new), ".cu")
+        return emulated.build(self.checker, planted, *(source for source in self.sources if source != file))
 
 
-def check_clean(mode: str, sources: tuple[str, ...]) -> None:
-    """The program, all of it, ends well and says nothing."""
-    done = run(emulated.build(mode, *sources))
-    assert done.returncode == 0, done.stdout + done.stderr[:4000]
-    assert done.stdout + done.stderr == ""
+@ahead.once
+def outcome(program: Program) -> subprocess.CompletedProcess[str]:
+    """What becomes of it: of a bug with its argument, else with none, which runs everything."""
+    arguments = [program.bug.argument] if program.bug else []
+    return ahead.run(program.build(), *arguments, env=ENVIRONMENT)
 
 
-def build_all(bugs: dict[str, Bug], sources: tuple[str, ...], folder: Path) -> dict[str, Future[Path]]:
-    """The same program of every edited source, made side by side while the first ones run."""
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    return {name: pool.submit(_build, bug, sources, folder / f"{i}.cu") for i, (name, bug) in enumerate(bugs.items())}
+def clean(*sources: str) -> pytest.MarkDecorator:
+    """A test with `program` of these sources under each sanitizer."""
+    return _parametrized({mode: Program(mode, sources) for mode in ("address", "thread")})
 
 
-def _build(bug: Bug, sources: tuple[str, ...], planted: Path) -> Path:
-    source = (emulated.ROOT / bug.file).read_text()
-    assert source.count(bug.old) == 1, f"{bug.file} has {source.count(bug.old)} places for this bug, wanted one"
-    planted.write_text(source.replace(bug.old, bug.new))
-    others = [file for file in sources if file != bug.file]
-    return emulated.build("program" if bug.checker == "values" else bug.checker, str(planted), *others)
+def bugs(found: dict[str, Bug], sources: tuple[str, ...]) -> pytest.MarkDecorator:
+    """A test with `program` of each bug."""
+    checkers = {"values": "program"}
+    return _parametrized({name: Program(checkers.get(b.checker, b.checker), sources, b) for name, b in found.items()})
 
 
-def check_caught(bug: Bug, program: Future[Path]) -> None:
+def _parametrized(programs: dict[str, Program]) -> pytest.MarkDecorator:
+    values = [pytest.param(p, id=name, marks=emulated.needs(outcome, p)) for name, p in programs.items()]
+    return pytest.mark.parametrize("program", values)
+
+
+def check_clean(program: Program) -> None:
+    """It ends well and says nothing."""
+    done = outcome(program)
+    assert done.returncode == 0 and not done.stdout, done.stdout[:4000]
+
+
+def check_caught(program: Program) -> None:
     """It fails and says what was wrong."""
-    done = run(program.result(), bug.argument)
+    done = outcome(program)
     assert done.returncode != 0, "nothing was noticed"
-    assert bug.says in done.stdout + done.stderr, (done.stdout + done.stderr)[:4000]
+    assert program.bug.says in done.stdout, done.stdout[:4000]

@@ -42,7 +42,9 @@ def _source(program: str) -> str:
     return f"tests/emulator/{program}.cpp"
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "program", [pytest.param(name, marks=emulated.needs(emulated.build, "program", _source(name))) for name in PROGRAMS]
+)
 def test_instructions_compile_and_run_emulated(program: str) -> None:
     found = _lines(emulated.build("program", _source(program)))
     assert len(found) == PROGRAMS[program]

@@ -9,6 +9,7 @@ import torch
 from compare import Expected, check, check_equal, ulp
 from torch import Tensor
 
+pytestmark = emulated.needs(emulated.library)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 HALVES = (BF16, F16)
 EVERY_KERNEL = [("ffma", F32), ("ffma", F16), ("ffma", BF16), ("mma", F16), ("mma", BF16)]

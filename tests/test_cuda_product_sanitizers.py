@@ -1,19 +1,19 @@
 """The CUDA product, pooling and epilogue under sanitizers, and with planted bugs, as tests/test_cuda_sanitizers.py."""
 
-from concurrent.futures import Future
 from pathlib import Path
 
+import ahead
 import emulated
+import planted
 import pytest
-from planted import ENVIRONMENT, Bug, build_all, check_caught, check_clean, run
 
 FILES = {name: f"csrc/cuda/{name}.cu" for name in ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace")}
 SOURCES = (*FILES.values(), "tests/emulator/sanitized_product.cpp")
 
 
-@pytest.mark.parametrize("mode", ("address", "thread"))
-def test_clean(mode: str) -> None:
-    check_clean(mode, SOURCES)
+@planted.clean(*SOURCES)
+def test_clean(program: planted.Program) -> None:
+    planted.check_clean(program)
 
 
 ARRIVED = "__syncthreads();  // the copies of all threads have arrived, and the stage before this one is free"
@@ -44,17 +44,12 @@ PLANTED = {  # what: file, layout, old, new, checker, what it says
 }
 
 
-BUGS = {bug: Bug(FILES[file], *edit) for bug, (file, *edit) in PLANTED.items()}
+BUGS = {bug: planted.Bug(FILES[file], *edit) for bug, (file, *edit) in PLANTED.items()}
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
-    return build_all(BUGS, SOURCES, tmp_path_factory.mktemp("planted"))
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug: str, programs: dict[str, Future[Path]]) -> None:
-    check_caught(BUGS[bug], programs[bug])
+@planted.bugs(BUGS, SOURCES)
+def test_planted_bug_is_caught(program: planted.Program) -> None:
+    planted.check_caught(program)
 
 
 # ---- product_wgmma: all bugs in one program, since most of the time goes into headers
@@ -97,8 +92,8 @@ WGMMA = {  # what: old, new, what it says
 }
 
 
-@pytest.fixture(scope="module")
-def bugs_of_wgmma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@ahead.once
+def bugs_of_wgmma() -> Path:
     """A program with a copy of the kernel for every bug; the environment variable BUG picks one."""
     text = (emulated.ROOT / FILES["product_wgmma"]).read_text()
     headers, _, kernel = text.partition("namespace cmx {\n")
@@ -116,14 +111,14 @@ def bugs_of_wgmma(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "cudaError_t cmx::product_fwd_wgmma(const ProductForward& p, const WgmmaPlan& plan, cudaStream_t stream) {\n"
         f'switch (std::atoi(std::getenv("BUG"))) {{ {" ".join(calls)} }}\nreturn cudaErrorInvalidValue;\n}}\n'
     )
-    planted = tmp_path_factory.mktemp("wgmma") / "product_wgmma.cu"
-    planted.write_text("\n".join(parts))
-    return emulated.build("program", str(planted), *(path for path in SOURCES if path != FILES["product_wgmma"]))
+    others = (path for path in SOURCES if path != FILES["product_wgmma"])
+    return emulated.build("program", emulated.written("\n".join(parts), ".cu"), *others)
 
 
+@emulated.needs(bugs_of_wgmma)
 @pytest.mark.parametrize("bug", WGMMA)
-def test_planted_bug_in_wgmma_is_caught(bug: str, bugs_of_wgmma: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ENVIRONMENT, "BUG", str([*WGMMA].index(bug)))
-    done = run(bugs_of_wgmma, "wgmma")
+def test_planted_bug_in_wgmma_is_caught(bug: str) -> None:
+    environment = {**planted.ENVIRONMENT, "BUG": str([*WGMMA].index(bug))}
+    done = ahead.run(bugs_of_wgmma(), "wgmma", env=environment)
     assert done.returncode != 0, "nothing was noticed"
-    assert WGMMA[bug][2] in done.stdout + done.stderr, (done.stdout + done.stderr)[:4000]
+    assert WGMMA[bug][2] in done.stdout, done.stdout[:4000]

@@ -1,19 +1,15 @@
 """The CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer, and with planted bugs (tests/planted.py)."""
 
-from concurrent.futures import Future
-from pathlib import Path
-
 import emulated
-import pytest
-from planted import Bug, build_all, check_caught, check_clean
+import planted
 
 KERNEL_FILES = {kernel: f"csrc/cuda/depthwise_fwd_{kernel}.cu" for kernel in emulated.KERNELS}
 SOURCES = (*KERNEL_FILES.values(), "tests/emulator/sanitized.cpp")
 
 
-@pytest.mark.parametrize("mode", ("address", "thread"))
-def test_clean(mode: str) -> None:
-    check_clean(mode, SOURCES)
+@planted.clean(*SOURCES)
+def test_clean(program: planted.Program) -> None:
+    planted.check_clean(program)
 
 
 LOADED = "    __syncthreads();\n    const int y"
@@ -69,14 +65,9 @@ PLANTED = {  # what: kernel, old, new, checker, what it says
 }
 
 
-BUGS = {bug: Bug(KERNEL_FILES[what], what, *edit) for bug, (what, *edit) in PLANTED.items()}
+BUGS = {bug: planted.Bug(KERNEL_FILES[what], what, *edit) for bug, (what, *edit) in PLANTED.items()}
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
-    return build_all(BUGS, SOURCES, tmp_path_factory.mktemp("planted"))
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug: str, programs: dict[str, Future[Path]]) -> None:
-    check_caught(BUGS[bug], programs[bug])
+@planted.bugs(BUGS, SOURCES)
+def test_planted_bug_is_caught(program: planted.Program) -> None:
+    planted.check_caught(program)

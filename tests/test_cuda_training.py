@@ -9,6 +9,7 @@ import training_cases as problems
 from compare import check, check_equal
 from torch import Tensor
 
+pytestmark = emulated.needs(emulated.library)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ids = cases.name
 SHAPES = (  # n, c, h, w, kh, kw

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import cases
+import emulated
 import emulated_training
 import pytest
 import torch
@@ -10,6 +11,7 @@ import training_cases as problems
 from compare import check_equal
 from product_checks import check_passes, check_patch_embed, check_pointwise, last
 
+pytestmark = emulated.needs(emulated.library)
 F32, BF16 = torch.float32, torch.bfloat16
 POINTWISE = ((2, 5, 7, 9, 11), (3, 16, 8, 4, 4), (1, 130, 3, 5, 8), (2, 1, 1, 3, 2), (4, 3, 70, 1, 1))
 PATCH = ((2, 3, 10, 14, 14, 7, 7), (1, 2, 5, 9, 11, 2, 3))

@@ -1,10 +1,6 @@
 """The CUDA kernels of training under sanitizers, and with planted bugs, as tests/test_cuda_sanitizers.py."""
 
-from concurrent.futures import Future
-from pathlib import Path
-
-import pytest
-from planted import Bug, build_all, check_caught, check_clean
+import planted
 from test_cuda_sanitizers import KERNEL_FILES
 
 FILES = {f"backward_{kernel}": f"csrc/cuda/depthwise_bwd_{kernel}.cu" for kernel in ("ffma", "mma")}
@@ -13,9 +9,9 @@ OTHERS = ("csrc/cuda/depthwise_fwd.cu", "csrc/cuda/training_final.cu", "tests/em
 SOURCES = (*sorted({*KERNEL_FILES.values(), *FILES.values()}), *OTHERS)
 
 
-@pytest.mark.parametrize("mode", ("address", "thread"))
-def test_clean(mode: str) -> None:
-    check_clean(mode, SOURCES)
+@planted.clean(*SOURCES)
+def test_clean(program: planted.Program) -> None:
+    planted.check_clean(program)
 
 
 LOADED = "    load_input<T>(x, at, p, plan);\n    __syncthreads();\n"
@@ -69,14 +65,9 @@ PLANTED = {  # what: what runs, old, new, checker, what it says
 }
 
 
-BUGS = {bug: Bug(FILES[what], what, *edit) for bug, (what, *edit) in PLANTED.items()}
+BUGS = {bug: planted.Bug(FILES[what], what, *edit) for bug, (what, *edit) in PLANTED.items()}
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
-    return build_all(BUGS, SOURCES, tmp_path_factory.mktemp("planted"))
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug: str, programs: dict[str, Future[Path]]) -> None:
-    check_caught(BUGS[bug], programs[bug])
+@planted.bugs(BUGS, SOURCES)
+def test_planted_bug_is_caught(program: planted.Program) -> None:
+    planted.check_caught(program)

@@ -8,6 +8,7 @@ import torch
 from compare import check, check_equal, check_nonfinite
 from torch import Tensor
 
+pytestmark = emulated.needs(emulated_product.library)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 VECTORS = (F32, F32, F32)
 ids = cases.name

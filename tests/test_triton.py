@@ -3,26 +3,24 @@
 import importlib.util
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import ahead
 import pytest
 import torch
 
 from cmx_kernels import backends, triton_kernels
 
 TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
 ALL = os.environ.get("CMX_TRITON_TABLE") == "all"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton")
 
 
-def _python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+@ahead.once
+def _python(interpreted: bool, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A process of its own: Triton decides at its import whether it interprets."""
-    paths = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_DEFAULT_FP_FUSION": "1", **environment}
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, text=True, **output)
+    return ahead.run_python(*arguments, TRITON_DEFAULT_FP_FUSION="1", TRITON_INTERPRET=str(int(interpreted)))
 
 
 def _refusals(x: torch.Tensor, op: str = "depthwise_block", act: str = "gelu") -> str:
@@ -49,35 +47,37 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         triton_kernels.load.cache_clear()
 
 
+ARCHS = "from cmx_kernels.triton_kernels import why_not_arch as w; print(*map(w, (75, 80, 90, 990)), sep='\\n')"
+
+
 @needs_triton
+@ahead.needs(_python, False, "-c", ARCHS)
 def test_archs() -> None:
     """Found out by compiling: sm_75 is too old for us, sm_990 unknown to Triton."""
-    code = "from cmx_kernels.triton_kernels import why_not_arch as w; print(*map(w, (75, 80, 90, 990)), sep='\\n')"
-    process = _python("-c", code, TRITON_INTERPRET="0")
-    lines = process.communicate()[0].splitlines()[-4:]
+    lines = _python(False, "-c", ARCHS).stdout.splitlines()[-4:]
     assert lines[0] == "the GPU is an sm_75, the Triton kernels want sm_80 or newer"
     assert lines[1:3] == ["None", "None"], lines
     assert "does not compile for sm_990" in lines[3]
 
 
-@needs_triton
-def test_a_cpu_tensor() -> None:
-    """torch.ops.cmx_triton called by hand: the way out, not Triton's own message."""
-    code = """
+A_CPU_TENSOR = """
 import torch
 from cmx_kernels import triton_kernels
 assert triton_kernels.load() is None
 x = torch.zeros(1, 4, 5, 5)
 torch.ops.cmx_triton.depthwise_block(x, x.view(4, 1, 5, 5), None, None, None, "gelu", True)
 """
-    output = _python("-c", code, TRITON_INTERPRET="0").communicate()[0]
-    assert "x: got a tensor on cpu, torch.ops.cmx_triton wants a CUDA tensor; move it with .cuda()" in output
 
 
 @needs_triton
-def test_compiler_sees_the_kernels() -> None:
-    """A graph that torch.compile's back end gets holds the Triton kernels, not an opaque operator."""
-    code = """
+@ahead.needs(_python, False, "-c", A_CPU_TENSOR)
+def test_a_cpu_tensor() -> None:
+    """torch.ops.cmx_triton called by hand: the way out, not Triton's own message."""
+    output = _python(False, "-c", A_CPU_TENSOR).stdout
+    assert "x: got a tensor on cpu, torch.ops.cmx_triton wants a CUDA tensor; move it with .cuda()" in output
+
+
+GRAPHS = """
 import torch, cases, triton, triton_facts
 from torch._subclasses import FakeTensorMode
 from torch._functorch.aot_autograd import aot_export_joint_simple
@@ -107,34 +107,47 @@ for function, weight in ((depthwise, (4, 1, 3, 3)), (pointwise, (4, 4, 1, 1))):
         graph = aot_export_joint_simple(function, fake, trace_joint=False)
     print("training", function.__name__, sum("triton_kernel_wrapper" in str(n.target) for n in graph.graph.nodes))
 """
-    output = _python("-c", code, TRITON_INTERPRET="0").communicate()[0]
+
+
+@needs_triton
+@ahead.needs(_python, False, "-c", GRAPHS)
+def test_compiler_sees_the_kernels() -> None:
+    """A graph that torch.compile's back end gets holds the Triton kernels, not an opaque operator."""
+    output = _python(False, "-c", GRAPHS).stdout
     found = [line for line in output.splitlines() if line.split(" ")[0] in triton_kernels.OPS]
     assert found == ["patch_embed 1", "depthwise_block 1", "pointwise_block 1", "pool_head 1"], output
     found = [line for line in output.splitlines() if line.startswith("training ")]
     assert found == ["training depthwise 8", "training pointwise 6"], output
 
 
+INTERPRETED = ("-m", "pytest", "-q", "-x", "tests/interpreted")
+
+
 @needs_triton
+@ahead.needs(_python, True, *INTERPRETED)
 def test_interpreted() -> None:
     """tests/interpreted, in a process where Triton interprets."""
-    process = _python("-m", "pytest", "-q", "-x", "tests/interpreted", TRITON_INTERPRET="1")
-    output = process.communicate()[0]
-    assert process.returncode == 0, output[-6000:]
+    done = _python(True, *INTERPRETED)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+# The table, every variant for one of the GPUs; with CMX_TRITON_TABLE=all for each of them, which takes minutes
+TABLES = [("tests/triton_facts.py", *archs, *([] if ALL else ["--third"])) for archs in (("80",), ("90", "100"))]
+
+
+def with_facts(test: Callable[..., None]) -> Callable[..., None]:
+    for table in TABLES:
+        test = ahead.needs(_python, False, *table)(test)
+    return needs_triton(test)
 
 
 @pytest.fixture(scope="module")
 def facts() -> list[str]:
-    """The table, every variant for one of the GPUs; with CMX_TRITON_TABLE=all for each of them, which takes minutes."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the gates need triton: pip install triton")
-    archs = [["80"], ["90", "100"]]  # a process each
-    some = [] if ALL else ["--third"]
-    started = [_python("tests/triton_facts.py", *arch, *some, TRITON_INTERPRET="0") for arch in archs]
     lines: list[str] = []
-    for process in started:
-        output = process.communicate()[0]
-        assert process.returncode == 0, output[-6000:]
-        lines = [*(lines or output.splitlines()[:2]), *output.splitlines()[2:]]
+    for table in TABLES:
+        done = _python(False, *table)
+        assert done.returncode == 0, done.stdout[-6000:]
+        lines = [*(lines or done.stdout.splitlines()[:2]), *done.stdout.splitlines()[2:]]
     return lines
 
 
@@ -144,6 +157,7 @@ def _rows(lines: list[str]) -> dict[tuple[str, str, str], dict[str, int]]:
     return {tuple(where): dict(zip(columns, map(int, numbers), strict=True)) for *where, numbers in rows}
 
 
+@with_facts
 def test_nothing_spills(facts: list[str]) -> None:
     for where, fact in _rows(facts).items():
         few = (
@@ -154,6 +168,7 @@ def test_nothing_spills(facts: list[str]) -> None:
         assert fact["shared"] <= (99 << 10 if where[0] == "sm_80" else most), f"{where}: sm_86 and sm_89 have 99 KB"
 
 
+@with_facts
 def test_instructions(facts: list[str]) -> None:
     """Tensor cores for 16 bits and TF32, asynchronous copies, wide stores; multiply-adds for float32; no atomics."""
     product = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "HMMA"), "sm_100": ("UTCMMA", "HMMA")}
@@ -177,6 +192,7 @@ def test_instructions(facts: list[str]) -> None:
             assert fact["load16"] and bool(fact["store16"]) == written and fact["regs"] <= 96, where
 
 
+@with_facts
 def test_table(facts: list[str]) -> None:
     """Exact for a Triton of which there is a table; another schedules otherwise, and has the rules above only."""
     table = TESTS / f"{facts[0].replace('triton ', 'triton_facts_')}.txt"
