@@ -132,3 +132,8 @@ C, WHY_NO_C = _load()
 def isa_level() -> str | None:
     """The instruction set whose CPU kernels run now: baseline, avx2, avx512 or avx512bf16; None without kernels."""
     return C.isa_level() if C is not None else None
+
+
+def packing() -> tuple[str | None, bool]:
+    """What the packed form of weights depends on besides them: the instruction set, and Strassen's products or not."""
+    return (C.isa_level(), C.strassen()) if C is not None else (None, False)

@@ -26,6 +26,26 @@ Tensor packed_depthwise(const View& weight) {
 
 namespace {
 
+// Products of a stack, where Strassen's pay: a weight packed once, activations that nobody sees
+bool uses_strassen(Dtype dtype, int64_t c_out, int64_t c_in) {
+  return strassen_allowed() && cpu_kernels().uses_strassen(dtype, c_out, c_in);
+}
+
+int64_t packed_product_bytes(Dtype dtype, int64_t c_out, int64_t c_in) {
+  const CpuKernels& k = cpu_kernels();
+  return uses_strassen(dtype, c_out, c_in) ? k.packed_strassen_bytes(c_out, c_in)
+                                           : k.packed_pointwise_bytes(dtype, c_out, c_in);
+}
+
+Tensor packed_product(const View& weight) {
+  const CpuKernels& k = cpu_kernels();
+  if (!uses_strassen(weight.dtype, weight.c, weight.w)) return packed_pointwise(weight);
+  Tensor out = torch::stable::empty({k.packed_strassen_bytes(weight.c, weight.w) / 4}, ScalarType::Float);
+  void* const to = out.mutable_data_ptr();
+  run(7 * weight.c / 2 / k.tile_channels, 0, [&](int64_t panel, char*) { k.pack_strassen(weight, panel, to); });
+  return out;
+}
+
 // ---- arguments
 
 // bias, scale and shift as float32, padded with zeros to whole blocks of channels
@@ -52,6 +72,7 @@ void run_stage(Stage& s) {
   const int64_t channels = patches ? s.in.c * s.ph * s.pw : s.in.c;
   const int64_t pixel = channels * (k.bf16_products && s.in.dtype == Dtype::bfloat16 ? 2 : 4);
   s.rows = band_rows(s.out.n, s.out.h, (4 << 20) / (pixel * s.out.w) + 1);
+  if (s.pointwise.strassen && s.out.w % 2) s.rows = round_up(s.rows, 2);  // bands begin with a whole pair
   s.part = std::max<int64_t>(64, l2_bytes() * 3 / 4 / pixel / 16 * 16);
   const int64_t bands = ceil_div(s.out.h, s.rows);
   run(
@@ -64,7 +85,7 @@ Tensor pack_pointwise(const Tensor& given) {
   STD_TORCH_CHECK(given.is_cpu() && given.dim() == 2 && given.numel() > 0, "weight: got shape ", shape_of(given),
                   ", wanted [C, Cin] on the CPU");
   const Tensor w = dense(given);
-  return packed_pointwise(weight_view(w, 1, w.size(1), "weight"));
+  return packed_product(weight_view(w, 1, w.size(1), "weight"));
 }
 
 Tensor pack_depthwise(const Tensor& given) {
@@ -130,12 +151,12 @@ Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias
   const View in = view_of(x, "x");
   Tensor y = output_like(x, c, x.size(2) / p, x.size(3) / q);
   const ConstantsBuffer constants(bias, scale, shift, c);
-  const Tensor packed = pack_pointwise(torch::stable::view(dense(weight), {c, x.size(1) * p * q}));
+  const Tensor w = dense(weight), packed = packed_pointwise(weight_view(w, 1, x.size(1) * p * q, "weight"));
   Stage s{};
   s.producer = producer;
   s.in = in, s.out = view_of(y, "y");
   s.ph = p, s.pw = q;
-  s.pointwise = {packed.const_data_ptr(), constants.get(), nullptr};
+  s.pointwise = {packed.const_data_ptr(), constants.get(), nullptr, false};
   s.act = act_of(act);
   run_stage(s);
   return y;
@@ -293,14 +314,15 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
     const int64_t c_in = i < first ? in.c * ph * pw : channels;
     check_packed(packed[i],
                  depthwise ? k.packed_depthwise_bytes(in.dtype, channels, kernel[0], kernel[1])
-                           : k.packed_pointwise_bytes(in.dtype, channels, c_in),
+                           : packed_product_bytes(in.dtype, channels, c_in),
                  depthwise ? "a depthwise weight" : "a pointwise weight");
     constants.push_back(packed_constants(packed[i + 1], channels));
   }
   std::vector<Stage> stages;
   auto pointwise = [&](int64_t i) {  // its successor among the products: the next block's
     const int64_t next = i + 4 < (int64_t)packed.size() ? i + 4 : stem ? 0 : 2;
-    return Pointwise{packed[i].const_data_ptr(), constants[i / 2].get(), packed[next].const_data_ptr()};
+    return Pointwise{packed[i].const_data_ptr(), constants[i / 2].get(), packed[next].const_data_ptr(),
+                     uses_strassen(in.dtype, channels, i < first ? in.c * ph * pw : channels)};
   };
   if (stem) {
     Stage s{};

@@ -93,14 +93,14 @@ class Scratch {
   enum Use { workers, activations };  // of one call, at the same time
 
   Scratch(Use use, int64_t count) {
-    constexpr int64_t kMostKept = 16 << 20;
+    const int64_t most_kept = (8 << 20) * std::max<int64_t>(2, torch::stable::get_num_threads());
     thread_local struct {
       std::unique_ptr<char[]> data;
       int64_t size = 0;
     } kept[2];
     count += 64;
     auto& mine = kept[use];
-    if (count > kMostKept)
+    if (count > most_kept)
       own_.reset(new char[count]);
     else if (count > mine.size)
       mine.data.reset(new char[count]), mine.size = count;
@@ -144,9 +144,9 @@ inline int64_t l2_bytes() {
 // Rows of a band: every worker has the same number of bands, or at least four, and a band stays below max_rows.
 inline int64_t band_rows(int64_t planes, int64_t h, int64_t max_rows) {
   const int64_t workers = torch::stable::get_num_threads();
-  int64_t bands = 1;
+  int64_t bands = std::max<int64_t>(1, ceil_div(h, std::max<int64_t>(max_rows, 1)));
   while (bands < h && planes * bands % workers && planes * bands < 4 * workers) bands++;
-  return std::max<int64_t>(1, std::min(ceil_div(h, bands), max_rows));
+  return std::max<int64_t>(1, ceil_div(h, bands));
 }
 
 // Packed for the kernels of this machine. The weight's output channels are the channels of the View; see pack_pointwise.

@@ -1,6 +1,7 @@
 #include "cpu_levels.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "cmx_isa_levels.h"
@@ -65,5 +66,16 @@ void set_cpu_level(const std::string& name) {
   for (const std::string& level : cpu_levels()) wanted += (wanted.empty() ? "" : ", ") + level;
   throw std::invalid_argument("isa level: got '" + name + "', wanted one of " + wanted);
 }
+
+static std::atomic<bool>& strassen() {
+  static std::atomic<bool> allowed = [] {
+    const char* given = std::getenv("CMX_STRASSEN");
+    return !given || std::string(given) != "0";
+  }();
+  return allowed;
+}
+
+bool strassen_allowed() { return strassen(); }
+void allow_strassen(bool allowed) { strassen() = allowed; }
 
 }  // namespace cmx

@@ -21,6 +21,10 @@ struct CpuKernels {
   void (*pack_depthwise)(const View& weight, int64_t block, void* out);  // weight as a View [1, c, kh, kw]
   void (*pack_pointwise)(const View& weight, int64_t panel, void* out);  // weight as a View [1, c_out, 1, c_in]
 
+  bool (*uses_strassen)(Dtype, int64_t c_out, int64_t c_in);  // whether a stack of blocks should
+  int64_t (*packed_strassen_bytes)(int64_t c_out, int64_t c_in);
+  void (*pack_strassen)(const View& weight, int64_t panel, void* out);  // 7/2 c_out / tile_channels panels
+
   int64_t (*stage_scratch_bytes)(const Stage&);
   void (*stage_band)(const Stage&, int64_t n, int64_t y0, char* scratch);
   int64_t (*depthwise_scratch_bytes)(const DepthwiseStage&);
@@ -46,5 +50,7 @@ struct CpuKernels {
 const CpuKernels& cpu_kernels();               // the level in use
 const std::vector<std::string>& cpu_levels();  // compiled and runnable here, slowest first
 void set_cpu_level(const std::string& name);   // throws std::invalid_argument
+bool strassen_allowed();                       // CMX_STRASSEN, on if it is not set
+void allow_strassen(bool);
 
 }  // namespace cmx

@@ -41,6 +41,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_level", [] { return std::string(cpu_kernels().name); }, "the instruction set in use");
   m.def("set_isa_level", set_cpu_level, py::arg("name"),
         "use another instruction set; ValueError if it does not run here");
+  m.def("strassen", strassen_allowed, "whether stacks of blocks may use Strassen's products in float32");
+  m.def("allow_strassen", allow_strassen, py::arg("allowed"), "the same for weights that are packed from now on");
   m.def("lanes", [] { return cpu_kernels().lanes; }, "channels in a vector");
   m.def("peak", peak, py::arg("dtype"), py::arg("seconds") = 0.02, py::call_guard<py::gil_scoped_release>(),
         "FLOP/s of one thread on registers alone, \"float32\" or \"bfloat16\"; run it on every core at once");

@@ -41,6 +41,7 @@ struct Pointwise {
   const void* weight;  // packed by pack_pointwise
   Constants constants;
   const void* next;  // the weights that will be read after these, or null
+  bool strassen;     // the weight is packed for strassen_product
 };
 
 // One pass over the activations, in bands of rows: a producer fills a panel [pixel][channel], a product consumes it.

@@ -173,7 +173,7 @@ class PackedCache:
 
     def get(self, tensors: Sequence[Tensor], key: Hashable, build: Callable[[], Any]) -> Any:
         """``build()``, or what it returned last time; RuntimeError if a tensor comes from torch.inference_mode()."""
-        now = (key, registry.isa_level(), list(map(Tensor.data_ptr, tensors)), list(map(_version, tensors)))
+        now = (key, registry.packing(), list(map(Tensor.data_ptr, tensors)), list(map(_version, tensors)))
         state = self._state
         if state is None or state[0] != now or b"".join(state[1]) != state[2]:
             samples = [sample for tensor in tensors for sample in _samples(tensor)]

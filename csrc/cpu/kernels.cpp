@@ -6,6 +6,7 @@
 #include "peak.h"
 #include "pool_head.h"
 #include "product.h"
+#include "strassen.h"
 #include "train_depthwise.h"
 #include "train_product.h"
 
@@ -24,21 +25,23 @@ struct Scratch {
 
 template <class P>
 struct StagePlan {
-  int64_t channels, pitch, rows_pixels, row_scratch, part, out_scratch;
+  int64_t channels, pitch, rows_pixels, row_scratch, part, sums, out_scratch;
   explicit StagePlan(const Stage& s) {
     const bool patches = s.producer == Stage::Producer::patches;
     channels = panel_channels(patches ? s.in.c * s.ph * s.pw : s.in.c);
-    pitch = channels + 64 / (int64_t)sizeof(P);  // rows of the panel must not share their cache sets
-    rows_pixels = s.rows * s.out.w;
+    const bool strassen = s.pointwise.strassen;
+    pitch = channels * (1 + strassen) + 64 / (int64_t)sizeof(P);  // rows of the panel must not share their cache sets
+    rows_pixels = round_up(s.rows * s.out.w, 2);
     row_scratch = s.producer == Stage::Producer::depthwise
                       ? RowPlan(s.in, s.depthwise.kw).scratch_vectors(s.in, s.rows, s.depthwise.kh) * VL
                       : kCopy * VL;
-    part = least(s.part, rows_pixels);
-    out_scratch = s.out.blocked ? 0 : part * NR * VL;
+    part = strassen ? rows_pixels : least(s.part, rows_pixels);
+    sums = strassen ? strassen_sums(part) : 0;
+    out_scratch = s.out.blocked ? 0 : part * NR * VL * (1 + strassen);
   }
   static constexpr int64_t kCopy = 64;  // pixels converted at a time
   int64_t bytes() const {
-    return round_up(rows_pixels * pitch * sizeof(P), 64) + round_up(row_scratch * 4, 64) +
+    return round_up(rows_pixels * pitch * sizeof(P), 64) + round_up(row_scratch * 4, 64) + round_up(sums * 4, 64) +
            round_up(out_scratch * 4, 64) + 64;
   }
 };
@@ -115,7 +118,8 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
   Scratch scratch{memory};
   P* panel = scratch.take<P>(plan.rows_pixels * plan.pitch);
   float* row_scratch = scratch.take<float>(plan.row_scratch);
-  float* sums = scratch.take<float>(plan.out_scratch);
+  float* sums = scratch.take<float>(plan.sums);
+  float* lines = scratch.take<float>(plan.out_scratch);
   switch (s.producer) {
     case Stage::Producer::depthwise: fill_depthwise(s, plan, n, y0, rows, panel, row_scratch); break;
     case Stage::Producer::patches: fill_patches(s, plan, n, y0, rows, panel); break;
@@ -123,32 +127,40 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
   }
   const View& out = s.out;
   int64_t part_begin = 0;
-  product(
-      panel, plan.pitch, rows * out.w, plan.channels, out.c, s.pointwise, plan.part,
-      [&](int64_t m, int64_t count, int64_t block, const float* acc) {
-        const Constants& constants = s.pointwise.constants;
-        if (out.blocked) {
-          T* to = block_of<T>(out, n, block) + (y0 * out.w + m) * VL;
-          epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, VL);
-          for (int64_t lane = out.c - block * VL; lane < VL; lane++)  // 0 * inf made NaN of what must stay zero
-            for (int64_t i = 0; i < count; i++) to[i * VL + lane] = T{};
-        } else {
-          float* to = sums + ((block % NR) * plan.part + m - part_begin) * VL;
-          epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, VL);
-        }
-      },
-      [&](int64_t m0, int64_t m1, int64_t block, int64_t blocks) {
-        if (out.blocked) return;
-        const View flat = as_one_row(out);
-        for (int64_t j = 0; j < blocks; j++)
-          for (int64_t m = m0, count; m < m1; m += count) {
-            const int64_t pixel = y0 * out.w + m;
-            count = least(m1 - m, flat.w - pixel % flat.w);
-            scatter(flat, n, (block + j) * VL, pixel / flat.w, pixel % flat.w, count,
-                    sums + (j * plan.part + m - m0) * VL, VL);
-          }
-        if (block + blocks == ceil_div(out.c, VL)) part_begin = m1;
-      });
+  // results of a block before they are scattered; Strassen's come for two halves of the output channels in turns
+  auto lines_of = [&](int64_t block) {
+    const bool high = s.pointwise.strassen && block >= out.c / 2 / VL;
+    return lines + (block % NR + high * NR) * plan.part * VL;
+  };
+  auto finish = [&](int64_t m, int64_t step, int64_t count, int64_t block, const float* acc) {
+    const Constants& constants = s.pointwise.constants;
+    if (out.blocked) {
+      T* to = block_of<T>(out, n, block) + (y0 * out.w + m) * VL;
+      epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, step * VL);
+      for (int64_t lane = out.c - block * VL; lane < VL; lane++)  // 0 * inf made NaN of what must stay zero
+        for (int64_t i = 0; i < count; i++) to[i * step * VL + lane] = T{};
+    } else {
+      float* to = lines_of(block) + (m - part_begin) * VL;
+      epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, step * VL);
+    }
+  };
+  auto done = [&](int64_t m0, int64_t m1, int64_t block, int64_t blocks) {
+    if (out.blocked) return;
+    const View flat = as_one_row(out);
+    for (int64_t j = 0; j < blocks; j++)
+      for (int64_t m = m0, count; m < m1; m += count) {
+        const int64_t pixel = y0 * out.w + m;
+        count = least(m1 - m, flat.w - pixel % flat.w);
+        scatter(flat, n, (block + j) * VL, pixel / flat.w, pixel % flat.w, count, lines_of(block + j) + (m - m0) * VL,
+                VL);
+      }
+    if (block + blocks == ceil_div(out.c, VL)) part_begin = m1;
+  };
+  const int64_t pixels = rows * out.w;
+  if constexpr (sizeof(P) == sizeof(float))
+    if (s.pointwise.strassen)
+      return strassen_product(panel, plan.pitch, pixels, plan.channels, out.c, s.pointwise, sums, finish, done);
+  product(panel, plan.pitch, pixels, plan.channels, out.c, s.pointwise, plan.part, finish, done);
 }
 
 static void stage_band(const Stage& s, int64_t n, int64_t y0, char* scratch) {
@@ -217,6 +229,9 @@ const CpuKernels& kernels() {
       packed_pointwise_bytes,
       pack_depthwise,
       pack_pointwise,
+      uses_strassen,
+      packed_strassen_bytes,
+      pack_strassen,
       stage_scratch_bytes,
       stage_band,
       depthwise_scratch_bytes,

@@ -71,33 +71,45 @@ CMX_INLINE TileLoop<P> tile_loop(int64_t m, int64_t r, std::integer_sequence<int
   return loops[(m - 1) * NR + r - 1];
 }
 
-// f(m, count, block, acc) gets the sums of `count` pixels for one block of VL output channels;
+// f(m, count, acc) gets the sums of `count` pixels for the r blocks of VL output channels of one packed panel of weights.
+// Meanwhile the weights at `next` (or null) are on their way to L2: as many bytes as this panel has.
+template <class P, class F>
+CMX_INLINE void sweep(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, const P* weight, int64_t r,
+                      const void* next, F f) {
+  const int64_t tiles = ceil_div(pixels, MR), steps = channels / kChannelsAtOnce<P>;
+  alignas(64) float acc[MR * NR * VL];
+  Tile<P> tile;
+  tile.pitch = pitch;
+  tile.channels = channels;
+  tile.weight = weight;
+  tile.stride = next ? ceil_div(channels * r * VL * sizeof(P), tiles * steps) : 0;
+  tile.ahead = next ? (const char*)next : (const char*)weight;
+  for (int64_t m = 0, i = 0; i < tiles; i++) {
+    const int64_t count = ceil_div(pixels - m, tiles - i);  // as equal as possible
+    tile.panel = panel + m * pitch;
+    tile_loop<P>(count, r, std::make_integer_sequence<int64_t, MR * NR>())(tile, acc);
+    tile.ahead += tile.stride * steps;
+    f(m, count, acc);
+    m += count;
+  }
+}
+
+// f(m, step, count, block, acc) gets the sums of `count` pixels, `step` apart, for one block of VL output channels;
 // done(m0, m1, block, blocks) says that all pixels of a part have been given for these blocks.
 template <class P, class F, class Done>
 CMX_INLINE void product(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, int64_t c_out,
                         const Pointwise& p, int64_t part, F f, Done done) {
   const int64_t blocks = ceil_div(c_out, VL);
-  alignas(64) float acc[MR * NR * VL];
   for (int64_t m0 = 0; m0 < pixels; m0 += part) {
-    const int64_t end = least(m0 + part, pixels), tiles = ceil_div(end - m0, MR);
+    const int64_t end = least(m0 + part, pixels);
     for (int64_t block = 0; block < blocks; block += NR) {
-      const int64_t r = least(NR, blocks - block), panel_bytes = channels * r * VL * sizeof(P);
-      Tile<P> tile;
-      tile.pitch = pitch;
-      tile.channels = channels;
-      tile.weight = (const P*)p.weight + block * VL * channels;
-      // the weights that come next, on their way to L2: all of them by the last tile of this panel
-      const void* next = block + r < blocks ? tile.weight + r * VL * channels : end < pixels ? p.weight : p.next;
-      tile.stride = next ? ceil_div(panel_bytes, tiles * (channels / kChannelsAtOnce<P>)) : 0;
-      tile.ahead = next ? (const char*)next : (const char*)tile.weight;
-      for (int64_t m = m0, i = 0; i < tiles; i++) {
-        const int64_t count = ceil_div(end - m, tiles - i);  // as equal as possible
-        tile.panel = panel + m * pitch;
-        tile_loop<P>(count, r, std::make_integer_sequence<int64_t, MR * NR>())(tile, acc);
-        tile.ahead += tile.stride * (channels / kChannelsAtOnce<P>);
-        for (int64_t j = 0; j < r; j++) f(m, count, block + j, acc + j * count * VL);
-        m += count;
-      }
+      const int64_t r = least(NR, blocks - block);
+      const P* weight = (const P*)p.weight + block * VL * channels;
+      const void* next = block + r < blocks ? weight + r * VL * channels : end < pixels ? p.weight : p.next;
+      sweep(panel + m0 * pitch, pitch, end - m0, channels, weight, r, next,
+            [&](int64_t m, int64_t count, const float* acc) {
+              for (int64_t j = 0; j < r; j++) f(m0 + m, 1, count, block + j, acc + j * count * VL);
+            });
       done(m0, end, block, r);
     }
   }

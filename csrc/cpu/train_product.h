@@ -83,7 +83,7 @@ CMX_INLINE void product_into(const View& out, const P* panel, int64_t pitch, int
   p.weight = weight;
   product(
       panel, pitch, pixels, panel_channels(c_in), out.c, p, pixels,
-      [&](int64_t m, int64_t count, int64_t block, const float* acc) {
+      [&](int64_t m, int64_t, int64_t count, int64_t block, const float* acc) {
         const vf b = bias ? load(bias + block * VL) : vf{};
         float* to = sums + ((block % NR) * pixels + m) * VL;
         for (int64_t i = 0; i < count; i++) store(to + i * VL, load(acc + i * VL) + b);
@@ -185,7 +185,7 @@ static void weight_gradient_as(const ProductBackward& s, int64_t first, int64_t 
   Pointwise p{};
   p.weight = s.panel;
   product((const P*)s.da + first * pitch, pitch, count, s.pixels, s.in.channels, p, count,
-          [&](int64_t m, int64_t rows, int64_t block, const float* acc) {
+          [&](int64_t m, int64_t, int64_t rows, int64_t block, const float* acc) {
             for (int64_t i = 0; i < rows; i++) {
               float* to = s.dweight + (first + m + i) * columns + block * VL;
               store(to, load(to) + load(acc + i * VL));
