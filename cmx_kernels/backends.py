@@ -198,8 +198,8 @@ def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape 
 
 
 # Measured with benchmarks/bench_ops.py, see csrc/cpu/NOTES.md: in channels_last, values at least, taps at most
-_PLAIN_ELEMENTS, _PLAIN_TAPS = 1 << 18, 9
-_NARROW, _PLAIN_TAPS_OF_NARROW = 128, 25  # below so many channels, in float32
+_PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS = 1 << 18, 9, 25
+_NARROW, _LARGE = 128, 1 << 21  # _MORE_TAPS: with fewer channels in float32, with more values in bfloat16
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -221,7 +221,8 @@ def plain_is_faster(x: Tensor, weight: Tensor) -> bool:
 
 
 def _plain_taps(x: Tensor) -> int:
-    return _PLAIN_TAPS_OF_NARROW if x.dtype == torch.float32 and x.shape[1] < _NARROW else _PLAIN_TAPS
+    more = x.shape[1] < _NARROW if x.dtype == torch.float32 else x.numel() > _LARGE
+    return _MORE_TAPS if more else _PLAIN_TAPS
 
 
 def why_plain_is_faster(x: Tensor, weight: Tensor) -> str:

@@ -29,9 +29,8 @@ L2 = {
 }
 SHARE = 0.5  # of L2, for two activations and a block's weights: both halves of a server GPU's may hold the same line
 MARGIN = 1.05  # so much faster, or the whole batch runs at once
-HOST_US = (
-    20.0  # of an operator, for the thread that launches it. In a CUDA graph 0, but it must get what its warm-up had
-)
+# Of an operator, for the thread that launches it. In a CUDA graph 0, but it must get what its warm-up had
+HOST_US = 20.0
 TF32, STRICT = 2, 16  # times of float32 products by torch's convolution, beside those of 16-bit types
 
 

@@ -179,11 +179,12 @@ def test_the_layer_follows_its_parameters() -> None:
 
 
 @pytest.mark.skipif(not NATIVE, reason="only beside compiled kernels PyTorch's own can be the faster one")
-@pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 5), (torch.bfloat16, 3)])
+@pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 5), (torch.bfloat16, 3), (torch.bfloat16, 5)])
 @torch.no_grad()
 def test_pytorch_runs_what_it_is_faster_at(dtype: torch.dtype, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few taps on a large channels_last tensor with nothing behind them; all else stays on the kernels."""
     monkeypatch.setattr(backends, "_PLAIN_ELEMENTS", 2000)
+    monkeypatch.setattr(backends, "_LARGE", 2000)
     monkeypatch.setattr(backends, "STRICT", True)
     ran: list[str] = []
     monkeypatch.setattr(profiling, "call", lambda f, op, backend, *args: ran.append(backend) or f(*args))

@@ -23,9 +23,7 @@ class Fused(nn.Module):
     """What all fused classes share: nothing in the state dict, and packed weights are dropped when parameters move."""
 
     recompute_depthwise = False  # in backward, compute depthwise convolutions again: half the memory of activations
-    micro_batch: int | None = (
-        None  # images that pass all blocks together on a GPU; 0: all; None: as the cost model says
-    )
+    micro_batch: int | None = None  # images that pass all blocks together on a GPU; 0: all; None: the cost model's
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.__dict__.pop(STATE, None)
