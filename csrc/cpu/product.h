@@ -22,21 +22,22 @@ struct Tile {
   int64_t pitch;  // elements from pixel to pixel
   const P* weight;
   int64_t channels;   // even
+  int64_t run;        // input channels summed in one go; sums of runs are then added: fewer rounding errors
   const char* ahead;  // one line prefetched for every k
   int64_t stride;
 };
 
-constexpr int64_t kRun = 256;  // input channels summed in one go; sums of runs are then added: fewer rounding errors
+constexpr int64_t kRun = 256;
 
 template <int64_t M, int64_t R, class P>
 static __attribute__((noinline)) void product_tile(const Tile<P>& a, float* out) {
   constexpr int64_t S = kChannelsAtOnce<P>;
   const P *u = a.panel, *w = a.weight;
   const char* ahead = a.ahead;
-  const int64_t pitch = a.pitch, stride = a.stride;
-  for (int64_t k0 = 0; k0 < a.channels; k0 += kRun) {
+  const int64_t pitch = a.pitch, stride = a.stride, run = a.run;
+  for (int64_t k0 = 0; k0 < a.channels; k0 += run) {
     vf acc[M][R] = {};
-    for (int64_t k = k0; k < least(k0 + kRun, a.channels); k += S, u += S, w += R * VL * S, ahead += stride) {
+    for (int64_t k = k0; k < least(k0 + run, a.channels); k += S, u += S, w += R * VL * S, ahead += stride) {
       __builtin_prefetch(ahead, 0, 2);
       vf wv[R];
 #pragma GCC unroll 4
@@ -74,13 +75,14 @@ CMX_INLINE TileLoop<P> tile_loop(int64_t m, int64_t r, std::integer_sequence<int
 // f(m, count, acc) gets the sums of `count` pixels for the r blocks of VL output channels of one packed panel of weights.
 // Meanwhile the weights at `next` (or null) are on their way to L2: as many bytes as this panel has.
 template <class P, class F>
-CMX_INLINE void sweep(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, const P* weight, int64_t r,
-                      const void* next, F f) {
+CMX_INLINE void sweep(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, int64_t run, const P* weight,
+                      int64_t r, const void* next, F f) {
   const int64_t tiles = ceil_div(pixels, MR), steps = channels / kChannelsAtOnce<P>;
   alignas(64) float acc[MR * NR * VL];
   Tile<P> tile;
   tile.pitch = pitch;
   tile.channels = channels;
+  tile.run = run;
   tile.weight = weight;
   tile.stride = next ? ceil_div(channels * r * VL * sizeof(P), tiles * steps) : 0;
   tile.ahead = next ? (const char*)next : (const char*)weight;
@@ -106,7 +108,7 @@ CMX_INLINE void product(const P* panel, int64_t pitch, int64_t pixels, int64_t c
       const int64_t r = least(NR, blocks - block);
       const P* weight = (const P*)p.weight + block * VL * channels;
       const void* next = block + r < blocks ? weight + r * VL * channels : end < pixels ? p.weight : p.next;
-      sweep(panel + m0 * pitch, pitch, end - m0, channels, weight, r, next,
+      sweep(panel + m0 * pitch, pitch, end - m0, channels, kRun, weight, r, next,
             [&](int64_t m, int64_t count, const float* acc) {
               for (int64_t j = 0; j < r; j++) f(m0 + m, 1, count, block + j, acc + j * count * VL);
             });

@@ -30,6 +30,7 @@ constexpr HalfProduct kHalfProducts[] = {
     {0, 1, {0, 0, 1, 1}, {1, 0, 0, 0}},   // (U12 - U22) (W21 + W22)
 };
 constexpr int64_t kProducts = 7;
+constexpr int64_t kShortRun = 96;  // as exact as eight products in runs of kRun, whose terms are smaller
 constexpr int64_t kBegins[kQuarters] = {0, 2, 1, 0};  // the first product that enters a quarter
 constexpr int64_t kEnds[kQuarters] = {6, 4, 3, 5};    // and the last
 
@@ -114,7 +115,7 @@ CMX_INLINE void strassen_product(float* panel, int64_t pitch, int64_t pixels, in
       const void* next = I + 1 < kProducts     ? weight + (I + 1) * matrix
                          : block + NR < blocks ? weight + NR * VL * half
                                                : p.next;
-      sweep(panel + h.row * pitch + h.column * half, 2 * pitch, pairs, half, weight + I * matrix, NR, next,
+      sweep(panel + h.row * pitch + h.column * half, 2 * pitch, pairs, half, kShortRun, weight + I * matrix, NR, next,
             [&](int64_t m, int64_t count, float* acc) {
               add_product<I>(sums + m * VL, pairs, acc, count);
               for (int64_t q = 0; q < kQuarters; q++) {
