@@ -1,6 +1,7 @@
 """Throughput against published top-1, the rivals of the paper's table beside ConvMixer, plain and fused."""
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.plots import style
 from benchmarks.plots.style import Content
@@ -27,6 +28,9 @@ def accuracy(content: Content) -> Figure | None:
             name = row["model"].removesuffix("_224").removesuffix("_patch16")
             axes.annotate(name, (plain, top1), (0, 7), textcoords="offset points", fontsize=8, ha="center")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{style.DTYPES[dtype]}, batch {batch}")
         axes.set_xlabel("images per second; arrow: plain to fused")
         axes.margins(0.18)
