@@ -307,14 +307,14 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
                   ", wanted at least one patch of ", ph, "x", pw);
   const int64_t h = in.h / ph, w = in.w / pw;
 
+  auto inputs_of = [&](int64_t i) { return i < first ? in.c * ph * pw : channels; };  // of a product
   std::vector<ConstantsBuffer> constants;
   constants.reserve(packed.size() / 2);
   for (int64_t i = 0; i < (int64_t)packed.size(); i += 2) {
     const bool depthwise = i >= first && (i - first) % 4 == 0;
-    const int64_t c_in = i < first ? in.c * ph * pw : channels;
     check_packed(packed[i],
                  depthwise ? k.packed_depthwise_bytes(in.dtype, channels, kernel[0], kernel[1])
-                           : packed_product_bytes(in.dtype, channels, c_in),
+                           : packed_product_bytes(in.dtype, channels, inputs_of(i)),
                  depthwise ? "a depthwise weight" : "a pointwise weight");
     constants.push_back(packed_constants(packed[i + 1], channels));
   }
@@ -322,7 +322,7 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
   auto pointwise = [&](int64_t i) {  // its successor among the products: the next block's
     const int64_t next = i + 4 < (int64_t)packed.size() ? i + 4 : stem ? 0 : 2;
     return Pointwise{packed[i].const_data_ptr(), constants[i / 2].get(), packed[next].const_data_ptr(),
-                     uses_strassen(in.dtype, channels, i < first ? in.c * ph * pw : channels)};
+                     uses_strassen(in.dtype, channels, inputs_of(i))};
   };
   if (stem) {
     Stage s{};

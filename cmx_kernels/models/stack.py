@@ -215,10 +215,14 @@ class Stack:
     @torch.no_grad()
     def _depth_first(self, x: Tensor) -> Tensor | None:
         found = self.micro_batch_of(x)
+        if found is None:
+            return None
         ops = (*(("patch_embed",) if self.stem else ()), "depthwise_block", "pointwise_block")
-        kernels = found and depth_first.kernels(x, found[1], dict(zip(ops, self.shapes, strict=False)), self.act)
+        kernels = depth_first.kernels(x, found[1], dict(zip(ops, self.shapes, strict=False)), self.act)
+        if kernels is None:
+            return None
         now = Parameters(self.stores)
-        if not found or not kernels or not now.fit(self.shapes, x, torch.is_autocast_enabled(x.device.type)):
+        if not now.fit(self.shapes, x, torch.is_autocast_enabled(x.device.type)):
             return None
         return depth_first.run(x, *found, kernels, self.act, *now.layers(x.dtype, bool(self.stem)))
 

@@ -31,8 +31,17 @@ constexpr HalfProduct kHalfProducts[] = {
 };
 constexpr int64_t kProducts = 7;
 constexpr int64_t kShortRun = 96;  // as exact as eight products in runs of kRun, whose terms are smaller
-constexpr int64_t kBegins[kQuarters] = {0, 2, 1, 0};  // the first product that enters a quarter
-constexpr int64_t kEnds[kQuarters] = {6, 4, 3, 5};    // and the last
+
+// Whether no product in [from, to) enters a quarter of the result
+constexpr bool none_enters(int64_t quarter, int64_t from, int64_t to) {
+  for (int64_t i = from; i < to; i++)
+    if (kHalfProducts[i].sign[quarter]) return false;
+  return true;
+}
+constexpr bool begins(int64_t product, int64_t quarter) { return none_enters(quarter, 0, product); }
+constexpr bool completes(int64_t product, int64_t quarter) {
+  return kHalfProducts[product].sign[quarter] && none_enters(quarter, product + 1, kProducts);
+}
 
 // Below 512 channels the additions take what the eighth product took. bfloat16 products would have to round the sums,
 // which doubles their error.
@@ -93,7 +102,7 @@ static __attribute__((noinline)) void add_product(float* sums, int64_t pairs, fl
         if (!sign) continue;
         float* const to = sums + ((q * NR + j) * pairs + k) * VL;
         const vf signed_term = sign > 0 ? term : vf{} - term;
-        store(I == kEnds[q] ? at : to, I == kBegins[q] ? signed_term : load(to) + signed_term);
+        store(completes(I, q) ? at : to, begins(I, q) ? signed_term : load(to) + signed_term);
       }
     }
 }
@@ -119,7 +128,7 @@ CMX_INLINE void strassen_product(float* panel, int64_t pitch, int64_t pixels, in
             [&](int64_t m, int64_t count, float* acc) {
               add_product<I>(sums + m * VL, pairs, acc, count);
               for (int64_t q = 0; q < kQuarters; q++) {
-                if (I != kEnds[q]) continue;
+                if (!completes(I, q)) continue;
                 const int64_t pixel = 2 * m + q / 2, there = least(count, ceil_div(pixels - pixel, 2));
                 for (int64_t j = 0; j < NR; j++) f(pixel, 2, there, block + q % 2 * blocks + j, acc + j * count * VL);
               }
