@@ -32,16 +32,14 @@ constexpr HalfProduct kHalfProducts[] = {
 constexpr int64_t kProducts = 7;
 constexpr int64_t kShortRun = 96;  // as exact as eight products in runs of kRun, whose terms are smaller
 
-// Whether no product in [from, to) enters a quarter of the result
-constexpr bool none_enters(int64_t quarter, int64_t from, int64_t to) {
-  for (int64_t i = from; i < to; i++)
-    if (kHalfProducts[i].sign[quarter]) return false;
-  return true;
+// The first product in the order of `step` that enters a quarter of the result
+constexpr int64_t entering(int64_t quarter, int64_t product, int64_t step) {
+  return kHalfProducts[product].sign[quarter] ? product : entering(quarter, product + step, step);
 }
-constexpr bool begins(int64_t product, int64_t quarter) { return none_enters(quarter, 0, product); }
-constexpr bool completes(int64_t product, int64_t quarter) {
-  return kHalfProducts[product].sign[quarter] && none_enters(quarter, product + 1, kProducts);
-}
+constexpr int64_t begin_of(int64_t quarter) { return entering(quarter, 0, 1); }
+constexpr int64_t end_of(int64_t quarter) { return entering(quarter, kProducts - 1, -1); }
+constexpr int64_t kBegins[kQuarters] = {begin_of(0), begin_of(1), begin_of(2), begin_of(3)};
+constexpr int64_t kEnds[kQuarters] = {end_of(0), end_of(1), end_of(2), end_of(3)};
 
 // Below 512 channels the additions take what the eighth product took. bfloat16 products would have to round the sums,
 // which doubles their error.
@@ -102,7 +100,7 @@ static __attribute__((noinline)) void add_product(float* sums, int64_t pairs, fl
         if (!sign) continue;
         float* const to = sums + ((q * NR + j) * pairs + k) * VL;
         const vf signed_term = sign > 0 ? term : vf{} - term;
-        store(completes(I, q) ? at : to, begins(I, q) ? signed_term : load(to) + signed_term);
+        store(I == kEnds[q] ? at : to, I == kBegins[q] ? signed_term : load(to) + signed_term);
       }
     }
 }
@@ -128,7 +126,7 @@ CMX_INLINE void strassen_product(float* panel, int64_t pitch, int64_t pixels, in
             [&](int64_t m, int64_t count, float* acc) {
               add_product<I>(sums + m * VL, pairs, acc, count);
               for (int64_t q = 0; q < kQuarters; q++) {
-                if (!completes(I, q)) continue;
+                if (I != kEnds[q]) continue;
                 const int64_t pixel = 2 * m + q / 2, there = least(count, ceil_div(pixels - pixel, 2));
                 for (int64_t j = 0; j < NR; j++) f(pixel, 2, there, block + q % 2 * blocks + j, acc + j * count * VL);
               }
