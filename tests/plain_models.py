@@ -121,7 +121,7 @@ def one_step(model: nn.Module, image: Tensor) -> Tensor:
     """Forward, and backward from random numbers; returns the output."""
     y = model(image)
     torch.manual_seed(5)
-    y.backward(torch.randn(y.shape, dtype=torch.float64).to(y.dtype))
+    y.backward(torch.randn(y.shape, dtype=torch.float64).to(y))
     return y
 
 

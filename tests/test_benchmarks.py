@@ -24,7 +24,7 @@ def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
     done = _run("-m", "benchmarks.gpu.check", "--device", "cpu", "--dry-run", "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     steps = json.loads((tmp_path / "gpu-check-all.json").read_text())["steps"]
-    assert [s["part"] for s in steps if s["passed"]] == ["correct", "correct", "ops", "product", "network", "training"]
+    assert [s["part"] for s in steps if s["passed"]] == ["correct", "ops", "product", "network", "training"]
     sections = {"network": "models", "training": "training", "ops": "gpu_ops", "product": "gpu_product"}
     rows = {part: json.loads((tmp_path / f"gpu-{part}.json").read_text())[name] for part, name in sections.items()}
     assert {r["dtype"] for r in rows["network"]} == {"fp32", "tf32", "bf16", "fp16"}
@@ -41,13 +41,62 @@ def test_gpu_check_survives_a_part_that_fails(tmp_path: Path, monkeypatch: pytes
 
     ran = []
 
-    def run(name: str, command: list[str], seconds: float, end: float = 0.0) -> check.Step:
+    def run(name: str, command: list[str], seconds: float, *_: object) -> check.Step:
         ran.append(name)
         return {"step": name, "passed": name != "ops", "result": 1, "seconds": 0.0}
 
     monkeypatch.setattr(check, "run", run)
     assert check.main(["--device", "cpu", "--dry-run", "--results", str(tmp_path)]) == 1
     assert ran[-4:] == ["ops", "product", "network", "training"]
+
+
+def test_gpu_check_goes_on_in_a_new_process(tmp_path: Path) -> None:
+    """A broken CUDA context ends a process, not its part; what was measured is not measured again."""
+    import argparse
+
+    from benchmarks.gpu import check, device
+
+    code = f"import sys; sys.exit({device.BROKEN} if '--resume' not in sys.argv else 0)"
+    assert check.run("broken", [sys.executable, "-c", code], 60)["passed"]
+    options = argparse.Namespace(results=tmp_path, name="x", resume=True, dry_run=True, device="cpu", seconds=60)
+    there = device.Device(options)
+    first = device.Store(there, options)
+    first.add("gpu_ops", {"shape": "1", "k": 3, "note": ""})
+    there.cuda = True  # on a machine without CUDA every call fails
+    with pytest.raises(SystemExit, match=str(device.BROKEN)):
+        first.failed("gpu_ops", {"shape": "2", "k": 3, "note": ""}, RuntimeError("illegal address"))
+    again = device.Store(device.Device(options), options)
+    assert [again.has("gpu_ops", {"shape": s, "k": k}) for s, k in (("1", 3), ("2", 3), ("1", 5))] == [
+        True,
+        True,
+        False,
+    ]
+    assert again.rows("gpu_ops")[1]["note"] == "RuntimeError: illegal address"
+
+
+def test_gpu_tests_are_apart_and_must_run(tmp_path: Path) -> None:
+    """Each in a process of its own; a test that was skipped has not passed."""
+    from benchmarks.gpu import check
+
+    names = [name for file in check.TESTS for name, _, _ in check.tests(f"tests/test_{file}.py", [])]
+    assert len(set(names)) == len(names) > 30 and "cuda_device, shapes" in names
+    log = [sys.executable, "-c", "import sys; print(sys.argv[1])"]
+    jobs = [("ran, a", [*log, "3 passed, 1 skipped"], 60.0), ("not, b", [*log, "4 skipped"], 60.0)]
+    steps = [check.unless_skipped(step, tmp_path) for step in check.together(jobs, time.monotonic() + 60, tmp_path)]
+    assert [step["passed"] for step in steps] == [True, None]
+
+
+def test_gpu_timings_keep_cudnn() -> None:
+    import torch
+
+    from benchmarks.gpu import device
+
+    before = torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
+    for tf32 in (False, True):
+        with device.flags(tf32=tf32, benchmark=True):
+            cudnn = torch.backends.cudnn
+            assert (cudnn.enabled, cudnn.benchmark, cudnn.allow_tf32) == (before[0], True, tf32)
+    assert (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == before
 
 
 def test_gpu_check_ends_a_part_in_time() -> None:

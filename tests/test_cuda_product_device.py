@@ -19,7 +19,7 @@ LARGE = [(n, c, c, size, size) for c, size in ((1536, 32), (768, 32), (1024, 16)
 
 @pytest.fixture(autouse=True)
 def strict_float32() -> Iterator[None]:
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 

@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if WHY_NOT[request.param] is not None:
         pytest.skip(f"needs a GPU: {WHY_NOT[request.param]}")
-    with use(request.param), torch.backends.cudnn.flags(allow_tf32=False):
+    with use(request.param), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield request.param
 
 
@@ -51,6 +51,7 @@ def test_logits(backend: str, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_two_launches_a_block(backend: str) -> None:
     """Of three blocks more, six kernels more."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which is a kernel for each tensor that is allocated
     counts = []
     for depth in (2, 5):
         model = trained(ConvMixer(64, depth, kernel_size=9, patch_size=7, num_classes=10)).to("cuda", torch.bfloat16)

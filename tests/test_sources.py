@@ -135,6 +135,27 @@ def test_schemas_are_in_one_place() -> None:
             assert not re.search(r"\bm\.def\(", path.read_text()), f"{_name(path)} defines a schema"
 
 
+def test_cudnn_stays_on() -> None:
+    """cudnn.flags turns cuDNN off unless it is told otherwise."""
+    for path in PYTHON:
+        for call in _calls(path, "flags"):
+            if ast.unparse(call.func).endswith("cudnn.flags"):
+                assert "enabled" in {k.arg for k in call.keywords}, f"{_name(path)}:{call.lineno}"
+
+
+def test_triton_kernels_convert_no_parameter() -> None:
+    """An integer that is 1 is a constant while Triton compiles, and has no .to(): tl.cast takes it."""
+    for path in _files("cmx_kernels/triton_kernels/*.py"):
+        for kernel in (n for n in ast.walk(_tree(path)) if isinstance(n, ast.FunctionDef)):
+            if not any(ast.unparse(d) == "triton.jit" for d in kernel.decorator_list):
+                continue
+            given = {a.arg for a in kernel.args.args}
+            made = {n.id for n in ast.walk(kernel) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            for call in (n for n in ast.walk(kernel) if isinstance(n, ast.Call)):
+                if isinstance(call.func, ast.Attribute) and call.func.attr == "to" and kernel.name.endswith("_kernel"):
+                    assert ast.unparse(call.func.value) not in given - made, f"{_name(path)}:{call.lineno}"
+
+
 @pytest.mark.parametrize("op", cases.OPS)
 def test_an_operator_file(op: str) -> None:
     """Formula, reference, fake, gradient, schema, public function: all there, in this order."""

@@ -11,19 +11,24 @@ others, and makes the exit status 1. `--device cpu --dry-run` goes the same way 
 """
 
 import argparse
+import ast
+import contextlib
 import math
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.device import RESULTS, save, say
+from benchmarks.gpu.device import BROKEN, RESULTS, save, say
 from benchmarks.machine import commit
 from cmx_kernels import _build_info, cuda
 
@@ -36,26 +41,39 @@ PROGRAMS = {  # under sanitizers: main, and the kernels it calls
         *("training_rows", "training_final"),
     ),
 }
+TESTS = ("cuda_device", "cuda_product_device", "gpu_models", "triton_device")
 PARTS = ("correct", "ops", "product", "network", "training")
 BUDGET = 570  # seconds a part
-_SHORTEST = 5  # seconds a step must have left
+_SHORTEST, _AT_END = 5, 90  # seconds a step must have left; within which what has begun to be measured ends
+_TAIL = 2500  # characters of a log
 
 Step = dict[str, Any]
 
 
-def run(name: str, command: list[str], seconds: float, end: float = math.inf) -> Step:
+def _code(command: list[str], seconds: float, log: Path | None = None) -> int | str:
+    """The exit status, or what there was instead. With ``log`` all it says goes there."""
+    with open(log, "w") if log else contextlib.nullcontext() as file:
+        try:
+            output = {"stdout": file, "stderr": subprocess.STDOUT} if file else {}
+            return subprocess.run(command, cwd=ROOT, timeout=seconds, **output).returncode
+        except subprocess.TimeoutExpired:
+            return f"not finished after {seconds:.0f} s"
+        except OSError as error:
+            return str(error)
+
+
+def run(name: str, command: list[str], seconds: float, end: float = math.inf, log: Path | None = None) -> Step:
     """``end``: of the part, by time.monotonic()."""
     start = time.monotonic()
-    seconds = min(seconds, end - start)
-    if seconds < _SHORTEST:
+    last = min(end, start + seconds)
+    if last - start < _SHORTEST:
         return skipped(name, f"the {BUDGET} s of its part are over")
     say(f"== {name}: {' '.join(map(str, command))}")
-    try:
-        code: int | str = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        code = f"not finished after {seconds:.0f} s"
-    except OSError as error:
-        code = str(error)
+    code = _code(command, last - start, log)
+    while code == BROKEN and (left := last - time.monotonic()) > _SHORTEST:  # a new process has a new CUDA context
+        code = _code([*command, "--resume", "--seconds", str(max(1, left - _AT_END))], left, log)
+    if log and code != 0:
+        say(f"== {name}: {code}, {log}\n{log.read_text(errors='replace')[-_TAIL:]}")
     return {"step": name, "passed": code == 0, "result": code, "seconds": round(time.monotonic() - start, 1)}
 
 
@@ -64,48 +82,85 @@ def skipped(name: str, why: str) -> Step:
     return {"step": name, "passed": None, "result": why, "seconds": 0}
 
 
-def correct(dry: bool) -> Iterator[Step]:
-    pytest = [sys.executable, "-m", "pytest", "-q"]
-    tests = [f"tests/test_{name}.py" for name in ("cuda_device", "cuda_product_device", "gpu_models")]
-    end = time.monotonic() + BUDGET
-    yield run("operator and instruction models", [*pytest, *tests], 240, end)
+Job = tuple[str, list[str], float]  # name, command, seconds
+
+
+def _log(logs: Path, name: str) -> Path:
+    return logs / (re.sub(r"\W+", "-", name) + ".log")
+
+
+def together(jobs: Iterable[Job], end: float, logs: Path) -> Iterator[Step]:
+    """Some at a time, each in a process of its own: an illegal address or a hang ends one of them, not the others."""
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def one(job: Job) -> Step:
+        name, command, seconds = job
+        return run(name, command, seconds, end, _log(logs, name))
+
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+        yield from pool.map(one, jobs)
+
+
+def tests(file: str, command: list[str]) -> Iterator[Job]:
+    """A job for each test function of a file."""
+    for node in ast.parse((ROOT / file).read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            name = f"{Path(file).stem}, {node.name}".replace("test_", "")
+            yield name, [*command, f"{file}::{node.name}"], 300
+
+
+def unless_skipped(step: Step, logs: Path) -> Step:
+    """pytest is content where it has skipped everything; nothing has passed there."""
+    if step["passed"] and not re.search(r"\d passed", _log(logs, step["step"]).read_text(errors="replace")):
+        return {**step, "passed": None, "result": "all of it was skipped"}
+    return step
+
+
+def correct(dry: bool, results: Path) -> Iterator[Step]:
+    pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    files = [f"tests/test_{name}.py" for name in TESTS]
+    end, logs = time.monotonic() + BUDGET, results / "gpu-logs"
     if dry:
+        yield run("tests", [*pytest, *files], 240, end)
         yield skipped("compute-sanitizer", "this is a dry run")
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            yield from sanitizers(Path(folder), end)
-    yield run("triton", [*pytest, "tests/test_triton_device.py"], 120, end)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        builds, checks, why = sanitizers(Path(folder))
+        jobs = [*builds, *(job for file in files for job in tests(file, pytest))]
+        for step in together(jobs, end, logs):
+            yield step if step["step"].startswith("build") else unless_skipped(step, logs)
+        if why is not None:
+            yield skipped("compute-sanitizer", why)
+        yield from together([job for job in checks if Path(job[1][-1]).exists()], end, logs)
 
 
-def sanitizers(folder: Path, end: float) -> Iterator[Step]:
-    """memcheck, racecheck and initcheck over the kernels on ragged shapes, in a program without torch."""
-    names = ("memcheck", "racecheck", "initcheck")
+def sanitizers(folder: Path) -> tuple[list[Job], list[Job], str | None]:
+    """How to build programs without torch, and how to run three checkers over their kernels; or why not."""
     try:
         nvcc = _build_info.find_cuda(_build_info.find_compiler())[0]
     except _build_info.LeftOut as why:
-        yield from (skipped(name, str(why)) for name in names)
-        return
+        return [], [], str(why)
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(Path(nvcc).resolve().parent))
     if not tool:
-        yield from (skipped(name, "no compute-sanitizer beside nvcc or on PATH") for name in names)
-        return
+        return [], [], "no compute-sanitizer beside nvcc or on PATH"
+    builds: list[Job] = []
+    checks: list[Job] = []
+    arch = _build_info.for_device(torch.cuda.get_device_capability())
+    command = [nvcc, "-std=c++20", "-O3", "-lineinfo", *arch, "-Icsrc", "-Icsrc/cuda", "-Itests/emulator", "-x", "cu"]
     for main_file, kernels in PROGRAMS.items():
-        program = folder / main_file
+        program = str(folder / main_file)
         sources = [f"tests/emulator/{main_file}.cpp", *(f"csrc/cuda/{kernel}.cu" for kernel in kernels)]
-        arch = _build_info.for_device(torch.cuda.get_device_capability())
-        command = [nvcc, "-std=c++20", "-O3", "-lineinfo", *arch, "--threads", "0"]
-        folders = ["-Icsrc", "-Icsrc/cuda", "-Itests/emulator"]
-        build = run(f"build {main_file}", [*command, *folders, "-x", "cu", *sources, "-o", str(program)], 100, end)
-        yield build
-        if build["passed"]:
-            for name in names:
-                yield run(f"{name}, {main_file}", [tool, f"--tool={name}", "--error-exitcode=9", str(program)], 60, end)
+        builds.append((f"build {main_file}", [*command, *sources, "-o", program], 240))
+        for name in ("memcheck", "racecheck", "initcheck"):
+            checks.append((f"{name} {main_file}", [tool, f"--tool={name}", "--error-exitcode=9", program], 120))
+    return builds, checks, None
 
 
 def timings(part: str, options: argparse.Namespace) -> Iterator[Step]:
-    command = [sys.executable, "-m", f"benchmarks.gpu.{part}", "--seconds", str(BUDGET - 90)]
+    command = [sys.executable, "-m", f"benchmarks.gpu.{part}", "--seconds", str(BUDGET - _AT_END)]
     command += ["--device", options.device, "--results", str(options.results)]
-    yield run(part, [*command, *(["--dry-run"] if options.dry_run else [])], BUDGET)
+    command += [flag for flag, wanted in (("--dry-run", options.dry_run), ("--resume", options.resume)) if wanted]
+    yield run(part, command, BUDGET)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,6 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes; with --device cpu it needs no GPU")
+    parser.add_argument("--resume", action="store_true", help="keep what was measured, and measure the rest")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.device == "cuda":
@@ -126,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = {"gpu": torch.cuda.get_device_name() if options.device == "cuda" else "none, a dry run"}
     record |= {"torch": torch.__version__, "commit": commit(), "steps": steps}
     for part in PARTS if options.part == "all" else (options.part,):
-        for step in correct(options.dry_run) if part == "correct" else timings(part, options):
+        for step in correct(options.dry_run, options.results) if part == "correct" else timings(part, options):
             steps.append({"part": part, **step})
             save(options.results / f"gpu-check-{options.part}.json", record)
     for step in steps:

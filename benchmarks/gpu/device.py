@@ -17,8 +17,10 @@ from benchmarks import machine, report
 from cmx_kernels import backends
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+BROKEN = 75  # exit status: a kernel has ended the CUDA context; another process goes on with --resume
 _ROUNDS = 12
 _FLUSH = 256 << 20  # bytes, more than any L2
+_AHEAD = 200_000  # cycles, 0.1 ms
 
 
 class Device:
@@ -41,6 +43,8 @@ class Device:
         """Microseconds by events; the L2 cache is overwritten before, unless a caller's network does that itself."""
         if flush:
             self._buffer.zero_()
+            if self.cuda:
+                torch.cuda._sleep(_AHEAD)  # meanwhile Python enqueues the call: what is timed does not wait for it
         if not self.cuda:
             start = time.perf_counter()
             call()
@@ -81,6 +85,16 @@ class Device:
     def over(self) -> bool:
         return time.monotonic() - self.start > self.seconds
 
+    @property
+    def broken(self) -> bool:
+        """Whether every further call fails, as behind an illegal address."""
+        try:
+            if self.cuda:
+                torch.cuda.synchronize()
+        except Exception:
+            return True
+        return False
+
     def about(self) -> dict[str, Any]:
         found = {**machine.about(), "gpu": self.name, "cmx_kernels": cmx_kernels.__version__, "dry_run": self.dry}
         if self.cuda:
@@ -97,6 +111,7 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     made.add_argument("--results", type=Path, default=RESULTS, help="another folder for them")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     made.add_argument("--dry-run", action="store_true", help="tiny shapes, one call each: with --device cpu, no GPU")
+    made.add_argument("--resume", action="store_true", help="keep what NAME.json has, and measure the rest")
     return made
 
 
@@ -114,6 +129,23 @@ class Store:
     def __init__(self, device: Device, options: argparse.Namespace) -> None:
         self.about, self.folder, self.name = device.about(), options.results, options.name
         self.kept: dict[str, list[dict[str, Any]]] = {}
+        self._device, file = device, self.folder / f"{self.name}.json"
+        if options.resume and file.is_file():
+            self.kept = {key: rows for key, rows in json.loads(file.read_text()).items() if key != "machine"}
+
+    def has(self, section: str, key: Mapping[str, Any]) -> bool:
+        return any(key.items() <= row.items() for row in self.rows(section))
+
+    def rows(self, section: str) -> list[dict[str, Any]]:
+        return self.kept.get(section, [])
+
+    def failed(self, section: str, record: dict[str, Any], error: BaseException) -> None:
+        """Adds what failed. Where nothing else can run in this process, ends it: the rest is for another one."""
+        record["note"] += reason(error)
+        self.add(section, record)
+        if self._device.broken:
+            say(f"the CUDA context is broken: {record['note']}")
+            raise SystemExit(BROKEN)
 
     def add(self, section: str, record: Mapping[str, Any]) -> None:
         self.kept.setdefault(section, []).append(dict(record))
@@ -128,11 +160,12 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def flags(tf32: bool = False, benchmark: bool = False) -> Iterator[None]:
-    """TF32 in products and convolutions, and cuDNN's search, for what runs inside."""
+    """TF32 in products and convolutions, and cuDNN's search, for what runs inside. cudnn.flags turns off what it is not
+    told to leave on, cuDNN itself too."""
     products = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
-        with torch.backends.cudnn.flags(allow_tf32=tf32, benchmark=benchmark):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32, benchmark=benchmark):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = products
@@ -151,7 +184,14 @@ def race(
     What is wrong goes into the note of ``record``. Names that begin with ``unchecked`` compute something else.
     """
     for name in [name for name in calls if unchecked is None or not name.startswith(unchecked)]:
-        error = (calls[name]()[:2].double() - exact).abs().max().item()
+        try:
+            error = (calls[name]()[:2].double() - exact).abs().max().item()
+        except Exception as failure:  # the others are still timed
+            if device.broken:
+                raise
+            record["note"] += f"{name}: {reason(failure)}. "
+            del calls[name]
+            continue
         if name == "fused":
             record |= {"error": error, "allowed": allowed}
         if not error <= allowed:

@@ -7,7 +7,7 @@ same precision. Networks flush the caches themselves. The cells that matter most
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median, quantiles
 from typing import Any
 
@@ -28,17 +28,39 @@ PRECISIONS = {  # name -> TF32, dtype of autocast
 }
 _EPS = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8, "fp16": 2**-11}
 _NETWORKS = (*RELEASED, "convmixer_512_16_ks8_p7")
-CELLS = [  # model, precision, batch
-    *((m, "bf16", 64) for m in _NETWORKS),
-    *((m, p, n) for p, n in (("bf16", 1), ("fp32", 64), ("tf32", 64), ("fp16", 64), ("bf16", 256)) for m in _NETWORKS),
-    *((m, p, n) for p, n in (("bf16", 8), ("fp16", 1), ("fp32", 1), ("tf32", 1), ("fp16", 256)) for m in _NETWORKS),
-    *((m, p, n) for p, n in (("fp32", 8), ("tf32", 8), ("fp16", 8), ("fp32", 256), ("tf32", 256)) for m in _NETWORKS),
-]
-COMPILED = (("bf16", 64), ("bf16", 1), ("fp32", 64))  # each takes a minute to compile
 RIVALS = ("resnet152", "deit_base_patch16_224", "mixer_b16_224", "convnext_base")
+INDUCTOR: dict[str, dict[str, Any]] = {  # each takes a minute to compile, the last one several
+    "inductor": {},
+    "inductor, layout kept": {"options": {"layout_optimization": False}},
+    "inductor, max-autotune": {"mode": "max-autotune"},
+}
+Cell = tuple[str, str, int, str]  # model, precision, batch; a compiled variant, or "" for all others
 
 
-def variants(device: Device, model: nn.Module, fused: nn.Module | None, x: Tensor, compile: bool) -> Iterator[tuple]:
+def _cells(models: Sequence[str], *kinds: tuple[str, int], compiled: str = "") -> list[Cell]:
+    return [(model, name, batch, compiled) for name, batch in kinds for model in models]
+
+
+_COMPILED = (("bf16", 64), ("bf16", 1), ("fp32", 64))
+_LATER = (("bf16", 8), ("fp16", 1), ("fp32", 1), ("tf32", 1), ("fp16", 256))
+_LAST = (("fp32", 8), ("tf32", 8), ("fp16", 8), ("fp32", 256), ("tf32", 256))
+CELLS = [
+    *_cells(_NETWORKS, ("bf16", 64)),
+    *_cells(RIVALS, ("bf16", 64)),
+    *_cells(_NETWORKS, ("bf16", 1)),
+    *_cells(_NETWORKS, ("bf16", 64), compiled="inductor"),
+    *_cells(_NETWORKS, ("fp32", 64), ("tf32", 64), ("fp16", 64), ("bf16", 256)),
+    *_cells(_NETWORKS, *_COMPILED[1:], compiled="inductor"),
+    *_cells(RIVALS, ("bf16", 1), ("bf16", 256)),
+    *_cells(_NETWORKS, *_LATER),
+    *(cell for name in list(INDUCTOR)[1:] for cell in _cells(_NETWORKS, *_COMPILED, compiled=name)),
+    *_cells(RIVALS, *_COMPILED[:2], compiled="inductor"),
+    *_cells(_NETWORKS, *_LAST),
+]
+DRY = [*_cells(["tiny"], *((name, 2) for name in PRECISIONS)), ("tiny", "fp32", 2, "inductor")]
+
+
+def variants(device: Device, model: nn.Module, fused: nn.Module | None, x: Tensor, compiled: str) -> Iterator[tuple]:
     """(provider, cudnn.benchmark, make): make() returns what is timed. The model is moved, so in this order only."""
 
     def in_layout(layout: torch.memory_format) -> Call:
@@ -46,6 +68,9 @@ def variants(device: Device, model: nn.Module, fused: nn.Module | None, x: Tenso
         return lambda: own(images)
 
     nchw, nhwc = torch.contiguous_format, torch.channels_last
+    if compiled:
+        yield compiled, False, lambda: _compiled(device, model, x, INDUCTOR[compiled])
+        return
     if fused is not None:
         yield "fused", False, lambda: lambda: fused(x)
         yield "fused, CUDA graph", False, lambda: graphed(device, lambda: fused(x))
@@ -58,13 +83,6 @@ def variants(device: Device, model: nn.Module, fused: nn.Module | None, x: Tenso
     yield "eager", False, lambda: in_layout(nchw)
     yield "eager, cudnn.benchmark", True, lambda: in_layout(nchw)
     yield "eager, CUDA graph", False, lambda: graphed(device, in_layout(nchw))
-    if compile:
-        for name, options in (
-            ("inductor", {}),
-            ("inductor, layout kept", {"options": {"layout_optimization": False}}),
-            ("inductor, max-autotune", {"mode": "max-autotune"}),
-        ):
-            yield name, False, lambda options=options: _compiled(device, model.to(memory_format=nchw), x, options)
     yield "eager channels_last", False, lambda: in_layout(nhwc)
     yield "eager channels_last, cudnn.benchmark", True, lambda: in_layout(nhwc)
 
@@ -129,8 +147,8 @@ def convmixers(spec: Spec, device: Device) -> tuple[nn.Module, nn.Module]:
     return model.to(device.type).requires_grad_(False), fused.to(device.type).requires_grad_(False)
 
 
-def race(device: Device, store: Store, model: str, name: str, batch: int, section: str) -> None:
-    """All variants of one cell; a variant that fails is a record that says so."""
+def race(device: Device, store: Store, model: str, name: str, batch: int, compiled: str) -> None:
+    """The variants of one cell that are not there yet; one that fails is a record that says so."""
     size = SPECS[model].image_size if model in SPECS else 224
     if model in SPECS:
         network, fused = convmixers(SPECS[model], device)
@@ -143,14 +161,15 @@ def race(device: Device, store: Store, model: str, name: str, batch: int, sectio
     with precision(device, name, False):
         of_eager = (network(x[:2]).double() - exact).abs().max().item()
     allowed = 2 * of_eager + 16 * _EPS[name] * exact.abs().max().item()
-    common = {"model": model, "batch": batch, "dtype": name, "note": "", "allowed": allowed, "peak_gflops": {}}
+    section, common = section_of(model), {"model": model, "batch": batch, "dtype": name}
     with torch.inference_mode():
-        for provider, benchmark, make in variants(
-            device, network, fused, x, (name, batch) in COMPILED or (device.dry and name == "fp32")
-        ):
+        for provider, benchmark, make in variants(device, network, fused, x, compiled):
+            if store.has(section, {**common, "provider": provider}):
+                continue
             if device.over:
                 return
-            record = {**common, "provider": provider, "kind": provider.split(",")[0].split()[0]}
+            record: dict[str, Any] = {**common, "provider": provider, "kind": provider.split(",")[0].split()[0]}
+            record |= {"note": "", "allowed": allowed, "peak_gflops": {}}
             try:
                 with precision(device, name, benchmark), device.backend_of(provider):
                     call = make()
@@ -158,15 +177,20 @@ def race(device: Device, store: Store, model: str, name: str, batch: int, sectio
                     if not error <= allowed:
                         raise ArithmeticError(f"error {error:.2g} against float64, allowed are {allowed:.2g}")
                     record |= {**timed(device, call), "memory": device.memory(call)}
+            except Exception as failure:  # out of memory, no compiler, a wrong result: the others still run
+                record["status"] = "wrong" if isinstance(failure, ArithmeticError) else "failed"
+                store.failed(section, record, failure)
+            else:
                 record |= {"status": "timed", "ms_per_image": record["ms"] / batch}
                 record["images_per_s"] = 1e3 / record["ms_per_image"]
                 if model in SPECS:
                     record["gflops"] = SPECS[model].flop * record["images_per_s"] / 1e9
-            except Exception as failure:  # out of memory, no compiler, a wrong result: the others still run
-                wrong = isinstance(failure, ArithmeticError)
-                record |= {"status": "wrong" if wrong else "failed", "note": reason(failure)}
-            store.add(section, record)
+                store.add(section, record)
             say(f"{model} b{batch} {name} {provider}: {record.get('images_per_s', record['note'])}")
+
+
+def section_of(model: str) -> str:
+    return "models" if model in SPECS else "rival_networks"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,24 +198,21 @@ def main(arguments: list[str] | None = None) -> int:
     device = opened(options)
     if device is None:
         return 2
-    store = Store(device, options)
-    cells = [("tiny", p, 2) for p in PRECISIONS] if device.dry else CELLS
-    rivals = [] if device.dry else [(m, "bf16", n) for n in (64, 1, 256) for m in RIVALS]
-    if rivals and timm_models.why_absent() is not None:
+    store, cells = Store(device, options), DRY if device.dry else CELLS
+    if not device.dry and timm_models.why_absent() is not None:
         say(f"the rivals are left out: {timm_models.why_absent()}")
-        rivals = []
-    first, rest = (4, 8) if rivals else (0, 0)
-    for model, name, batch in [*cells[:first], *rivals[:first], *cells[first:rest], *rivals[first:], *cells[rest:]]:
+        cells = [cell for cell in cells if cell[0] in SPECS]
+    for model, name, batch, compiled in cells:
         if device.over:
             say(f"{options.seconds:.0f} s are over: the remaining networks are left out")
             break
         try:
             with torch.no_grad():
-                race(device, store, model, name, batch, "models" if model in SPECS else "rival_networks")
+                race(device, store, model, name, batch, compiled)
         except Exception as failure:  # the reference does not fit
             say(f"{model} b{batch} {name}: {reason(failure)}")
-    timed_rows = [row for row in store.kept.get("models", ()) if row["status"] == "timed"]
-    wrong = [row for row in store.kept.get("models", ()) if row["kind"] == "fused" and row["status"] != "timed"]
+    timed_rows = [row for row in store.rows("models") if row["status"] == "timed"]
+    wrong = [row for row in store.rows("models") if row["kind"] == "fused" and row["status"] != "timed"]
     return 1 if wrong or not timed_rows else 0
 
 

@@ -39,7 +39,7 @@ def providers(device: Device, args: tuple[Tensor, ...]) -> dict[str, Callable[[]
     last = x.contiguous(memory_format=torch.channels_last)
     backend = "cuda" if device.cuda else backends.select("depthwise_block", x, "gelu")
 
-    def ours(x: Tensor) -> Callable[[], Tensor]:
+    def ours(x: Tensor, backend: str = backend) -> Callable[[], Tensor]:
         def call() -> Tensor:
             with backends.use(backend):
                 return ops.depthwise_block(x, *rest)
@@ -58,6 +58,7 @@ def providers(device: Device, args: tuple[Tensor, ...]) -> dict[str, Callable[[]
     found = {
         "fused": ours(x),
         "fused channels_last": ours(last),
+        **({"fused triton": ours(x, "triton")} if device.cuda else {}),
         "eager": lambda: eager(*args),
         "eager channels_last": lambda: eager(last, *rest),
         "cudnn.benchmark": searched,
@@ -80,9 +81,9 @@ def predicted(device: Device, shape: tuple[int, int, int], k: int, dtype: str) -
     return {"kernel": p.kernel, "predicted_us": p.predicted_us}
 
 
-def measure(device: Device, shape: tuple[int, int, int], k: int, dtype: str, bandwidth: float) -> dict[str, Any]:
-    n, c, size = shape
-    kind = getattr(torch, dtype)
+def measure(device: Device, record: dict[str, Any], shape: tuple[int, int, int], bandwidth: float) -> None:
+    (n, c, size), k = shape, record["k"]
+    kind = getattr(torch, record["dtype"])
     generator = torch.Generator(device.type).manual_seed(0)
 
     def normal(*sizes: int, scale: float = 1.0) -> Tensor:
@@ -90,18 +91,18 @@ def measure(device: Device, shape: tuple[int, int, int], k: int, dtype: str, ban
 
     args = (normal(n, c, size, size), normal(c, 1, k, k, scale=1 / k), normal(c), normal(c), normal(c))
     exact = eager(args[0][:2].double(), *(a.double() for a in args[1:]))
-    record: dict[str, Any] = {"shape": f"{n}x{c}x{size}x{size}", "k": k, "dtype": dtype, "note": ""}
     with flags():
         of_eager = (eager(args[0][:2], *args[1:]).double() - exact).abs().max().item()
         allowed = 2 * of_eager + 4 * torch.finfo(kind).eps * exact.abs().max().item()
         calls = providers(device, args)
         us = race(device, calls, exact, allowed, record)
     floor = (2 * args[0].nbytes + args[1].nbytes) / bandwidth * 1e-6
-    record |= {"us": us, "floor_us": floor, **predicted(device, shape, k, dtype)}
+    record |= {"us": us, "floor_us": floor, **predicted(device, shape, k, record["dtype"])}
     plain = [value for name, value in us.items() if not name.startswith("fused")]
     if "fused" in us:
-        record |= {"percent_of_copy": 100 * floor / us["fused"], "speedup": min(plain) / us["fused"]}
-    return record
+        record["percent_of_copy"] = 100 * floor / us["fused"]
+    if "fused" in us and plain:
+        record["speedup"] = min(plain) / us["fused"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,22 +110,26 @@ def main(arguments: list[str] | None = None) -> int:
     device = opened(options)
     if device is None:
         return 2
-    store, failed = Store(device, options), False
+    store, section = Store(device, options), "gpu_ops"
     bandwidth = device.copy_bandwidth()
     store.about["ceilings"] = {"copy": bandwidth * 1e3}
     say(f"{device.name}: copy {bandwidth:.2f} TB/s")
     for shape, k, dtype in DRY if device.dry else CASES:
+        record: dict[str, Any] = {"shape": "{0}x{1}x{2}x{2}".format(*shape), "k": k, "dtype": dtype}
+        if store.has(section, record):
+            continue
         if device.over:
             say(f"{options.seconds:.0f} s are over: the remaining cases are left out")
             break
+        record["note"] = ""
         try:
-            record = measure(device, shape, k, dtype, bandwidth)
+            measure(device, record, shape, bandwidth)
         except Exception as error:  # a kernel that fails must not cost the other rows
-            record = {"shape": "x".join(map(str, shape)), "k": k, "dtype": dtype, "note": reason(error)}
-        failed |= "fused" not in record.get("us", {})
-        store.add("gpu_ops", record)
+            store.failed(section, record, error)
+        else:
+            store.add(section, record)
         say(f"{shape} k={k} {dtype}: " + (", ".join(f"{n} {v:.1f}" for n, v in record.get("us", {}).items())))
-    return int(failed)
+    return int(any("fused" not in row.get("us", {}) for row in store.rows(section)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.device import Device, Store, flags, opened, parser, race, reason, say
+from benchmarks.gpu.device import Device, Store, flags, opened, parser, race, say
 from cmx_kernels import backends, cost_model, ops
 
 MODELS = ((1536, 32, 7), (768, 32, 7), (1024, 16, 14))  # channels, pixels on a side, patch
@@ -54,7 +54,7 @@ def providers(device: Device, op: str, x: Tensor, weight: Tensor, *vectors: Tens
     last = x.contiguous(memory_format=torch.channels_last)
     backend = "cuda" if device.cuda else backends.select(op, x, "gelu")
 
-    def ours(x: Tensor) -> Callable[[], Tensor]:
+    def ours(x: Tensor, backend: str = backend) -> Callable[[], Tensor]:
         def call() -> Tensor:
             with backends.use(backend):
                 return getattr(ops, op)(x, weight, *vectors)
@@ -64,6 +64,7 @@ def providers(device: Device, op: str, x: Tensor, weight: Tensor, *vectors: Tens
     found = {
         "fused": ours(x),
         "fused channels_last": ours(last),
+        **({"fused triton": ours(x, "triton")} if device.cuda else {}),
         "eager": lambda: eager(op, x, weight, *vectors),
         "eager channels_last": lambda: eager(op, last, weight, *vectors),
     }
@@ -85,13 +86,12 @@ def predicted(device: Device, op: str, case: tuple[int, int, int, int], dtype: s
     return {"kernel": p.kernel, "predicted_us": p.predicted_us}
 
 
-def measure(device: Device, op: str, case: tuple[int, int, int, int], dtype: str) -> dict[str, Any]:
-    n, c, size, patch = case
-    kind = getattr(torch, dtype)
+def measure(device: Device, record: dict[str, Any], case: tuple[int, int, int, int]) -> None:
+    (n, _, size, _), op = case, record["op"]
+    kind = getattr(torch, record["dtype"])
     args = arguments_of(device, op, case, kind)
     flop = 2.0 * n * args[1].numel() * (1 if op == "pool_head" else size * size)
-    record: dict[str, Any] = {"op": op, "shape": f"{n}x{c}x{size}x{size}, {patch}", "dtype": dtype, "note": ""}
-    record |= predicted(device, op, case, dtype)
+    record |= predicted(device, op, case, record["dtype"])
     exact = eager(op, args[0][:2].double(), *(a.double() for a in args[1:]))
     with flags():
         of_eager = (eager(op, args[0][:2], *args[1:]).double() - exact).abs().max().item()
@@ -101,11 +101,10 @@ def measure(device: Device, op: str, case: tuple[int, int, int, int], dtype: str
     record["us"] = us
     if "fused" in us:
         record["tflop_per_s"] = flop / us["fused"] * 1e-6
-        record["speedup"] = min(us["eager"], us["eager channels_last"]) / us["fused"]
-        if "cuBLAS" in us:
-            best = min(us["cuBLAS"], us["cuBLAS channels_last"])
-            record["percent_of_cublas"] = 100 * best / us["fused"]
-    return record
+        for key, kind_of, factor in (("speedup", "eager", 1), ("percent_of_cublas", "cuBLAS", 100)):
+            others = [value for name, value in us.items() if name.startswith(kind_of)]
+            if others:
+                record[key] = factor * min(others) / us["fused"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,19 +112,23 @@ def main(arguments: list[str] | None = None) -> int:
     device = opened(options)
     if device is None:
         return 2
-    store, failed = Store(device, options), False
+    store, section = Store(device, options), "gpu_product"
     for op, case, dtype in DRY if device.dry else CASES:
+        record: dict[str, Any] = {"op": op, "shape": "{0}x{1}x{2}x{2}, {3}".format(*case), "dtype": dtype}
+        if store.has(section, record):
+            continue
         if device.over:
             say(f"{options.seconds:.0f} s are over: the remaining cases are left out")
             break
+        record["note"] = ""
         try:
-            record = measure(device, op, case, dtype)
+            measure(device, record, case)
         except Exception as error:  # a kernel that fails must not cost the other rows
-            record = {"op": op, "shape": "x".join(map(str, case)), "dtype": dtype, "note": reason(error)}
-        failed |= "fused" not in record.get("us", {})
-        store.add("gpu_product", record)
+            store.failed(section, record, error)
+        else:
+            store.add(section, record)
         say(f"{op} {case} {dtype}: " + (", ".join(f"{n} {v:.1f}" for n, v in record.get("us", {}).items())))
-    return int(failed)
+    return int(any("fused" not in row.get("us", {}) for row in store.rows(section)))
 
 
 if __name__ == "__main__":

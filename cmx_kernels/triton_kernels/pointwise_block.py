@@ -38,7 +38,7 @@ def pointwise_fwd_kernel(
     """Any strides, any sizes. FLAT: x_w is the distance between any two neighbouring pixels."""
     columns = images * pixels
     if WIDE:
-        columns = images.to(tl.int64) * pixels
+        columns = tl.cast(images, tl.int64) * pixels
     row_tiles = tl.cdiv(channels_out, ROWS)
     column_tiles = tl.cdiv(columns, COLUMNS)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):

@@ -56,7 +56,7 @@ def moments_final_kernel(partials, moments, channels, parts, PARTS: tl.constexpr
     """moments [2, C]: mean and biased variance of one channel a program"""
     c = tl.program_id(0).to(tl.int64)
     at = partials + c * parts
-    further = channels.to(tl.int64) * parts
+    further = tl.cast(channels, tl.int64) * parts  # not channels.to: 1 is a constant of the compiler
     count, total, squares = tl.zeros([PARTS], tl.float64), tl.zeros([PARTS], tl.float64), tl.zeros([PARTS], tl.float64)
     for first in range(0, parts, PARTS):
         i = first + tl.arange(0, PARTS)
