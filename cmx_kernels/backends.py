@@ -97,12 +97,12 @@ BACKENDS = (
     Backend(
         "cuda",
         _why_not_cuda,
-        "only compiled and emulated so far, never run on a GPU; use('cuda') runs it",
+        "only compiled and emulated so far, never run on a GPU; use('cuda') runs it, tune() checks it",
     ),
     Backend(
         "triton",
         _why_not_triton,
-        "only compiled and interpreted so far, never run on a GPU; use('triton') runs it",
+        "only compiled and interpreted so far, never run on a GPU; use('triton') runs it, tune() checks it",
     ),
     Backend("cpu", _why_not_cpu),
     Backend("reference", _why_not_reference),

@@ -74,6 +74,7 @@ void run_stage(Stage& s) {
   s.rows = band_rows(s.out.n, s.out.h, (4 << 20) / (pixel * s.out.w) + 1);
   if (s.pointwise.strassen && s.out.w % 2) s.rows = round_up(s.rows, 2);  // bands begin with a whole pair
   s.part = std::max<int64_t>(64, l2_bytes() * 3 / 4 / pixel / 16 * 16);
+  s.times = stage_times(s.producer);
   const int64_t bands = ceil_div(s.out.h, s.rows);
   run(
       s.out.n * bands, k.stage_scratch_bytes(s),

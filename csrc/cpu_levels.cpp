@@ -78,4 +78,14 @@ static std::atomic<bool>& strassen() {
 bool strassen_allowed() { return strassen(); }
 void allow_strassen(bool allowed) { strassen() = allowed; }
 
+static std::atomic<bool> timing{false};
+static StageTimes times[3];
+
+StageTimes* stage_times(Stage::Producer producer) { return timing ? &times[(int)producer] : nullptr; }
+
+void time_stages(bool wanted) {
+  for (StageTimes& t : times) t = {};
+  timing = wanted;
+}
+
 }  // namespace cmx

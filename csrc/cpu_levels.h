@@ -52,5 +52,7 @@ const std::vector<std::string>& cpu_levels();  // compiled and runnable here, sl
 void set_cpu_level(const std::string& name);   // throws std::invalid_argument
 bool strassen_allowed();                       // CMX_STRASSEN, on if it is not set
 void allow_strassen(bool);
+StageTimes* stage_times(Stage::Producer);  // null as long as nobody asked for them
+void time_stages(bool);                    // from zero on
 
 }  // namespace cmx

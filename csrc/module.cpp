@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <map>
+#include <string>
 
 #include "cpu_levels.h"
 
@@ -33,6 +35,20 @@ static double peak(const std::string& dtype, double seconds) {
   return flop / passed;
 }
 
+static std::map<std::string, double> stage_seconds() {
+  std::map<std::string, double> found;
+  auto add = [&](const char* name, int64_t nanoseconds) { found[name] += 1e-9 * nanoseconds; };
+  if (const StageTimes* t = stage_times(Stage::Producer::patches)) {
+    add("stem", t->producer);
+    add("stem", t->product);
+  }
+  if (const StageTimes* t = stage_times(Stage::Producer::depthwise)) {
+    add("depthwise", t->producer);
+    add("pointwise", t->product);
+  }
+  return found;
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of cmx_kernels";
   m.def("activations", activations, "activations with a CPU kernel");
@@ -43,6 +59,9 @@ PYBIND11_MODULE(_C, m) {
         "use another instruction set; ValueError if it does not run here");
   m.def("strassen", strassen_allowed, "whether stacks of blocks may use Strassen's products in float32");
   m.def("allow_strassen", allow_strassen, py::arg("allowed"), "the same for weights that are packed from now on");
+  m.def("time_stages", time_stages, py::arg("wanted"), "begin to count the time of the parts of a stack, or stop");
+  m.def("stage_seconds", stage_seconds,
+        "seconds of all workers since then in the stem, depthwise and pointwise halves");
   m.def("lanes", [] { return cpu_kernels().lanes; }, "channels in a vector");
   m.def("peak", peak, py::arg("dtype"), py::arg("seconds") = 0.02, py::call_guard<py::gil_scoped_release>(),
         "FLOP/s of one thread on registers alone, \"float32\" or \"bfloat16\"; run it on every core at once");

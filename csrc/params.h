@@ -44,6 +44,11 @@ struct Pointwise {
   bool strassen;     // the weight is packed for strassen_product
 };
 
+// What all workers spent in the two halves of a stage
+struct StageTimes {
+  int64_t producer, product;  // nanoseconds; added up atomically
+};
+
 // One pass over the activations, in bands of rows: a producer fills a panel [pixel][channel], a product consumes it.
 struct Stage {
   enum class Producer { patches, depthwise, copy } producer;
@@ -52,8 +57,9 @@ struct Stage {
   Depthwise depthwise;  // producer depthwise
   Pointwise pointwise;
   Act act;
-  int64_t rows;  // output rows of a band
-  int64_t part;  // pixels of the panel that one sweep over the weights takes: they stay in L2
+  int64_t rows;       // output rows of a band
+  int64_t part;       // pixels of the panel that one sweep over the weights takes: they stay in L2
+  StageTimes* times;  // null: not asked for
 };
 
 struct DepthwiseStage {

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 
 import cases
 import pytest
@@ -113,6 +114,24 @@ def test_memory_is_not_reused(isa: str) -> None:
     assert stack.block_stack(torch.full_like(x, torch.nan), packed).isnan().all()
     check_equal(stack.block_stack(x, packed), kept)
     check_equal(first, kept)
+
+
+def test_times_of_the_halves(isa: str) -> None:
+    """Counted only between the two switches, and no more than the workers had."""
+    image, c, depth, kernel, patch = (2, 3, 64, 64), 64, 3, (9, 9), (2, 2)
+    packed = stack.pack(*_layers((image, c, depth, kernel, patch), F32), "gelu", F32)
+    x = torch.randn(image)
+    registry.C.time_stages(True)
+    start = time.perf_counter()
+    timed = stack.block_stack(x, packed)
+    passed = time.perf_counter() - start
+    found = registry.C.stage_seconds()
+    registry.C.time_stages(False)
+    assert set(found) == {"stem", "depthwise", "pointwise"}
+    assert min(found.values()) > 0
+    assert sum(found.values()) <= passed * torch.get_num_threads()
+    check_equal(stack.block_stack(x, packed), timed)
+    assert registry.C.stage_seconds() == {}
 
 
 @pytest.mark.parametrize("value", (torch.inf, -torch.inf, torch.nan), ids=str)

@@ -136,6 +136,8 @@ CMX_INLINE TapLoop tap_loop(int64_t kw, bool pairs) {
 struct Rows {
   const float* first;  // row `top`, column 0
   int64_t pitch;       // floats from row to row
+  const char* next;    // the same rows of the next block, if it is known where they lie
+  int64_t next_bytes;
 };
 
 struct RowPlan {
@@ -170,7 +172,12 @@ CMX_INLINE void pair_row(const bfloat16* from, int64_t step, int64_t w, vu* to) 
 
 static Rows prepare_rows(const View& in, const RowPlan& plan, int64_t n, int64_t block, int64_t top, int64_t end,
                          float* scratch) {
-  if (plan.in_place) return {block_of<const float>(in, n, block) + top * in.w * VL, in.w * VL};
+  const int64_t row_bytes = in.w * VL * size_of(in.dtype);
+  const bool more = in.blocked && (block + 1) * VL < in.c;
+  const int64_t next_row = ((n * ceil_div(in.c, VL) + block + 1) * in.h + top) * row_bytes;
+  const char* const next = more ? (const char*)in.data + next_row : nullptr;
+  const int64_t next_bytes = more ? (end - top) * row_bytes : 0;
+  if (plan.in_place) return {block_of<const float>(in, n, block) + top * in.w * VL, in.w * VL, next, next_bytes};
   const int64_t pitch = plan.width * VL, channel = block * VL;
   auto gather_rows = [&](int64_t y, int64_t rows, float* to) {
     for_rows(in, y, rows, [&](int64_t at, int64_t x, int64_t count, int64_t before) {
@@ -198,7 +205,7 @@ static Rows prepare_rows(const View& in, const RowPlan& plan, int64_t n, int64_t
         pair_row(some + r * in.w * VL, VL, in.w, (vu*)(scratch + (y - top + r) * pitch));
     }
   }
-  return {scratch, pitch};
+  return {scratch, pitch, next, next_bytes};
 }
 
 // Input rows that output rows [y0, y0 + rows) need
@@ -221,10 +228,9 @@ CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, const RowPlan
   taps.kw = d.kw;
   taps.weight_row = d.kw + plan.pairs;
   const float* weight = (const float*)d.weight + block * d.kh * taps.weight_row * VL;
-  const bool more = plan.in_place && (block + 1) * VL < in.c;  // the next block, on its way to L1
-  taps.ahead = (const char*)(from.first + in.h * in.w * VL);
-  taps.lines = more ? ceil_div((end - top) * in.w * VL * 4 / 64, rows * ceil_div(in.w, CB) * d.kh) : 0;
-  const char* const ahead_end = taps.ahead + (end - top) * in.w * VL * 4;
+  taps.ahead = from.next;  // on its way to L1
+  taps.lines = ceil_div(from.next_bytes, 64 * rows * ceil_div(in.w, CB) * d.kh);
+  const char* const ahead_end = taps.ahead + from.next_bytes;
   for (int64_t y = y0; y < y0 + rows; y++) {
     const int64_t t0 = most(up - y, 0), t1 = least(d.kh, in.h - y + up);
     taps.weight = weight + t0 * taps.weight_row * VL;

@@ -1,4 +1,6 @@
 // The CPU kernels of one instruction set: bands of a stage, blocks of a depthwise layer, pool and head.
+#include <time.h>
+
 #include "../cpu_levels.h"
 #include "activation.h"
 #include "depthwise.h"
@@ -20,6 +22,20 @@ struct Scratch {
     T* p = (T*)next;
     next += round_up(count * sizeof(T), 64);
     return p;
+  }
+};
+
+// Adds the time until its end to a total, if there is one
+struct Timer {
+  int64_t *total, begin;
+  explicit Timer(int64_t* t) : total(t), begin(t ? now() : 0) {}
+  ~Timer() {
+    if (total) __atomic_fetch_add(total, now() - begin, __ATOMIC_RELAXED);
+  }
+  static int64_t now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000 + t.tv_nsec;
   }
 };
 
@@ -120,10 +136,13 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
   float* row_scratch = scratch.take<float>(plan.row_scratch);
   float* sums = scratch.take<float>(plan.sums);
   float* lines = scratch.take<float>(plan.out_scratch);
-  switch (s.producer) {
-    case Stage::Producer::depthwise: fill_depthwise(s, plan, n, y0, rows, panel, row_scratch); break;
-    case Stage::Producer::patches: fill_patches(s, plan, n, y0, rows, panel); break;
-    case Stage::Producer::copy: fill_copy(s, plan, n, y0, rows, panel, row_scratch); break;
+  {
+    const Timer timer(s.times ? &s.times->producer : nullptr);
+    switch (s.producer) {
+      case Stage::Producer::depthwise: fill_depthwise(s, plan, n, y0, rows, panel, row_scratch); break;
+      case Stage::Producer::patches: fill_patches(s, plan, n, y0, rows, panel); break;
+      case Stage::Producer::copy: fill_copy(s, plan, n, y0, rows, panel, row_scratch); break;
+    }
   }
   const View& out = s.out;
   int64_t part_begin = 0;
@@ -157,6 +176,7 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
     if (block + blocks == ceil_div(out.c, VL)) part_begin = m1;
   };
   const int64_t pixels = rows * out.w;
+  const Timer timer(s.times ? &s.times->product : nullptr);
   if constexpr (sizeof(P) == sizeof(float))
     if (s.pointwise.strassen)
       return strassen_product(panel, plan.pitch, pixels, plan.channels, out.c, s.pointwise, sums, finish, done);
