@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cmx_kernels import backends, cost_model, ops, registry
-from cmx_kernels.fuse import unfuse
-from cmx_kernels.layers import LargeKernelDepthwiseConv2d, is_depthwise, why_not_swap
+from cmx_kernels.layers import LargeKernelDepthwiseConv2d, is_depthwise, unswap, why_not_swap
+from cmx_kernels.models.conversion import revert
 from cmx_kernels.models.fused import Fused, Stem
 from cmx_kernels.models.networks import FusedConvMixer, FusedNetwork
 from cmx_kernels.models.stack import Stack, check_call, current, plain_is_wanted
@@ -126,7 +126,9 @@ def inputs_of(model: nn.Module, parts: dict[str, nn.Module], x: Tensor) -> dict[
     tensors = [*model.parameters(), *model.buffers()]
     memo = {id(t): t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors}
     memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in model.parameters()}
-    twin = unfuse(copy.deepcopy(model, memo))
+    twin = copy.deepcopy(model, memo)
+    revert(twin)
+    unswap(twin)
     seen: dict[str, Tensor] = {}
     for name in parts:
 
@@ -161,7 +163,10 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
         stack, obstacle = None, str(reason)
     if isinstance(part, FusedNetwork):
         rows = _network_rows(name, part, x, stack if obstacle is None else None)
-        yield from rows if stack is None or obstacle is None else _in_parts(rows, part, stack, x)
+        if stack is None:  # its parts may still be fused; where they are, they do not say why each is called alone
+            yield from (row if row.backend == PLAIN or row.note else replace(row, note=str(obstacle)) for row in rows)
+        else:
+            yield from rows if obstacle is None else _in_parts(rows, part, stack, x)
     elif stack is None:
         yield Row(name or "block", PLAIN, "its modules", {"fusion": str(obstacle)})
     elif obstacle is None:

@@ -5,7 +5,7 @@ from typing import TypeVar
 from torch import nn
 
 from cmx_kernels import backends
-from cmx_kernels.layers import swap, unswap
+from cmx_kernels.layers import SwappedDepthwiseConv2d, swap, unswap
 from cmx_kernels.models.conversion import convert, revert
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,9 +50,18 @@ def fuse(model: Model, *, strict: bool = False) -> Model:
 
 
 def unfuse(model: Model) -> Model:
-    """Make ``model`` exactly what it was before :func:`fuse`, in place; what is not fused is left alone."""
+    """Make ``model`` exactly what it was before :func:`fuse`, in place; what is not fused is left alone.
+
+    Raises:
+        TypeError: ``model`` is no nn.Module, or a class was derived from a fused one, as parametrizations do.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted an nn.Module")
     revert(model)
     unswap(model)
+    left = next((m for m in model.modules() if isinstance(m, SwappedDepthwiseConv2d)), None)
+    if left is not None:
+        raise TypeError(
+            f"model: got a {type(left).__name__}, derived from a fused class; remove its parametrizations before unfuse"
+        )
     return model

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cmx_kernels import backends, ops, profiling
 from cmx_kernels.models.fused import Block, Stem
 from cmx_kernels.models.stack import STATE, check_call, check_tensor, plain_is_wanted
-from cmx_kernels.models.structure import Refusal
+from cmx_kernels.models.structure import Refusal, why_not_size
 from cmx_kernels.ops.block_stack import ConvParams, PackedCache
 from cmx_kernels.ops.checks import MAX_KERNEL, autocast, wants_grad
 from cmx_kernels.ops.depthwise_packed import PackedDepthwise, depthwise_packed, pack
@@ -83,7 +83,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
             check_tensor(self.weight)
         except Refusal as reason:
             return str(reason)
-        return None
+        return "its _conv_forward was replaced" if "_conv_forward" in self.__dict__ else why_not_size(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.__dict__.pop(STATE, None)

@@ -1,6 +1,7 @@
 """explain, build_info, and the large depthwise layer."""
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -53,6 +54,7 @@ def test_reasons() -> None:
         report = explain(model, X)
         assert report.refusals == {"blocks.1": {"fusion": "a hook is attached to its GELU"}}
         assert [row.backend for row in report] == ["cpu", "cpu", "torch", "cpu", "torch", "torch"]
+        assert report.rows[1].note == "a hook is attached to its GELU"  # and so no call for the whole network
         assert "1 of 6 parts refused" in str(report)
     with torch.enable_grad():
         report = explain(trained(ConvMixer(32, 3, 5, 7, 10)), X)
@@ -241,6 +243,17 @@ def test_the_layer_in_other_hands() -> None:
     ours, plain = conv_pair(7)
     x = torch.randn(2, 12, 9, 9)
     torch.testing.assert_close(ours(x[0]), plain(x[0]))
+    for layer in (ours, plain):
+        layer._conv_forward = types.MethodType(
+            lambda self, x, w, b: nn.functional.conv2d(x, 2 * w, b, groups=12), layer
+        )
+    torch.testing.assert_close(ours(x), plain(x))
+    for layer in (ours, plain):
+        del layer._conv_forward
+    smaller = copy.deepcopy((ours, plain))
+    for layer in smaller:
+        layer.weight = nn.Parameter(layer.weight[..., 1:-1])
+    torch.testing.assert_close(smaller[0](x), smaller[1](x))
     for other in (torch.jit.script(ours), torch.jit.trace(ours, x), torch.fx.symbolic_trace(nn.Sequential(ours))):
         torch.testing.assert_close(other(x), plain(x))
     compiled = torch.compile(ours, fullgraph=True, backend="eager")

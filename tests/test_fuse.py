@@ -9,7 +9,7 @@ import torch
 from plain_models import FAMILY, NATIVE, Residual, check_against, check_step, counted, paper, timms, trained
 from torch import Tensor, nn
 
-from cmx_kernels import backends, fuse, unfuse
+from cmx_kernels import backends, explain, fuse, unfuse
 from cmx_kernels.models.fused import Block, Fused
 
 pytestmark = pytest.mark.filterwarnings("ignore:cmx_kernels")
@@ -152,6 +152,17 @@ class Scaled(nn.Module):
         return self.fn(x) * self.scale + x
 
 
+class Dropping(nn.Module):
+    """A residual in evaluation, and in training most of the time."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and torch.rand(()) < 1e-9 else self.fn(x) + x
+
+
 def set_in(path: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
     def change(model: nn.Module) -> None:
         model.set_submodule(path, make(model.get_submodule(path)))
@@ -162,6 +173,7 @@ def set_in(path: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Mo
 REFUSED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "not a residual": (set_in("blocks.1.0", lambda m: Gated(m.fn)), "something else than"),
     "a residual with a state": (set_in("blocks.1.0", lambda m: Scaled(m.fn)), "attributes of its own"),
+    "a random residual": (set_in("blocks.1.0", lambda m: Dropping(m.fn)), "random numbers"),
     "another activation": (set_in("blocks.1.2", lambda m: nn.SiLU()), "SiLU"),
     "another norm": (set_in("blocks.1.3", lambda m: nn.GroupNorm(1, 32)), "GroupNorm"),
     "dilation": (
@@ -204,3 +216,22 @@ def test_nothing_to_fuse() -> None:
         fuse("model")
     with pytest.raises(TypeError, match=r"wanted an nn\.Module"):
         unfuse(None)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script:DeprecationWarning")
+@torch.no_grad()
+def test_scripted_parts_stay_what_they_are() -> None:
+    plain = trained(timms(*SIZES))
+    for scripted in (torch.jit.script(plain), nn.Sequential(torch.jit.script(nn.ReLU()), plain)):
+        out = scripted(X)
+        torch.testing.assert_close(fuse(scripted)(X), out)
+
+
+def test_a_derived_layer_cannot_be_unfused() -> None:
+    model = fuse(nn.Sequential(nn.Conv2d(8, 8, 5, padding=2, groups=8)))
+    nn.utils.parametrizations.weight_norm(model[0])
+    explain(model, torch.randn(1, 8, 6, 6))
+    with pytest.raises(TypeError, match="ParametrizedSwappedDepthwiseConv2d, derived from a fused class; remove"):
+        unfuse(model)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert type(unfuse(model)[0]) is nn.Conv2d

@@ -245,8 +245,11 @@ def test_classes_have_two_names() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("grad", [False, True])
-def test_images_that_do_not_fit_are_named(grad: bool) -> None:
-    ours, _ = pair()
+@pytest.mark.parametrize("train", [False, True])
+def test_images_that_do_not_fit_are_named(grad: bool, train: bool) -> None:
+    """Before a batch is counted."""
+    ours = pair()[0].train(train)
+    before = copy.deepcopy(ours.state_dict())
     with torch.set_grad_enabled(grad):
         for x, error, says in (
             (torch.randn(3, 28, 28), ValueError, "batch dimension"),
@@ -254,10 +257,15 @@ def test_images_that_do_not_fit_are_named(grad: bool) -> None:
             (torch.randn(1, 3, 6, 28), ValueError, "6x28 pixels"),
             (torch.randint(0, 255, (1, 3, 28, 28), dtype=torch.uint8), TypeError, "uint8"),
             (torch.randn(1, 3, 28, 28).bfloat16(), TypeError, "bfloat16"),
+            (torch.randn(1, 3, 28, 28).double(), TypeError, "float64"),
+            (torch.randn(1, 3, 28, 28, device="meta"), ValueError, "weight: got device cpu with x on meta"),
+            (torch.randn(1, 3, 28, 28).to_sparse(), TypeError, "x: got layout torch.sparse_coo"),
+            (torch.nested.nested_tensor([torch.randn(3, 28, 28)]), TypeError, "x: got a nested tensor"),
         ):
             with pytest.raises(error, match=says):
                 ours(x)
-        assert ours(torch.randn(0, 3, 28, 28)).shape == (0, 10)
+        torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
+        assert ours.eval()(torch.randn(0, 3, 28, 28)).shape == (0, 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_models import check_against, timms, trained
+from plain_models import check_against, check_step, timms, trained
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -80,6 +80,12 @@ REPLACED: dict[str, Callable[[nn.Module], Any]] = {
     "pruning": lambda m: prune.l1_unstructured(m.blocks[0][1], "weight", 0.5),
     "another class": lambda m: setattr(m.blocks[2][1], "__class__", type("Conv2d", (nn.Conv2d,), {"forward": doubled})),
     "another forward": lambda m: setattr(m.blocks[2][1], "forward", types.MethodType(doubled, m.blocks[2][1])),
+    "another _conv_forward": lambda m: setattr(
+        m.blocks[0][0].fn[0], "_conv_forward", types.MethodType(around, m.blocks[0][0].fn[0])
+    ),
+    "other features": lambda m: setattr(m, "forward_features", types.MethodType(features, m)),
+    "another head": lambda m: setattr(m, "forward_head", types.MethodType(negative, m)),
+    "overlapping patches": lambda m: setattr(m.stem[0], "weight", larger(m.stem[0].weight)),
     "another block forward": lambda m: setattr(m.blocks[1], "forward", lambda x: x),
     "another activation": lambda m: m.blocks[0].__setitem__(2, nn.Tanh()),
     "a block less": lambda m: m.blocks.__delitem__(1),
@@ -97,6 +103,24 @@ def doubled(self: nn.Conv2d, x: Tensor) -> Tensor:
     return 2 * nn.Conv2d.forward(self, x)
 
 
+def around(self: nn.Conv2d, x: Tensor, *parameters: Tensor) -> Tensor:
+    """As seamless tiling is made: the image goes on at its other end."""
+    x = nn.functional.pad(x, (2, 2, 2, 2), mode="circular")
+    return nn.functional.conv2d(x, *parameters, groups=self.groups)
+
+
+def features(self: nn.Module, x: Tensor) -> Tensor:
+    return 2 * type(self).forward_features(self, x)
+
+
+def negative(self: nn.Module, x: Tensor, pre_logits: bool = False) -> Tensor:
+    return -type(self).forward_head(self, x)
+
+
+def larger(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(nn.functional.pad(weight.detach(), (0, 1, 0, 1), value=0.1))
+
+
 @pytest.mark.parametrize("name", REPLACED)
 @torch.no_grad()
 def test_changes_of_the_modules_are_followed(name: str) -> None:
@@ -109,6 +133,13 @@ def test_changes_of_the_modules_are_followed(name: str) -> None:
     out = fused(X)
     check_against(out, plain, X)
     assert not torch.allclose(out, before)
+
+
+def test_training_with_overlapping_patches() -> None:
+    fused, plain = twins()
+    for model in (fused.train(), plain.train()):
+        model.stem[0].weight = larger(model.stem[0].weight)
+    check_step(fused, plain, X)
 
 
 class Doubled(nn.Sequential):

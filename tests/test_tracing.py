@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from plain_models import FUSED, NATIVE, check_against, fused_and_plain
+from plain_models import FUSED, NATIVE, check_against, counted, fused_and_plain
 from torch import nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmx_kernels import LargeKernelDepthwiseConv2d
 from cmx_kernels.models import structure
 
 pytestmark = pytest.mark.filterwarnings("ignore:cmx_kernels", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -127,6 +129,28 @@ def test_dispatch_modes_and_dual_numbers(models: tuple[nn.Module, nn.Module]) ->
             tangents.append(forward_ad.unpack_dual(out).tangent)
     assert recorded[0] == recorded[1]
     torch.testing.assert_close(*tangents)
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if func is nn.functional.conv2d else out
+
+
+@torch.no_grad()
+def test_function_modes(models: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode sees the functions of the plain model; a default device is none that anybody would see."""
+    layers = nn.Conv2d(3, 3, 7, padding=3, groups=3), LargeKernelDepthwiseConv2d(3, 7)
+    layers[1].load_state_dict(layers[0].state_dict())
+    for fused, plain in (models, layers[::-1]):
+        before = fused(X)
+        with Doubling():
+            assert torch.equal(fused(X), plain(X))
+        with torch.device("cpu"):
+            assert torch.equal(fused(X), before)
+    with torch.device("cpu"), counted(monkeypatch) as calls:
+        models[0](X)
+    assert len(calls) == NATIVE
 
 
 @torch.no_grad()

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from cmx_kernels import backends, ops
 from cmx_kernels.activations import name_of
 from cmx_kernels.models.stack import STATE, Stack, check_bypass, check_call, check_unit, current, plain_is_wanted
-from cmx_kernels.models.structure import BlockParts, Refusal, Unit, block_parts, children, stem_unit
+from cmx_kernels.models.structure import BlockParts, Refusal, Unit, block_parts, children, stem_unit, why_not_size
 from cmx_kernels.ops.batchnorm import fold, why_not_fold
 from cmx_kernels.ops.checks import autocast, check_activations
+from cmx_kernels.ops.depthwise_block import check as check_depthwise
+from cmx_kernels.ops.patch_embed import check as check_patches
+from cmx_kernels.ops.pointwise_block import check as check_pointwise
 
 
 class Fused(nn.Module):
@@ -55,7 +58,7 @@ class Stem(Fused, nn.Sequential):
                 if y is not None:
                     return y
                 unit = stack.units[0]
-            check_folds(unit)
+            check_folds(x, patch_embed=unit)
         except Refusal as reason:
             backends.say_once(f"part of the model runs in plain PyTorch: {reason}")
             return nn.Sequential.forward(self, x)
@@ -95,7 +98,7 @@ class Block(Fused, nn.Sequential):
                 if y is not None:
                     return y
                 parts = block_parts(self)
-            check_folds(parts.depthwise, parts.pointwise)
+            check_folds(x, depthwise_block=parts.depthwise, pointwise_block=parts.pointwise)
         except Refusal as reason:
             backends.say_once(f"part of the model runs in plain PyTorch: {reason}")
             return nn.Sequential.forward(self, x)
@@ -120,12 +123,26 @@ class Block(Fused, nn.Sequential):
         return Stack(self, None, [(parts.depthwise, parts.pointwise)], parts.wrappers)
 
 
-def check_folds(*units: Unit) -> None:
-    """Refuse operators one by one where a BatchNorm has no scale and shift before its batch is seen."""
-    for unit in units:
-        reason = why_not_fold(unit.norm)
+def check_folds(x: Tensor, **units: Unit) -> None:
+    """Refuse operators one by one where a BatchNorm has no scale and shift before its batch is seen.
+
+    units: operator -> its parameters.
+    """
+    for op, unit in units.items():
+        reason = why_not_size(unit.conv) or why_not_fold(unit.norm)
         if reason is not None:
+            check_arguments(op, unit, x)
             raise Refusal(reason)
+
+
+_CHECKS = {"patch_embed": check_patches, "depthwise_block": check_depthwise, "pointwise_block": check_pointwise}
+
+
+def check_arguments(op: str, unit: Unit, x: Tensor) -> None:
+    """Name what does not go together, dtypes, devices, shapes, before modules run into it and have counted a batch."""
+    if why_not_size(unit.conv) is None and not torch.compiler.is_compiling():
+        given, weight = autocast(x, unit.conv.weight)
+        _CHECKS[op](given, weight, None, None, None, "none")
 
 
 def run_unit(op: str, unit: Unit, x: Tensor, residual: nn.Module | None = None) -> Tensor:
@@ -133,5 +150,6 @@ def run_unit(op: str, unit: Unit, x: Tensor, residual: nn.Module | None = None) 
     act = name_of(unit.act)
     assert act is not None
     if not backends.has_kernel(op, autocast(x)[0], act, weight=unit.conv.weight.shape):
+        check_arguments(op, unit, x)
         return residual(x) if residual is not None else unit.norm(unit.act(unit.conv(x)))
     return getattr(ops, op)(x, unit.conv.weight, unit.conv.bias, *fold(unit.norm), act)

@@ -83,12 +83,13 @@ class FusedConvMixer(FusedNetwork):
             return self._forward_features(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        found = self.ready(x)
+        found = None if "forward_features" in self.__dict__ else self.ready(x)
         if found is not None:
             stack, tensors = found
-            y = stack.run(x, tensors, stack.pool)
+            pool = stack.pool and "forward_head" not in self.__dict__
+            y = stack.run(x, tensors, pool)
             if y is not None:
-                return self.head(self.head_drop(y)) if stack.pool else self.forward_head(y)
+                return self.head(self.head_drop(y)) if pool else self.forward_head(y)
         return self._plain_forward(x)
 
     def _forward_features(self, x: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class FusedConvMixer(FusedNetwork):
     def stack(self) -> Stack:
         if type(self.stem) is not Stem or not len(self.blocks):
             raise Refusal("it has no fused stem, or no blocks")
-        if type(self.blocks).forward not in (nn.Sequential.forward, FusedSequence.forward):
+        if getattr(type(self.blocks), "forward", None) not in (nn.Sequential.forward, FusedSequence.forward):
             raise Refusal(f"its blocks are in a {type(self.blocks).__name__} with a forward of its own")
         pool = _known(type(self.global_pool), *_POOLS) and _averages(children(self.global_pool))
         bypassed: list[nn.Module] = [self.stem, self.blocks]
@@ -223,7 +224,7 @@ def fused_class(original: type[nn.Module]) -> type[FusedNetwork] | None:
     """The class that a network of class ``original`` has when it is fused; None for a network that is not known."""
     if original in _classes:
         return _classes[original]
-    if original.forward is nn.Sequential.forward:
+    if getattr(original, "forward", None) is nn.Sequential.forward:  # a scripted module's class has none
         mixin: type[FusedNetwork] = FusedSequence
     elif _is_convmixer(original):
         mixin = FusedConvMixer

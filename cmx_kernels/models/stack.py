@@ -17,13 +17,14 @@ from cmx_kernels.models.parameters import Parameters
 from cmx_kernels.models.structure import Refusal, Unit
 from cmx_kernels.ops import block_stack, depth_first
 from cmx_kernels.ops.block_stack import PackedCache, PackedStack
-from cmx_kernels.ops.checks import autocast, memory_format
+from cmx_kernels.ops.checks import autocast, check_activations, memory_format
 
 STATE = "_cmx"  # the one entry a fused module has in its __dict__
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _LEAVES = frozenset((nn.ReLU, nn.Identity))
 # Private, so a torch without them is taken as one without transforms at work
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 _SETTINGS: dict[type, tuple[str, ...]] = {
@@ -45,11 +46,19 @@ def plain_is_wanted(x: Any) -> bool:
         return True
     if torch.compiler.is_compiling():
         return backends.exporting() and not backends.kernels_are_forced()
-    return torch.jit.is_tracing() or _dispatch_modes() > 0
+    if torch.jit.is_tracing() or _dispatch_modes() > 0 or (_function_modes() > 0 and _functions_are_followed()):
+        return True
+    return x.is_mkldnn  # as modules want it that torch.utils.mkldnn has replaced
+
+
+def _functions_are_followed() -> bool:
+    """Whether somebody sees each call of torch's functions; a default device only says where new tensors live."""
+    modes = (torch._C._get_function_stack_at(i) for i in range(_function_modes()))
+    return any(type(mode).__name__ != "DeviceContext" for mode in modes)
 
 
 def check_call(x: Tensor) -> None:
-    """Refuse what no kernel follows: transforms, tensor subclasses, hooks on every module."""
+    """Refuse what no kernel follows: transforms, tensor subclasses, hooks on every module; TypeError for no dense x."""
     if backends.exporting():  # with tensors without memory
         return
     if type(x) not in _PLAIN:
@@ -58,6 +67,8 @@ def check_call(x: Tensor) -> None:
         return
     if backends.transformed():
         raise Refusal(backends.TRANSFORMED)
+    if x.is_nested or x.layout is not torch.strided:
+        check_activations(x)
     if any(getattr(module_globals, hooks, None) for hooks in _GLOBAL_HOOKS):
         raise Refusal("a hook for all modules is registered")
 
@@ -66,8 +77,9 @@ def check_bypass(module: nn.Module) -> None:
     """Refuse to replace a call of ``module`` where that call does more than its class's forward."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise Refusal(f"a hook is attached to its {type(module).__name__}")
-    if "forward" in module.__dict__:
-        raise Refusal(f"the forward of its {type(module).__name__} was replaced")
+    for name in _methods(type(module)):
+        if name in module.__dict__:
+            raise Refusal(f"the {name} of its {type(module).__name__} was replaced")
 
 
 def check_unit(unit: Unit) -> None:
@@ -132,10 +144,10 @@ class Stack:
         """Parameters and running statistics; None unless the modules are still the same, plain and in the same mode."""
         if owner.__dict__["_modules"] != self.children or _settings(owner) != self.settings:
             return None
-        for modules, kinds, states, read, expected in self.watched:
-            if list(map(type, modules)) != kinds or any(map(contains, states, repeat("forward"))):
+        for modules, kinds, states, methods, read, expected in self.watched:
+            if list(map(type, modules)) != kinds or list(map(read, states)) != expected:
                 return None
-            if list(map(read, states)) != expected:
+            if any(any(map(contains, states, repeat(name))) for name in methods):
                 return None
         tensors = self._tensors()
         return tensors if len(tensors) == self.count and _PLAIN.issuperset(map(type, tensors)) else None
@@ -161,7 +173,7 @@ class Stack:
             return self.why_not
         conv, size = self.units[0].conv, self._patch()
         if x.dim() != 4 or x.shape[1] != conv.in_channels or x.shape[2] < size[0] or x.shape[3] < size[1]:
-            return f"x has shape {list(x.shape)}"  # the operators say what they want instead
+            return f"x has shape {list(x.shape)}, wanted [N, {conv.in_channels}, {size[0]} or more, {size[1]} or more]"
         return None
 
     def _patch(self) -> tuple[int, ...]:
@@ -265,7 +277,7 @@ def current(owner: nn.Module, build: Callable[[], Stack]) -> tuple[Stack, list[T
 
 
 def _watch(modules: Iterable[nn.Module]) -> list[tuple[Any, ...]]:
-    """For each class: the modules, their classes, their __dict__, a reader of those and what it reads now."""
+    """For each class: the modules, their classes, their __dict__, methods, a reader of the __dict__, what it reads."""
     kinds: dict[type, list[nn.Module]] = {}
     for module in modules:
         kinds.setdefault(type(module), []).append(module)
@@ -274,5 +286,10 @@ def _watch(modules: Iterable[nn.Module]) -> list[tuple[Any, ...]]:
         names = (*_HOOKS, *_SETTINGS.get(kind, () if kind in _LEAVES else ("_modules",)))
         states = [module.__dict__ for module in alike]
         expected = [tuple({} if n in _HOOKS else copy.copy(state[n]) for n in names) for state in states]
-        watched.append((alike, [kind] * len(alike), states, itemgetter(*names), expected))
+        watched.append((alike, [kind] * len(alike), states, _methods(kind), itemgetter(*names), expected))
     return watched
+
+
+def _methods(kind: type) -> tuple[str, ...]:
+    """What somebody may have replaced in one module of a class."""
+    return ("forward", "_conv_forward") if issubclass(kind, nn.Conv2d) else ("forward",)

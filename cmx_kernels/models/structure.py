@@ -123,6 +123,12 @@ def _why_not_pointwise(conv: nn.Conv2d) -> str | None:
     return None if conv.padding in ((0, 0), "same", "valid") else f"pads a 1x1 kernel by {conv.padding}"
 
 
+def why_not_size(conv: nn.Conv2d) -> str | None:
+    """A sentence if a weight is not of the size from which the settings of its convolution were judged."""
+    size = conv.weight.shape[2:]
+    return None if size == conv.kernel_size else f"a weight is {list(size)} with kernel_size={conv.kernel_size}"
+
+
 _ADDS_INPUT: set[type] = set()  # classes seen to compute child(x) + x
 # torch.compile of older releases cannot list attributes: there fuse() and calls outside of a graph have looked
 _TRACES_ATTRIBUTES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
@@ -146,10 +152,14 @@ def _check_residual(module: nn.Module) -> None:
     for training in (True, False):
         probe.training = training
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                before = torch.get_rng_state()
                 y = type(module).forward(probe, x)
+                draws = not torch.equal(before, torch.get_rng_state())
         except Exception as error:
             raise Refusal(f"{name} does not run on a test input: {error}") from error
+        if draws:
+            raise Refusal(f"{name} draws random numbers: it may not always compute x + f(x)")
         if not isinstance(y, Tensor) or not torch.equal(y, _probed(x) + x):
             raise Refusal(f"{name} computes something else than x + f(x)")
     _ADDS_INPUT.add(type(module))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cmx_kernels import backends
-from cmx_kernels.models.structure import Unit
+from cmx_kernels.models.structure import Unit, why_not_size
 from cmx_kernels.ops import batchnorm
 from cmx_kernels.ops.batchnorm import BatchNorm
 from cmx_kernels.ops.checks import autocast, memory_format
@@ -35,7 +35,7 @@ def why_not(x: Tensor, act: str) -> str | None:
 def run(
     stem: Unit | None, blocks: Sequence[tuple[Unit, Unit]], x: Tensor, act: str, recompute: bool = False
 ) -> Tensor | None:
-    """[N, Cin, H, W] -> [N, C, H', W'] in the dtype of autocast; None where dtypes differ, as the modules would refuse.
+    """[N, Cin, H, W] -> [N, C, H', W'] in the dtype of autocast; None where dtypes or sizes do not fit.
 
     Running statistics are updated as nn.BatchNorm2d updates them.
     """
@@ -43,6 +43,8 @@ def run(
     units = ([stem] if stem else []) + [unit for block in blocks for unit in block]
     weights = [autocast(unit.conv.weight)[0] for unit in units]
     if any(weight.dtype != x.dtype or weight.device != x.device for weight in weights):
+        return None
+    if any(why_not_size(unit.conv) is not None for unit in units):
         return None
     layout = memory_format(x)
     if x.device.type == "cpu":

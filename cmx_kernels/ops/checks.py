@@ -13,6 +13,8 @@ def _check_tensor(tensor: Tensor, name: str, shape: str) -> None:
     """Dense and on its own memory."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a torch.Tensor {shape}")
+    if tensor.is_nested:
+        raise TypeError(f"{name}: got a nested tensor, wanted a dense tensor; torch.nested.to_padded_tensor makes one")
     if tensor.layout != torch.strided or tensor.is_quantized:
         kind = "a quantized tensor" if tensor.is_quantized else f"layout {tensor.layout}"
         way_out = "dequantize()" if tensor.is_quantized else "to_dense()"
