@@ -1,6 +1,6 @@
 // The operators of training on the CPU (cmx_kernels/ops/training.py has their formulas): checks, allocation, launches,
 // and the sums of the pieces, in double and in a fixed order.
-#include "bind_cpu.h"
+#include "bind_memory.h"
 
 namespace cmx {
 namespace {
@@ -53,40 +53,44 @@ struct Pixels {
   }
 };
 
+constexpr int64_t kMostLanes = 16;
+
 Tensor floats(std::vector<int64_t> shape) { return torch::stable::empty(shape, ScalarType::Float); }
 float* data(const Tensor& t) { return (float*)t.mutable_data_ptr(); }
 
-// Where the pieces of a block of channels lie: piece(i) and pixels(i), i < pieces
-struct Pieces {
-  int64_t count;
-  std::function<const float*(int64_t i, int64_t block)> at;
-  std::function<int64_t(int64_t i)> pixels;
-};
-
 // [2, C] mean and biased variance out of pieces with their own means: var = sum(M2_i + n_i (mean_i - mean)^2) / n
-Tensor combine_moments(const Pieces& p, int64_t channels) {
+//
+// at(i, block) is piece i of a block of channels, over pixels(i) pixels.
+template <class At, class PixelsOf>
+Tensor combine_moments(int64_t count, int64_t channels, const At& at, const PixelsOf& pixels) {
   const int64_t lanes = cpu_kernels().lanes;
   Tensor out = floats({2, channels});
   torch::stable::parallel_for(0, ceil_div(channels, lanes), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; block++)
-      for (int64_t lane = 0; lane < std::min(lanes, channels - block * lanes); lane++) {
-        double sum = 0, count = 0, squares = 0;
-        auto mean_of = [&](int64_t i) {
-          const float* piece = p.at(i, block) + lane;
-          return (double)piece[kFirst * lanes] + piece[kOffset * lanes];
-        };
-        for (int64_t i = 0; i < p.count; i++) {
-          sum += mean_of(i) * p.pixels(i);
-          count += p.pixels(i);
-        }
-        const double mean = sum / count;
-        for (int64_t i = 0; i < p.count; i++) {
-          const double off = mean_of(i) - mean;
-          squares += p.at(i, block)[kSquares * lanes + lane] + p.pixels(i) * off * off;
-        }
-        data(out)[block * lanes + lane] = mean;
-        data(out)[channels + block * lanes + lane] = squares / count;
+    for (int64_t block = begin; block < end; block++) {
+      double mean[kMostLanes] = {}, squares[kMostLanes] = {}, total = 0;
+      auto mean_of = [&](const float* piece, int64_t lane) {
+        return (double)piece[kFirst * lanes + lane] + piece[kOffset * lanes + lane];
+      };
+      for (int64_t i = 0; i < count; i++) {
+        const float* piece = at(i, block);
+        const double n = pixels(i);
+        for (int64_t lane = 0; lane < lanes; lane++) mean[lane] += mean_of(piece, lane) * n;
+        total += n;
       }
+      for (int64_t lane = 0; lane < lanes; lane++) mean[lane] /= total;
+      for (int64_t i = 0; i < count; i++) {
+        const float* piece = at(i, block);
+        const double n = pixels(i);
+        for (int64_t lane = 0; lane < lanes; lane++) {
+          const double off = mean_of(piece, lane) - mean[lane];
+          squares[lane] += piece[kSquares * lanes + lane] + n * off * off;
+        }
+      }
+      for (int64_t lane = 0; lane < std::min(lanes, channels - block * lanes); lane++) {
+        data(out)[block * lanes + lane] = mean[lane];
+        data(out)[channels + block * lanes + lane] = squares[lane] / total;
+      }
+    }
   });
   return out;
 }
@@ -97,12 +101,14 @@ void add_pieces(const float* pieces, int64_t count, int64_t rows, int64_t channe
   const int64_t lanes = cpu_kernels().lanes, blocks = ceil_div(channels, lanes);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++)
-      for (int64_t row = 0; row < rows; row++)
-        for (int64_t lane = 0; lane < std::min(lanes, channels - block * lanes); lane++) {
-          double sum = 0;
-          for (int64_t i = 0; i < count; i++) sum += pieces[((i * blocks + block) * rows + row) * lanes + lane];
-          out[row * row_step + (block * lanes + lane) * channel_step] = sum;
-        }
+      for (int64_t row = 0; row < rows; row++) {
+        double sum[kMostLanes] = {};
+        for (int64_t i = 0; i < count; i++)
+          for (int64_t lane = 0; lane < lanes; lane++)
+            sum[lane] += pieces[((i * blocks + block) * rows + row) * lanes + lane];
+        for (int64_t lane = 0; lane < std::min(lanes, channels - block * lanes); lane++)
+          out[row * row_step + (block * lanes + lane) * channel_step] = sum[lane];
+      }
   });
 }
 
@@ -142,8 +148,8 @@ std::tuple<Tensor, Tensor> depthwise_train(const Tensor& x, const Optional& affi
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), blocks = ceil_div(c, k.lanes);
   const Table rows(affine, 3, c, "affine");
   const std::vector<float> b = padded_vector(bias, "bias", c);
-  const Tensor packed = packed_as_float(weight), a = output_like(x, c, h, w);
-  const Tensor pieces = floats({n * blocks * h * kMomentPieces * k.lanes});
+  const Tensor packed = packed_as_float(weight), a = kept_like(x, c, h, w);
+  const Tensor pieces = kept_floats(n * blocks * h * kMomentPieces * k.lanes);
   DepthwiseTrain s{{view_of(x, "x"), rows.get()},
                    view_of(a, "a"),
                    act_of(act),
@@ -158,12 +164,10 @@ std::tuple<Tensor, Tensor> depthwise_train(const Tensor& x, const Optional& affi
   run(n * blocks * bands, k.depthwise_train_scratch_bytes(s), [&](int64_t task, char* scratch) {
     k.depthwise_train_band(s, task / bands / blocks, task / bands % blocks, task % bands * s.rows, scratch);
   });
-  const Pieces p{n * h,
-                 [&](int64_t i, int64_t block) {
-                   return s.moments + ((i / h * blocks + block) * h + i % h) * kMomentPieces * k.lanes;
-                 },
-                 [&](int64_t) { return w; }};
-  return {a, combine_moments(p, c)};
+  auto piece = [&](int64_t i, int64_t block) {
+    return s.moments + ((i / h * blocks + block) * h + i % h) * kMomentPieces * k.lanes;
+  };
+  return {a, combine_moments(n * h, c, piece, [&](int64_t) { return w; })};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad, const Tensor& a,
@@ -179,10 +183,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad
   check_like(grad, x, "grad", c, h, w);
   const Table rows(affine, 3, c, "affine"), terms(coefficients, 4, c, "coefficients");
   const Tensor nothing = floats({0});
-  const Tensor dx = need_input ? output_like(x, c, h, w) : torch::stable::empty({0}, x.scalar_type());
+  const Tensor dx = need_input ? kept_like(x, c, h, w) : torch::stable::empty({0}, x.scalar_type());
   const Tensor turned = need_input ? packed_turned(weight) : floats({0});
   const Tensor sums = floats({n * blocks * kSumPieces * lanes}), dbias = floats({n * blocks * lanes}),
-               dweight = floats({need_weight ? n * blocks * kh * kw * lanes : 0});
+               dweight = kept_floats(need_weight ? n * blocks * kh * kw * lanes : 0);
   DepthwiseBackward s{};
   s.out = {view_of(grad, "grad"), view_of(a, "a"), terms.get()};
   s.in = {view_of(x, "x"), rows.get()};
@@ -241,19 +245,18 @@ std::tuple<Tensor, Tensor> product_train(const Tensor& x, const Input& in, const
                                          const std::string& act, int64_t h, int64_t w) {
   const CpuKernels& k = cpu_kernels();
   const int64_t n = x.size(0), c = weight.size(0), pixels = h * w, lanes = k.lanes, blocks = ceil_div(c, lanes);
-  const Tensor dense_weight = dense(weight), a = output_like(x, c, h, w);
+  const Tensor dense_weight = dense(weight), a = kept_like(x, c, h, w);
   const Tensor packed = packed_pointwise(weight_view(dense_weight, 1, in.params.channels, "weight"));
   const std::vector<float> b = padded_vector(bias, "bias", c);
   const Pixels flat(a, "a");
   const int64_t chunk = chunk_pixels(std::max(c, in.params.channels), pixels), chunks = ceil_div(pixels, chunk);
-  const Tensor pieces = floats({n * chunks * blocks * kMomentPieces * lanes});
+  const Tensor pieces = kept_floats(n * chunks * blocks * kMomentPieces * lanes);
   const ProductTrain s{in.params, flat.view, act_of(act), packed.const_data_ptr(), b.data(), chunk, data(pieces)};
   run(n * chunks, k.product_scratch_bytes(s.a.dtype, chunk, in.params.channels, c),
       [&](int64_t task, char* scratch) { k.product_train_chunk(s, task / chunks, task % chunks * chunk, scratch); });
-  const Pieces p{n * chunks,
-                 [&](int64_t i, int64_t block) { return s.moments + (i * blocks + block) * kMomentPieces * lanes; },
-                 [&](int64_t i) { return std::min(chunk, pixels - i % chunks * chunk); }};
-  return {a, combine_moments(p, c)};
+  auto piece = [&](int64_t i, int64_t block) { return s.moments + (i * blocks + block) * kMomentPieces * lanes; };
+  return {a, combine_moments(n * chunks, c, piece,
+                             [&](int64_t i) { return std::min(chunk, pixels - i % chunks * chunk); })};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> product_backward(const Tensor& grad, const Tensor& a,
@@ -267,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> product_backward(const Tensor& grad, 
   const Table terms(coefficients, 4, c, "coefficients");
   const Tensor nothing = floats({0}), dense_weight = dense(weight);
   Tensor dx = torch::stable::empty({0}, x.scalar_type());
-  if (need_input) dx = output_like(x, channels, a.size(2), a.size(3));
+  if (need_input) dx = kept_like(x, channels, a.size(2), a.size(3));
   ProductBackward s{};
   s.out = {out_grad.view, out.view, terms.get()};
   s.in = in.params;
@@ -288,8 +291,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> product_backward(const Tensor& grad, 
   const int64_t chunks = ceil_div(pixels, s.chunk), tasks = n * chunks;
   const int64_t group = std::min(tasks, std::max<int64_t>(1, (n * pixels < 16384 ? 1024 : 4096) / s.chunk));
   s.pixels = need_weight ? group * s.chunk : 0;
-  const Tensor da = bytes(need_weight ? k.group_da_bytes(s.out.a.dtype, s.pixels, c) : 0);
-  const Tensor panel = bytes(need_weight ? k.group_input_bytes(s.out.a.dtype, s.pixels, channels) : 0);
+  const Tensor da = kept_bytes(need_weight ? k.group_da_bytes(s.out.a.dtype, s.pixels, c) : 0);
+  const Tensor panel = kept_bytes(need_weight ? k.group_input_bytes(s.out.a.dtype, s.pixels, channels) : 0);
   s.da = aligned(da), s.panel = aligned(panel);
   const Tensor wide = floats({need_weight ? c * round_up(channels, lanes) : 0});
   std::fill_n(data(wide), wide.numel(), 0.f);
@@ -366,7 +369,7 @@ std::tuple<Tensor, Tensor> patch_embed_train(const Tensor& x, const Tensor& weig
 
 // The gradient of the patches [n, c * p * q, h, w] as that of the image; zero where no patch was
 Tensor folded(const Tensor& patches, const Tensor& x, int64_t p, int64_t q) {
-  const Tensor from = dense(patches), out = output_like(x, x.size(1), x.size(2), x.size(3));
+  const Tensor from = dense(patches), out = kept_like(x, x.size(1), x.size(2), x.size(3));
   const int64_t size = x.element_size(), c = x.size(1), h = from.size(2), w = from.size(3);
   const auto step = out.strides();
   char* const to = (char*)out.mutable_data_ptr();

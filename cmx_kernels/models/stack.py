@@ -196,8 +196,7 @@ class Stack:
             y = None if trains else self._depth_first(x)
             return nn.functional.adaptive_avg_pool2d(y, 1).flatten(1) if pool and y is not None else y
         if trains:
-            y = training.run(self.stem, self.blocks, x, self.act, self.recompute)
-            return y.mean((2, 3)) if pool and y is not None else y
+            return training.run(self.stem, self.blocks, x, self.act, self.recompute, pool)
         mixed = torch.is_autocast_enabled(x.device.type)
         # Strides, because a transposed view may have the address and the version of what it shows
         key = (x.dtype, mixed, [conv["_parameters"]["weight"].stride() for conv, _ in self.stores])

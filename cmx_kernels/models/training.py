@@ -14,7 +14,7 @@ from cmx_kernels.models.structure import Unit, why_not_size
 from cmx_kernels.ops import batchnorm
 from cmx_kernels.ops.batchnorm import BatchNorm
 from cmx_kernels.ops.checks import autocast, memory_format
-from cmx_kernels.ops.differentiable import Block, Value
+from cmx_kernels.ops.differentiable import Block, Pooled, Value
 from cmx_kernels.ops.differentiable import Unit as UnitFunction
 from cmx_kernels.ops.training_forms import patches_backward, patches_forward
 
@@ -33,10 +33,11 @@ def why_not(x: Tensor, act: str) -> str | None:
 
 
 def run(
-    stem: Unit | None, blocks: Sequence[tuple[Unit, Unit]], x: Tensor, act: str, recompute: bool = False
+    stem: Unit | None, blocks: Sequence[tuple[Unit, Unit]], x: Tensor, act: str, recompute: bool, pool: bool
 ) -> Tensor | None:
-    """[N, Cin, H, W] -> [N, C, H', W'] in the dtype of autocast; None where dtypes or sizes do not fit.
+    """[N, Cin, H, W] -> [N, C, H', W'], or [N, C] with ``pool``, in the dtype of autocast.
 
+    None where dtypes or sizes do not fit, as the modules would refuse.
     Running statistics are updated as nn.BatchNorm2d updates them.
     """
     (x,) = autocast(x)
@@ -65,10 +66,10 @@ def run(
             norms = [batchnorm.norm_of(unit.norm) for unit in (depthwise, pointwise)]
             x, rows, moments1, moments2 = Block.apply(x, rows, *given, *norms, act, recompute)
             updates += [(depthwise.norm, moments1), (pointwise.norm, moments2)]
-        y = Value.apply(x, rows, act)
+        y = (Pooled if pool else Value).apply(x, rows, act)
         for norm, moments in updates:
             batchnorm.update_running(norm, moments)
-    return y.contiguous(memory_format=layout)
+    return y if pool else y.contiguous(memory_format=layout)
 
 
 def _parameters(unit: Unit, weight: Tensor) -> tuple[Any, ...]:

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cmx_kernels import backends
+from cmx_kernels.activations import activation
 from cmx_kernels.ops import batchnorm, training
 from cmx_kernels.ops.batchnorm import Norm
-from cmx_kernels.ops.checks import in_format, memory_format
+from cmx_kernels.ops.checks import column, in_format, memory_format
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -203,3 +204,28 @@ class Value(Function):
         a, rows = ctx.saved_tensors
         grad = _incoming(grad, a)
         return grad, _as_rows(training.affine_sums(grad, a, rows, ctx.act), rows), None
+
+
+class Pooled(Function):
+    """The mean of X over its pixels, [N, C]: X is not formed.
+
+    mean(X) = mean(act(a) - mean) * scale + shift, and BatchNorm's sums follow from what is pooled
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, rows: Tensor, act: str) -> Tensor:
+        mean, scale, shift = rows
+        centred = (activation(act)(a.to(rows.dtype)) - column(mean)).mean((2, 3))
+        ctx.save_for_backward(centred, rows)
+        ctx.like = a.shape, a.dtype, memory_format(a)
+        return (centred * scale + shift).to(a.dtype)
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        centred, rows = ctx.saved_tensors
+        shape, dtype, layout = ctx.like
+        grad = grad.to(rows.dtype)
+        sums = torch.stack((grad.sum(0), (grad * centred).sum(0)))
+        each = (grad / (shape[2] * shape[3])).to(dtype)[:, :, None, None]
+        return each.expand(shape).contiguous(memory_format=layout), _as_rows(sums, rows), None
