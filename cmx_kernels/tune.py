@@ -120,12 +120,20 @@ def _candidates(model: nn.Module, x: Tensor) -> Iterator[Candidate]:
             yield Candidate(label, "block_stack", value, stack.size, stack.act, part, copy.deepcopy(part))
         yield from _one_by_one(label, part, stack, value)
         value = autocast(value)[0]
-        found = None if obstacle is None or stack.span[0] else stack.micro_batch_of(value)
+        found = None if obstacle is None or stack.span[0] else _parts(stack, value)
         if isinstance(part, FusedNetwork) and found and found[0] < len(value) and stack.micro_batch is None:
             images, y = found
             under = partial(_divided, part, images)
             run = partial(_run, part, value)
             yield Candidate(label, depth_first.OP, y, stack.size, stack.act, run, part, under)
+
+
+def _parts(stack: Stack, x: Tensor) -> tuple[int, Tensor] | None:
+    """What is predicted, whatever was measured before: that is measured again."""
+    found = stack.micro_batch_of(x)
+    if found is not None and tuned.choices.pop(tuned.call_of(depth_first.OP, found[1], stack.size, stack.act), None):
+        found = stack.micro_batch_of(x)
+    return found
 
 
 def _run(net: nn.Module, x: Tensor, blocks_x: Tensor) -> Tensor:
