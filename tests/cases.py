@@ -187,7 +187,7 @@ def problem(op: str, shape: tuple[int, ...], *rest: Any) -> tuple[tuple[Any, ...
 
 
 def _inside(x: Tensor, size: list[int], index: tuple[slice, ...]) -> Tensor:
-    outer = torch.full(size, torch.nan, dtype=x.dtype)
+    outer = torch.full(size, torch.nan, dtype=x.dtype, device=x.device)
     outer[index] = x
     return outer[index]
 
@@ -230,7 +230,7 @@ def _permuted(*order: int) -> Callable[[Tensor], Tensor]:
 
 def _misaligned(x: Tensor) -> Tensor:
     """One element past the start of its memory, so on no vector boundary."""
-    flat = torch.full((x.numel() + 2,), torch.nan, dtype=x.dtype)
+    flat = torch.full((x.numel() + 2,), torch.nan, dtype=x.dtype, device=x.device)
     flat[1:-1] = x.flatten()
     return flat[1:-1].view(x.shape)
 

@@ -4,7 +4,9 @@ import ast
 import re
 from pathlib import Path
 
+import cases
 import pytest
+import torch
 
 TESTS = sorted(Path(__file__).parent.rglob("test_*.py"))
 ASSERTING = re.compile(r"^_?(check|refused|assert|same|expect)|^(raises|warns|fail|gradcheck|gradgradcheck)$")
@@ -46,3 +48,10 @@ def test_every_skip_has_a_reason(path: Path) -> None:
         assert called != "time.sleep" or ast.unparse(node.args[0]) < "0.1", (
             f"{path.name}:{node.lineno}: a test that waits"
         )
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_layouts_stay_on_their_device(layout: str) -> None:
+    """Or a test of a GPU would hand the kernels a tensor of the CPU."""
+    x = torch.empty(2, 3, 4, 5, device="meta")
+    assert cases.LAYOUTS[layout](x).device == x.device
