@@ -93,7 +93,8 @@ class Runner:
         """The reason of this backend against the call, None if it runs it."""
         x, *rest = self._place(args)
         act = next((a for a in rest if isinstance(a, str)), "none")
-        return backends.refusals(op, x, act).get(self.name)
+        with backends.use(self.name):  # a GPU's is taken only where it is asked for by name
+            return backends.refusals(op, x, act).get(self.name)
 
     def __call__(self, op: str, *args: object) -> Tensor:
         x = args[0]

@@ -80,6 +80,8 @@ def test_gpu_tests_are_apart_and_must_run(tmp_path: Path) -> None:
 
     names = [name for file in check.TESTS for name, _, _ in check.tests(f"tests/test_{file}.py", [])]
     assert len(set(names)) == len(names) > 30 and "cuda_device, shapes" in names
+    shared = [name for file in check.SHARED for name, _, _ in check.tests(f"tests/test_{file}.py", [], "backend")]
+    assert "ops, shapes" in shared and "ops, defaults" not in shared
     log = [sys.executable, "-c", "import sys; print(sys.argv[1])"]
     jobs = [("ran, a", [*log, "3 passed, 1 skipped"], 60.0), ("not, b", [*log, "4 skipped"], 60.0)]
     steps = [check.unless_skipped(step, tmp_path) for step in check.together(jobs, time.monotonic() + 60, tmp_path)]

@@ -7,6 +7,10 @@ from pathlib import Path
 import cases
 import pytest
 import torch
+from conftest import Runner
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cmx_kernels import cuda
 
 TESTS = sorted(Path(__file__).parent.rglob("test_*.py"))
 ASSERTING = re.compile(r"^_?(check|refused|assert|same|expect)|^(raises|warns|fail|gradcheck|gradgradcheck)$")
@@ -55,3 +59,13 @@ def test_layouts_stay_on_their_device(layout: str) -> None:
     """Or a test of a GPU would hand the kernels a tensor of the CPU."""
     x = torch.empty(2, 3, 4, 5, device="meta")
     assert cases.LAYOUTS[layout](x).device == x.device
+
+
+def test_gpu_backends_are_tested_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that is never chosen by itself is no reason to skip its tests."""
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 3, 4, device="cuda")
+        monkeypatch.setattr(Runner, "_place", lambda self, args: [x])
+        for answer in (None, "there is no GPU"):
+            monkeypatch.setattr(cuda, "why_not", lambda device, answer=answer: answer)
+            assert Runner("cuda").why_not("depthwise_block", x) == answer

@@ -42,6 +42,7 @@ PROGRAMS = {  # under sanitizers: main, and the kernels it calls
     ),
 }
 TESTS = ("cuda_device", "cuda_product_device", "gpu_models", "triton_device")
+SHARED = ("ops", "numerics", "ops_random")  # tests of every backend: of these that of CUDA
 PARTS = ("correct", "ops", "product", "network", "training")
 BUDGET = 570  # seconds a part
 _SHORTEST, _AT_END = 5, 90  # seconds a step must have left; within which what has begun to be measured ends
@@ -101,10 +102,12 @@ def together(jobs: Iterable[Job], end: float, logs: Path) -> Iterator[Step]:
         yield from pool.map(one, jobs)
 
 
-def tests(file: str, command: list[str]) -> Iterator[Job]:
-    """A job for each test function of a file."""
+def tests(file: str, command: list[str], fixture: str = "") -> Iterator[Job]:
+    """A job for each test function of a file, or for those that take a fixture."""
     for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            if fixture and fixture not in {a.arg for a in node.args.args}:
+                continue
             name = f"{Path(file).stem}, {node.name}".replace("test_", "")
             yield name, [*command, f"{file}::{node.name}"], 300
 
@@ -127,6 +130,8 @@ def correct(dry: bool, results: Path) -> Iterator[Step]:
     with tempfile.TemporaryDirectory() as folder:
         builds, checks, why = sanitizers(Path(folder))
         jobs = [*builds, *(job for file in files for job in tests(file, pytest))]
+        for name in SHARED:
+            jobs += tests(f"tests/test_{name}.py", [*pytest, "-m", "gpu", "-k", "cuda"], "backend")
         for step in together(jobs, end, logs):
             yield step if step["step"].startswith("build") else unless_skipped(step, logs)
         if why is not None:
