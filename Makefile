@@ -44,9 +44,10 @@ bench: $(BENCH_READY)
 
 # tests, checkers and timings on a GPU, into benchmarks/results/; each PART takes under ten minutes, and no network.
 # ARGS=--resume measures what an earlier call left out. Built for this GPU alone: a fifth of the time
+gpu-check: BEGAN := $(shell date +%s)
 gpu-check: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),native)
 gpu-check: $(READY)
-	$(RUN) -m benchmarks.gpu.check --part $(PART) $(ARGS)
+	$(RUN) -m benchmarks.gpu.check --part $(PART) --since $(BEGAN) $(ARGS)
 
 wheel: $(READY)
 	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -131,9 +131,10 @@ def _candidates(model: nn.Module, x: Tensor) -> Iterator[Candidate]:
 def _parts(stack: Stack, x: Tensor) -> tuple[int, Tensor] | None:
     """What is predicted, whatever was measured before: that is measured again."""
     found = stack.micro_batch_of(x)
-    if found is not None and tuned.choices.pop(tuned.call_of(depth_first.OP, found[1], stack.size, stack.act), None):
-        found = stack.micro_batch_of(x)
-    return found
+    if found is None:
+        return None
+    call = tuned.call_of(depth_first.OP, found[1], stack.size, stack.act)
+    return stack.micro_batch_of(x) if tuned.choices.pop(call, None) else found
 
 
 def _run(net: nn.Module, x: Tensor, blocks_x: Tensor) -> Tensor:
@@ -181,10 +182,16 @@ def _of_unit(part: str, op: str, unit: Unit, x: Tensor, act: str) -> Candidate:
 def _measure(one: Candidate) -> tuple[dict[str, float], dict[str, str]]:
     """Milliseconds of each backend whose result is right, and what is wrong with the others."""
     takers = [b.name for b in backends.BACKENDS if b.why_not(one.op, one.x, one.act) is None]
-    results, wrong = {}, {}
+    results: dict[str, Tensor] = {}
+    wrong: dict[str, str] = {}
     for name in takers:
-        with backends.use(name):
-            results[name] = one.run(one.x)
+        try:
+            with backends.use(name):
+                results[name] = one.run(one.x)
+        except Exception as failure:  # whatever a compiler or a driver raises: the others are still measured
+            if name == "reference":
+                raise
+            wrong[name] = f"it fails: {str(failure).strip().partition(chr(10))[0]}; please report it"
     with torch.autocast(one.x.device.type, enabled=False), backends.use("reference"):
         exact = copy.deepcopy(one.plain).double()(one.x.double())
     scale = float(exact.abs().max())

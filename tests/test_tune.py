@@ -97,6 +97,13 @@ def test_a_wrong_backend_is_never_kept(speeds: dict[str, float], monkeypatch: py
     assert row.backend == "reference"
     assert "wrong by" in row.refusals["cpu"]
 
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of shared memory\nmore lines")
+
+    monkeypatch.setattr("cmx_kernels.layers.depthwise_packed", fails)
+    (row,) = tune(layer, torch.randn(2, 8, 9, 9))
+    assert (row.backend, row.refusals["cpu"]) == ("reference", "it fails: out of shared memory; please report it")
+
 
 IN_A_NEW_PROCESS = """
 import torch

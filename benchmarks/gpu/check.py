@@ -119,11 +119,11 @@ def unless_skipped(step: Step, logs: Path) -> Step:
     return step
 
 
-def correct(dry: bool, results: Path) -> Iterator[Step]:
+def correct(options: argparse.Namespace, budget: float = BUDGET) -> Iterator[Step]:
     pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     files = [f"tests/test_{name}.py" for name in TESTS]
-    end, logs = time.monotonic() + BUDGET, results / "gpu-logs"
-    if dry:
+    end, logs = time.monotonic() + budget, options.results / "gpu-logs"
+    if options.dry_run:
         yield run("tests", [*pytest, *files], 240, end)
         yield skipped("compute-sanitizer", "this is a dry run")
         return
@@ -161,11 +161,11 @@ def sanitizers(folder: Path) -> tuple[list[Job], list[Job], str | None]:
     return builds, checks, None
 
 
-def timings(part: str, options: argparse.Namespace) -> Iterator[Step]:
-    command = [sys.executable, "-m", f"benchmarks.gpu.{part}", "--seconds", str(BUDGET - _AT_END)]
+def timings(part: str, options: argparse.Namespace, budget: float = BUDGET) -> Iterator[Step]:
+    command = [sys.executable, "-m", f"benchmarks.gpu.{part}", "--seconds", str(max(1, budget - _AT_END))]
     command += ["--device", options.device, "--results", str(options.results)]
     command += [flag for flag, wanted in (("--dry-run", options.dry_run), ("--resume", options.resume)) if wanted]
-    yield run(part, command, BUDGET)
+    yield run(part, command, budget)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes; with --device cpu it needs no GPU")
     parser.add_argument("--resume", action="store_true", help="keep what was measured, and measure the rest")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--since", type=float, default=time.time(), help="when make began to build: it counts too")
     options = parser.parse_args(arguments)
     if options.device == "cuda":
         if not torch.cuda.is_available():
@@ -186,8 +187,11 @@ def main(arguments: list[str] | None = None) -> int:
     steps: list[Step] = []
     record = {"gpu": torch.cuda.get_device_name() if options.device == "cuda" else "none, a dry run"}
     record |= {"torch": torch.__version__, "commit": commit(), "steps": steps}
+    budget = BUDGET - (time.time() - options.since)
     for part in PARTS if options.part == "all" else (options.part,):
-        for step in correct(options.dry_run, options.results) if part == "correct" else timings(part, options):
+        going = timings(part, options, budget) if part != "correct" else correct(options, budget)
+        budget = BUDGET
+        for step in going:
             steps.append({"part": part, **step})
             save(options.results / f"gpu-check-{options.part}.json", record)
     for step in steps:
