@@ -10,9 +10,18 @@ class Failed(Exception):
     """What a provider's process answered instead of a result."""
 
 
+def _context() -> Any:
+    """One process imports torch, and each lane begins as a copy of it; where there is no fork, each imports it."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return context
+
+
 class Lane:
     def __init__(self, provider: str, dtype: str, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.connection, theirs = context.Pipe()
         arguments = (theirs, provider, dtype, threads)
         self.process = context.Process(target=worker.main, args=arguments, daemon=True)

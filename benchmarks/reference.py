@@ -18,7 +18,7 @@ class Reference:
     model: str
     weights: Path
     photos: Tensor  # [8, 3, H, W]
-    ref: Tensor  # [n <= 8, classes], float64
+    ref: Tensor = field(default_factory=lambda: torch.empty(0))  # [n <= 8, classes], float64, once it is known
     plain: dict[str, Tensor] = field(default_factory=dict)  # dtype -> [8, classes] of plain eager PyTorch
 
     def learn_plain(self, dtype: str, logits: Tensor) -> None:
@@ -55,15 +55,20 @@ _CROPS = 4  # 4096 pixels for the statistics of a network with the least patches
 
 
 @torch.no_grad()
-def make(model: str, folder: Path, exact: int) -> Reference:
-    """Calibrate the model, write its weights into ``folder``, and compute the float64 reference of ``exact`` photos."""
+def make(model: str, folder: Path) -> Reference:
+    """Calibrate the model and write its weights into ``folder``."""
     spec = SPECS[model]
     network = calibrated(spec, photos.random_crops(spec.image_size, _CROPS))
     weights = folder / f"{model}.pt"
     torch.save(network.state_dict(), weights)
-    images = photos.photographs(spec.image_size)
-    network.double()
-    return Reference(model, weights, images, torch.cat([network(image[None]) for image in images[:exact].double()]))
+    return Reference(model, weights, photos.photographs(spec.image_size))
+
+
+@torch.no_grad()
+def exact_logits(model: str, weights: Path, images: Tensor) -> Tensor:
+    """Of the plain model in float64, one photograph after the other."""
+    network = plain_with(SPECS[model], weights).double()
+    return torch.cat([network(image[None]) for image in images.double()])
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ LEGEND = (
     "fused float32 networks need an eighth fewer in their products (Strassen), and may pass it",
     "largest error: against float64; allowed: twice that of plain PyTorch in the same dtype, and rounding",
     "top-1: photographs whose class is that of plain float32",
-    "MiB: the most that the provider's process held, libraries included; call: what one call added while it ran;",
+    "MiB: the most that the provider's process held, used parts of libraries included; call: what one call added;",
     "weights, packed: the model's tensors, and their copy in the kernels' layout",
 )
 

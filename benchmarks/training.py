@@ -38,6 +38,8 @@ class Trainings:
     def result(self, row: Row, budget: Budget = DEFAULT) -> Result:
         if row not in self.results:
             rows = [r for r in self.rows if r[:3] == row[:3]]
+            for r in rows:  # all processes at once
+                self._lane(r.provider, r.dtype)
             results = [self._prepared(r) for r in rows]
             peaks = {d: self._lane("fused", d) for d in {"fp32", row.dtype}} if self.peak else {}
             take_turns(results, {r: self._lane(r.provider, r.dtype) for r in rows}, peaks, budget)

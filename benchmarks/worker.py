@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import memory, steps
+from benchmarks import memory, reference, steps
 from benchmarks.networks import DTYPES, SPECS
 from benchmarks.peers import PROVIDERS, Runner
 
@@ -47,6 +47,9 @@ class Worker:
             used |= memory.of_model(self.runner.model)
         # numpy: a tensor would travel in shared memory, which containers keep small
         return {"logits": torch.cat(logits).numpy(), "memory": used}
+
+    def exact(self, model: str, weights: Path, photos: Tensor) -> Any:
+        return reference.exact_logits(model, weights, photos).numpy()
 
     def check_training(self, model: str, weights: Path, feed: tuple[Tensor, Tensor]) -> dict[str, Any]:
         return steps.check(SPECS[model], weights, self.provider, self.dtype, *feed)

@@ -124,7 +124,7 @@ def correct(options: argparse.Namespace, budget: float = BUDGET) -> Iterator[Ste
     files = [f"tests/test_{name}.py" for name in TESTS]
     end, logs = time.monotonic() + budget, options.results / "gpu-logs"
     if options.dry_run:
-        yield run("tests", [*pytest, *files], 240, end)
+        yield run("tests", [*pytest, *files], budget, end)
         yield skipped("compute-sanitizer", "this is a dry run")
         return
     with tempfile.TemporaryDirectory() as folder:

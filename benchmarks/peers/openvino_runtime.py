@@ -72,12 +72,16 @@ def _throughput(compiled: Any, spec: Spec, images: int, settings: dict[str, Any]
 
 
 def _converted(spec: Spec, weights: Path, image: Tensor) -> Path:
-    """OpenVINO's form of the model, for one image, beside its weights: converting runs the model several times."""
+    """OpenVINO's form of the model, for one image, beside its weights.
+
+    Traced here as OpenVINO would, without comparing traces: that takes longer than the rest, and results are checked.
+    """
     import openvino
 
     path = weights.with_suffix(".xml")
     if not path.exists():
-        model = openvino.convert_model(plain_with(spec, weights), example_input=image)
+        traced = torch.jit.trace(plain_with(spec, weights), image, check_trace=False)
+        model = openvino.convert_model(traced, example_input=image)
         model.reshape(list(image.shape))
         openvino.save_model(model, path, compress_to_fp16=False)
     return path
