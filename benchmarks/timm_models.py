@@ -24,7 +24,9 @@ def create(name: str) -> nn.Module:
 @cache
 def _let_torchvision_import() -> None:
     """timm imports torchvision, whose Python part fails where its library does not fit torch (a CPU torch with the
-    CUDA torchvision of PyPI). Its two operators, only declared, are enough."""
+    CUDA torchvision of PyPI). Its two operators, only declared, are enough.
+
+    tests/conftest.py has the same lines: tests and benchmarks run without each other, and the package needs no timm."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return

@@ -195,7 +195,7 @@ def _in_parts(rows: Iterator[Row], part: FusedNetwork, stack: Stack, x: Tensor) 
 def stack_of(part: Any, x: Tensor) -> tuple[Stack, str | None]:
     """The stack of a fused module and what is in the way of running it in one call; Refusal if the plain path runs."""
     if plain_is_wanted(x):
-        raise Refusal("fusion is off (CMX_FUSED=0), or the model is being traced")
+        raise Refusal("fusion is off (CMX_FUSED=0), or a tracer or a mode follows PyTorch's operators")
     check_call(x)
     stack, tensors = current(part, part.stack)
     x = autocast(x)[0]
@@ -227,11 +227,11 @@ def _network_rows(name: str, net: FusedNetwork, x: Tensor, stack: Stack | None) 
         label = _join(name, key)
         if stack is not None and first <= i < last:
             yield _stack_row(label, stack, x)
-        elif stack is None and isinstance(piece, Fused):
+        elif isinstance(piece, Fused):
             yield from _part_rows(label, piece, x)
         else:
             yield Row(label, PLAIN, type(piece).__name__)
-        if stack is None and isinstance(piece, (Stem, nn.Conv2d)):
+        if isinstance(piece, (Stem, nn.Conv2d)):
             x = after_patches(x, piece if isinstance(piece, nn.Conv2d) else children(piece)[0])
 
 

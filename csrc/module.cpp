@@ -55,10 +55,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("dtypes", dtypes, "storage types with a CPU kernel");
   m.def("isa_levels", cpu_levels, "instruction sets that were compiled and run here, slowest first");
   m.def("isa_level", [] { return std::string(cpu_kernels().name); }, "the instruction set in use");
-  m.def("set_isa_level", set_cpu_level, py::arg("name"),
-        "use another instruction set; ValueError if it does not run here");
+  m.def(
+      "set_isa_level", set_cpu_level, py::arg("name"),
+      "use another instruction set, for tests: while no other thread is in a call; ValueError if it does not run here");
   m.def("strassen", strassen_allowed, "whether stacks of blocks may use Strassen's products in float32");
-  m.def("allow_strassen", allow_strassen, py::arg("allowed"), "the same for weights that are packed from now on");
+  m.def("allow_strassen", allow_strassen, py::arg("allowed"),
+        "the same for weights that are packed from now on; like the above, while no other thread is in a call");
   m.def("time_stages", time_stages, py::arg("wanted"), "begin to count the time of the parts of a stack, or stop");
   m.def("stage_seconds", stage_seconds,
         "seconds of all workers since then in the stem, depthwise and pointwise halves");

@@ -65,6 +65,17 @@ def test_reasons() -> None:
     assert "call cmx_kernels.fuse(model)" in str(explain(timms(8, 1, 3, 7, 2), X))
 
 
+@needs_kernels
+@torch.no_grad()
+def test_blocks_beside_the_longest_run() -> None:
+    """Each is a call of its own, and on our kernels."""
+    first, second = list(paper(32, 3, 5, 7, 10))[:6], list(paper(32, 2, 5))[3:5]
+    model = trained(fuse(nn.Sequential(*first, nn.Dropout(), *second)))
+    report = explain(model, X)
+    assert [row.kernel for row in report] == ["block_stack"] * 6 + ["Dropout"] + ["block_stack"] * 2
+    assert {row.backend for row in report} == {"cpu", "torch"}
+
+
 @torch.no_grad()
 def test_what_no_kernel_takes() -> None:
     model = trained(ConvMixer(32, 2, 5, 7, 10)).double()

@@ -14,7 +14,8 @@ from test_build import ROOT, clean_env, compiled_file, compiler, setup_py, sourc
 
 __all__ = ["clean_env", "compiler", "source_tree"]  # fixtures
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("csrc/**/*.md")])
+FOLDERS = ("docs", "benchmarks", "csrc", "examples", "cmx_kernels")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/**/*.md"))])
 
 
 def test_a_wheel_from_the_sdist(clean_env, compiler, source_tree, tmp_path):
