@@ -17,6 +17,11 @@ from cmx_kernels.triton_kernels import INTERPRETED
 cdiv = triton.cdiv
 
 
+def wrap_triton(kernel: Any) -> Any:
+    """torch.library.wrap_triton, which in torch 2.11 refuses kernels that are interpreted."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
 @triton.jit
 def empty_kernel(x, BLOCK: tl.constexpr):
     tl.store(x + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32))

@@ -8,12 +8,12 @@ same time share rows of weight and columns of x in L2.
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cmx_kernels import registry
 from cmx_kernels.triton_kernels import config, launch
 from cmx_kernels.triton_kernels.activation import finish
+from cmx_kernels.triton_kernels.launch import wrap_triton
 
 
 @triton.jit

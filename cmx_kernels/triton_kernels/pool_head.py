@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from cmx_kernels import registry
 from cmx_kernels.triton_kernels import config, launch
+from cmx_kernels.triton_kernels.launch import wrap_triton
 
 
 @triton.jit

@@ -12,10 +12,10 @@ Deviations are from a mean that is near, never sums of squares: a mean of 1e4 be
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from cmx_kernels.triton_kernels import launch
 from cmx_kernels.triton_kernels.activation import activate, per_channel
+from cmx_kernels.triton_kernels.launch import wrap_triton
 
 
 @triton.jit
