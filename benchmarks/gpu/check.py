@@ -151,7 +151,8 @@ def sanitizers(folder: Path) -> tuple[list[Job], list[Job], str | None]:
     builds: list[Job] = []
     checks: list[Job] = []
     arch = _build_info.for_device(torch.cuda.get_device_capability())
-    command = [nvcc, "-std=c++20", "-O3", "-lineinfo", *arch, "-Icsrc", "-Icsrc/cuda", "-Itests/emulator", "-x", "cu"]
+    command = [nvcc, "-std=c++20", "-O3", "-lineinfo", "--threads", "0", *arch]  # files side by side
+    command += ["-Icsrc", "-Icsrc/cuda", "-Itests/emulator", "-x", "cu"]
     for main_file, kernels in PROGRAMS.items():
         program = str(folder / main_file)
         sources = [f"tests/emulator/{main_file}.cpp", *(f"csrc/cuda/{kernel}.cu" for kernel in kernels)]
