@@ -14,7 +14,8 @@ from cmx_kernels.layers import LargeKernelDepthwiseConv2d, is_depthwise, unswap,
 from cmx_kernels.models.conversion import revert
 from cmx_kernels.models.fused import Fused, Stem
 from cmx_kernels.models.networks import FusedConvMixer, FusedNetwork
-from cmx_kernels.models.stack import Stack, check_call, current, plain_is_wanted
+from cmx_kernels.models.obstacles import check_call, plain_is_wanted
+from cmx_kernels.models.stack import Stack, current
 from cmx_kernels.models.structure import Refusal, children
 from cmx_kernels.ops.checks import autocast
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from cmx_kernels import backends, ops, profiling
 from cmx_kernels.models.fused import Block, Stem
-from cmx_kernels.models.stack import STATE, check_call, check_tensor, plain_is_wanted
+from cmx_kernels.models.obstacles import check_call, check_tensor, plain_is_wanted
+from cmx_kernels.models.stack import STATE
 from cmx_kernels.models.structure import Refusal, why_not_size
 from cmx_kernels.ops.block_stack import ConvParams, PackedCache
 from cmx_kernels.ops.checks import MAX_KERNEL, autocast, wants_grad

@@ -173,20 +173,25 @@ def test_copies_do_not_share_packed_weights() -> None:
     assert torch.equal(model(X), out)
 
 
+@pytest.mark.parametrize(
+    "path", ["blocks.0.1.weight", "stem.0.bias", "blocks.1.3.weight", "blocks.0.0.fn.2.running_mean"]
+)
+@pytest.mark.parametrize("kind", [Tensor, nn.Parameter])
 @torch.no_grad()
-def test_a_weight_that_is_no_parameter_any_more() -> None:
+def test_a_weight_that_is_something_else_now(path: str, kind: Callable[[Tensor], Tensor]) -> None:
     """As some wrappers leave it; then it changes in place."""
     model = trained(ConvMixer(24, 2, 5, 4, 6))
     plain = ConvMixer(24, 2, 5, 4, 6, fused=False).eval()
     plain.load_state_dict(model.state_dict())
     model(X)
-    conv = model.blocks[0][1]
-    weight = conv.weight.detach().clone()
-    del conv.weight
-    conv.weight = weight
+    place, _, name = path.rpartition(".")
+    layer, same = (m.get_submodule(place) for m in (model, plain))
+    weight = getattr(layer, name).detach().clone()
+    delattr(layer, name)
+    setattr(layer, name, kind(weight))
     for factor in (1, 3):
         weight.mul_(factor)
-        plain.blocks[0][1].weight.mul_(factor)
+        getattr(same, name).mul_(factor)
         torch.testing.assert_close(model(X), plain(X))
 
 

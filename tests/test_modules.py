@@ -142,6 +142,22 @@ def test_training_with_overlapping_patches() -> None:
     check_step(fused, plain, X)
 
 
+@torch.no_grad()
+def test_methods_that_somebody_replaced_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As programs do that load adapters into any network."""
+    fused, plain = twins()
+    fused(X)
+    real = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: 2 * real(self, x))
+    check_against(fused(X), plain, X)
+    layer, same = (
+        fuse(nn.Sequential(nn.Conv2d(3, 3, 7, padding="same", groups=3))),
+        nn.Conv2d(3, 3, 7, padding="same", groups=3),
+    )
+    same.load_state_dict(layer[0].state_dict())
+    assert torch.equal(layer(X), same(X))
+
+
 class Doubled(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)

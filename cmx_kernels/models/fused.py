@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cmx_kernels import backends, ops
 from cmx_kernels.activations import name_of
-from cmx_kernels.models.stack import STATE, Stack, check_bypass, check_call, check_unit, current, plain_is_wanted
+from cmx_kernels.models.obstacles import check_bypass, check_call, check_unit, plain_is_wanted
+from cmx_kernels.models.stack import STATE, Stack, current
 from cmx_kernels.models.structure import BlockParts, Refusal, Unit, block_parts, children, stem_unit, why_not_size
 from cmx_kernels.ops.batchnorm import fold, why_not_fold
 from cmx_kernels.ops.checks import autocast, check_activations

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cmx_kernels import checkpoints
 from cmx_kernels.models.fused import Block, Fused, Stem
-from cmx_kernels.models.stack import Stack, check_call, check_unit, current, plain_is_wanted
+from cmx_kernels.models.obstacles import check_call, check_unit, plain_is_wanted
+from cmx_kernels.models.stack import Stack, current
 from cmx_kernels.models.structure import Refusal, Unit, children, stem_unit
 from cmx_kernels.models.training import recomputed
 

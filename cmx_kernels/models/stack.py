@@ -8,25 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_globals
 
 from cmx_kernels import backends
 from cmx_kernels.activations import name_of
 from cmx_kernels.models import training
+from cmx_kernels.models.obstacles import HOOKS, PLAIN, check_bypass, methods
 from cmx_kernels.models.parameters import Parameters
 from cmx_kernels.models.structure import Refusal, Unit
 from cmx_kernels.ops import block_stack, depth_first
 from cmx_kernels.ops.block_stack import PackedCache, PackedStack
-from cmx_kernels.ops.checks import autocast, check_activations, memory_format
+from cmx_kernels.ops.checks import autocast, memory_format
 
 STATE = "_cmx"  # the one entry a fused module has in its __dict__
-_PLAIN = frozenset((Tensor, nn.Parameter))
+_statistics = itemgetter("running_mean", "running_var")
 _LEAVES = frozenset((nn.ReLU, nn.Identity))
-# Private, so a torch without them is taken as one without transforms at work
-_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 _SETTINGS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: ("eps",),  # and its mode, which is asked for in every call
@@ -35,70 +30,6 @@ _SETTINGS: dict[type, tuple[str, ...]] = {
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.Flatten: ("start_dim", "end_dim"),
 }
-
-
-def plain_is_wanted(x: Any) -> bool:
-    """Whether somebody traces, exports or counts the operators of PyTorch, or has turned fusion off.
-
-    An exported program has to run where this package is not installed; with a backend forced by name it keeps ours.
-    """
-    if not backends.FUSED or not isinstance(x, Tensor):
-        return True
-    if torch.compiler.is_compiling():
-        return backends.exporting() and not backends.kernels_are_forced()
-    if torch.jit.is_tracing() or _dispatch_modes() > 0 or (_function_modes() > 0 and _functions_are_followed()):
-        return True
-    return x.is_mkldnn  # as modules want it that torch.utils.mkldnn has replaced
-
-
-def _functions_are_followed() -> bool:
-    """Whether somebody sees each call of torch's functions; a default device only says where new tensors live."""
-    modes = (torch._C._get_function_stack_at(i) for i in range(_function_modes()))
-    return any(type(mode).__name__ != "DeviceContext" for mode in modes)
-
-
-def check_call(x: Tensor) -> None:
-    """Refuse what no kernel follows: transforms, tensor subclasses, hooks on every module; TypeError for no dense x."""
-    if backends.exporting():  # with tensors without memory
-        return
-    if type(x) not in _PLAIN:
-        raise Refusal(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
-    if torch.compiler.is_compiling():
-        return
-    if backends.transformed():
-        raise Refusal(backends.TRANSFORMED)
-    if x.is_nested or x.layout is not torch.strided:
-        check_activations(x)
-    if any(getattr(module_globals, hooks, None) for hooks in _GLOBAL_HOOKS):
-        raise Refusal("a hook for all modules is registered")
-
-
-def check_bypass(module: nn.Module) -> None:
-    """Refuse to replace a call of ``module`` where that call does more than its class's forward."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        raise Refusal(f"a hook is attached to its {type(module).__name__}")
-    for name in _methods(type(module)):
-        if name in module.__dict__:
-            raise Refusal(f"the {name} of its {type(module).__name__} was replaced")
-
-
-def check_unit(unit: Unit) -> None:
-    for module in unit:
-        check_bypass(module)
-    conv, norm = unit.conv, unit.norm
-    if "weight" not in conv._parameters:
-        raise Refusal("the weight of its convolution is computed from something else, not a parameter")
-    for tensor in (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
-        check_tensor(tensor)
-
-
-def check_tensor(tensor: Tensor | None) -> None:
-    if backends.exporting():
-        return
-    if tensor is not None and type(tensor) not in _PLAIN:
-        raise Refusal(f"a parameter is a {type(tensor).__name__}, a subclass of torch.Tensor")
-    if tensor is not None and not tensor.is_floating_point():
-        raise Refusal(f"a parameter is {tensor.dtype}")
 
 
 class Stack:
@@ -144,13 +75,16 @@ class Stack:
         """Parameters and running statistics; None unless the modules are still the same, plain and in the same mode."""
         if owner.__dict__["_modules"] != self.children or _settings(owner) != self.settings:
             return None
-        for modules, kinds, states, methods, read, expected in self.watched:
+        for modules, kinds, states, replaceable, read, expected in self.watched:
             if list(map(type, modules)) != kinds or list(map(read, states)) != expected:
                 return None
-            if any(any(map(contains, states, repeat(name))) for name in methods):
+            if any(any(map(contains, states, repeat(name))) for name in replaceable):
                 return None
-        tensors = self._tensors()
-        return tensors if len(tensors) == self.count and _PLAIN.issuperset(map(type, tensors)) else None
+        try:
+            tensors = self._tensors()
+        except KeyError:  # a buffer that is none any more
+            return None
+        return tensors if len(tensors) == self.count and PLAIN.issuperset(map(type, tensors)) else None
 
     def _tensors(self) -> list[Tensor]:
         """All parameters and running statistics, wherever they are now."""
@@ -158,8 +92,8 @@ class Stack:
         for conv, norm in self.stores:
             found += conv["_parameters"].values()
             found += norm["_parameters"].values()
-            found += map(norm["_buffers"].get, ("running_mean", "running_var"))
-        return found if _PLAIN.issuperset(map(type, found)) else [t for t in found if t is not None]
+            found += _statistics(norm["_buffers"])
+        return found if PLAIN.issuperset(map(type, found)) else [t for t in found if t is not None]
 
     def obstacle(self, x: Tensor, trains: bool) -> str | None:
         """A sentence if ``x``, in the dtype of autocast, cannot pass the whole stack in one call."""
@@ -282,13 +216,8 @@ def _watch(modules: Iterable[nn.Module]) -> list[tuple[Any, ...]]:
         kinds.setdefault(type(module), []).append(module)
     watched = []
     for kind, alike in kinds.items():
-        names = (*_HOOKS, *_SETTINGS.get(kind, () if kind in _LEAVES else ("_modules",)))
+        names = (*HOOKS, *_SETTINGS.get(kind, () if kind in _LEAVES else ("_modules",)))
         states = [module.__dict__ for module in alike]
-        expected = [tuple({} if n in _HOOKS else copy.copy(state[n]) for n in names) for state in states]
-        watched.append((alike, [kind] * len(alike), states, _methods(kind), itemgetter(*names), expected))
+        expected = [tuple({} if n in HOOKS else copy.copy(state[n]) for n in names) for state in states]
+        watched.append((alike, [kind] * len(alike), states, methods(kind), itemgetter(*names), expected))
     return watched
-
-
-def _methods(kind: type) -> tuple[str, ...]:
-    """What somebody may have replaced in one module of a class."""
-    return ("forward", "_conv_forward") if issubclass(kind, nn.Conv2d) else ("forward",)
