@@ -20,12 +20,16 @@ constexpr int64_t kAhead = 16;  // pixels
 
 template <class T>
 static __attribute__((noinline)) void gather_as(const View& v, int64_t n, int64_t c, int64_t y, int64_t x,
-                                                int64_t count, float* out, int64_t step) {
+                                                int64_t count, float* out, int64_t step, int64_t ahead) {
   const int64_t lanes = least(VL, v.c - c);
   const T* p = address<const T>(v, n, c, y, x);
   if (v.sc == 1 || v.c == 1) {
     for (int64_t i = 0; i < count; i++) {
-      __builtin_prefetch(p + (i + kAhead) * v.sw);  // pixels lie pages apart: no hardware follows
+      // pixels lie pages apart: no hardware follows. Far ahead into L2: a few sets of L1 would have to hold them all.
+      if (ahead > kAhead)
+        __builtin_prefetch(p + (i + ahead) * v.sw, 0, 2);
+      else
+        __builtin_prefetch(p + (i + ahead) * v.sw);
       store(out + i * step, lanes == VL ? load(p + i * v.sw) : load_some(p + i * v.sw, 1, lanes));
     }
     return;
@@ -45,8 +49,8 @@ static __attribute__((noinline)) void gather_as(const View& v, int64_t n, int64_
 
 // Pixels x .. x + count of row y, channels c .. c + VL, as float32; channels beyond v.c are zero.
 CMX_INLINE void gather(const View& v, int64_t n, int64_t c, int64_t y, int64_t x, int64_t count, float* out,
-                       int64_t step) {
-  with_dtype(v.dtype, [&](auto t) { gather_as<decltype(t)>(v, n, c, y, x, count, out, step); });
+                       int64_t step, int64_t ahead = kAhead) {
+  with_dtype(v.dtype, [&](auto t) { gather_as<decltype(t)>(v, n, c, y, x, count, out, step, ahead); });
 }
 
 template <class T>

@@ -10,7 +10,7 @@
 
 namespace cmx::CMX_ISA {
 
-constexpr int64_t kRunPixels = 64, kSlot = 16;  // pixels at a time; a chunk of a group is a multiple of kSlot
+constexpr int64_t kRunPixels = 16, kSlot = 16;  // pixels at a time; a chunk of a group is a multiple of kSlot
 
 template <class P>
 constexpr int64_t kPanelGap = 64 / sizeof(P);  // rows of a panel must not share their cache sets

@@ -8,12 +8,14 @@
 
 namespace cmx::CMX_ISA {
 
+constexpr int64_t kFarAhead = 64;  // pixels: the next rows, while this one is summed
+
 struct Run {
   int64_t n, block, y, x, count;
 };
 
 CMX_INLINE void gather_run(const View& v, const Run& r, float* out) {
-  gather(v, r.n, r.block * VL, r.y, r.x, r.count, out, VL);
+  gather(v, r.n, r.block * VL, r.y, r.x, r.count, out, VL, kFarAhead);
 }
 CMX_INLINE void scatter_run(const View& v, const Run& r, const float* in) {
   scatter(v, r.n, r.block * VL, r.y, r.x, r.count, in, VL);
