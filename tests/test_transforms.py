@@ -93,7 +93,7 @@ def test_flops_of_the_stack_are_those_of_the_plain_model(name: str, monkeypatch:
     fused, plain = fused_and_plain(name)
     wanted = _flops(plain, X)
     assert _flops(fused, X) == wanted
-    monkeypatch.setattr("cmx_kernels.models.stack._dispatch_modes", lambda: 0)
+    monkeypatch.setattr("cmx_kernels.models.obstacles._dispatch_modes", lambda: 0)
     assert _flops(fused, X) == wanted
 
 
