@@ -29,10 +29,9 @@ TRANSFORMED = "a torch.func transform or forward-mode differentiation is at work
 _transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 
 
+@registry.constant  # torch.compile guards the transforms that it traces under
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work. A kernel would lose the derivative, silently."""
-    if torch.compiler.is_compiling():
-        return False
     return _transforms() is not None or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
@@ -243,10 +242,14 @@ def say_once(message: str) -> None:
     """Warn about a fall-back, once a message; with CMX_STRICT=1 raise instead."""
     if STRICT:
         raise RuntimeError(f"cmx_kernels (CMX_STRICT=1): {message}")
-    if torch.compiler.is_compiling() or message in _said:
-        return
-    _said.add(message)
-    warnings.warn(f"cmx_kernels: {message}", stacklevel=3)
+    _warn_once(message)
+
+
+@registry.constant  # torch.compile calls it while it traces
+def _warn_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(f"cmx_kernels: {message}", stacklevel=4)
 
 
 assert set(_CPU_ACTIVATIONS) <= set(ACTIVATIONS)

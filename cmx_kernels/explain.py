@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +198,7 @@ def stack_of(part: Any, x: Tensor) -> tuple[Stack, str | None]:
     if plain_is_wanted(x):
         raise Refusal("fusion is off (CMX_FUSED=0), or a tracer or a mode follows PyTorch's operators")
     check_call(x)
-    stack, tensors = current(part, part.stack)
+    stack, tensors = cast(tuple[Stack, list[Tensor]], current(part))  # no graph asks
     x = autocast(x)[0]
     return stack, stack.obstacle(x, stack.trains(x, tensors))
 

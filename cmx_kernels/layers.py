@@ -82,8 +82,8 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
         try:
             check_call(x)
             check_tensor(self.weight)
-        except Refusal as reason:
-            return str(reason)
+        except Refusal as refusal:
+            return str(refusal.args[0])
         return "its _conv_forward was replaced" if "_conv_forward" in self.__dict__ else why_not_size(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -16,6 +16,7 @@ from cmx_kernels.activations import name_of
 from cmx_kernels.models.obstacles import check_bypass, check_call, check_unit, plain_is_wanted
 from cmx_kernels.models.stack import STATE, Stack, current
 from cmx_kernels.models.structure import BlockParts, Refusal, Unit, block_parts, children, stem_unit, why_not_size
+from cmx_kernels.models.units import Parts
 from cmx_kernels.ops.batchnorm import fold, why_not_fold
 from cmx_kernels.ops.checks import autocast, check_activations
 from cmx_kernels.ops.depthwise_block import check as check_depthwise
@@ -28,6 +29,13 @@ class Fused(nn.Module):
 
     recompute_depthwise = False  # in backward, compute depthwise convolutions again: half the memory of activations
     micro_batch: int | None = None  # images that pass all blocks together on a GPU; 0: all; None: the cost model's
+
+    def parts(self) -> Parts:
+        """Refusal, with the reason, where no call can replace those of the modules."""
+        raise NotImplementedError
+
+    def stack(self) -> Stack:
+        return Stack(self, self.parts())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.__dict__.pop(STATE, None)
@@ -51,27 +59,23 @@ class Stem(Fused, nn.Sequential):
         check_activations(x)
         try:
             check_call(x)
-            if torch.compiler.is_compiling():
-                unit = self.checked_unit()
-            else:
-                stack, tensors = current(self, self.stack)
-                y = stack.run(x, tensors)
-                if y is not None:
-                    return y
-                unit = stack.units[0]
-            check_folds(x, patch_embed=unit)
+            stack, tensors = current(self)
+            y = stack.run(x, tensors)
+            if y is not None:
+                return y
+            check_folds(x, patch_embed=stack.units[0])
         except Refusal as reason:
-            backends.say_once(f"part of the model runs in plain PyTorch: {reason}")
+            backends.say_once(f"part of the model runs in plain PyTorch: {reason.args[0]}")
             return nn.Sequential.forward(self, x)
-        return run_unit("patch_embed", unit, x)
+        return run_unit("patch_embed", stack.units[0], x)
 
     def checked_unit(self) -> Unit:
         unit = stem_unit(children(self))
         check_unit(unit)
         return unit
 
-    def stack(self) -> Stack:
-        return Stack(self, self.checked_unit(), [], [])
+    def parts(self) -> Parts:
+        return Parts(self.checked_unit())
 
 
 class Block(Fused, nn.Sequential):
@@ -91,20 +95,17 @@ class Block(Fused, nn.Sequential):
         check_activations(x)
         try:
             check_call(x)
-            if torch.compiler.is_compiling():
-                parts = self.checked_parts()
-            else:
-                stack, tensors = current(self, self.stack)
-                y = stack.run(x, tensors)
-                if y is not None:
-                    return y
-                parts = block_parts(self)
-            check_folds(x, depthwise_block=parts.depthwise, pointwise_block=parts.pointwise)
+            stack, tensors = current(self)
+            y = stack.run(x, tensors)
+            if y is not None:
+                return y
+            check_folds(x, depthwise_block=stack.units[0], pointwise_block=stack.units[1])
         except Refusal as reason:
-            backends.say_once(f"part of the model runs in plain PyTorch: {reason}")
+            backends.say_once(f"part of the model runs in plain PyTorch: {reason.args[0]}")
             return nn.Sequential.forward(self, x)
-        x = run_unit("depthwise_block", parts.depthwise, x, residual=parts.residual)
-        return run_unit("pointwise_block", parts.pointwise, x)
+        depthwise, pointwise = stack.units
+        x = run_unit("depthwise_block", depthwise, x, residual=children(self)[0])
+        return run_unit("pointwise_block", pointwise, x)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -119,9 +120,9 @@ class Block(Fused, nn.Sequential):
         check_unit(parts.pointwise)
         return parts
 
-    def stack(self) -> Stack:
-        parts = self.checked_parts()
-        return Stack(self, None, [(parts.depthwise, parts.pointwise)], parts.wrappers)
+    def parts(self) -> Parts:
+        found = self.checked_parts()
+        return Parts(None, [(found.depthwise, found.pointwise)], found.wrappers)
 
 
 def check_folds(x: Tensor, **units: Unit) -> None:

@@ -7,7 +7,6 @@ copies are those of the original.
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 
 from cmx_kernels import checkpoints
 from cmx_kernels.models.fused import Block, Fused, Stem
-from cmx_kernels.models.obstacles import check_call, check_unit, plain_is_wanted
-from cmx_kernels.models.stack import Stack, current
+from cmx_kernels.models.obstacles import check_bypass, check_call, check_unit, plain_is_wanted
+from cmx_kernels.models.stack import current
 from cmx_kernels.models.structure import Refusal, Unit, children, stem_unit
 from cmx_kernels.models.training import recomputed
+from cmx_kernels.models.units import Parts, Units
 
 _FORWARDS = ("forward", "forward_features", "forward_head")
 _POOLS = ("cmx_kernels.models.pooling", "timm.layers.adaptive_avgmax_pool")
@@ -29,21 +29,24 @@ class FusedNetwork(Fused):
 
     original: ClassVar[type[nn.Module]]
 
-    def stack(self) -> Stack:
-        raise NotImplementedError
-
-    def ready(self, x: Any) -> tuple[Stack, list[Tensor]] | None:
+    def ready(self, x: Any) -> tuple[Units, list[Tensor]] | None:
         """The stack and its tensors, if fused. Reasons against it are said by the parts, which then run one by one."""
-        if plain_is_wanted(x) or torch.compiler.is_compiling() or self.checkpoints():
+        traced = torch.compiler.is_compiling()
+        if plain_is_wanted(x) or (self.checkpoints() and not traced):
             return None
+        if traced and not (self.training or torch.is_grad_enabled()):
+            return None  # a graph's inference runs part by part
         try:
             check_call(x)
-            return current(self, self.stack)
+            stack, tensors = current(self)
         except Refusal:
             return None
+        if self.checkpoints():  # in a graph, of a block's pre-activations
+            stack.recompute = True
+        return stack, tensors
 
     def checkpoints(self) -> bool:
-        """Whether blocks keep no activations, and so have to be called one by one."""
+        """Whether blocks keep no activations, and so have to be called one by one outside of a graph."""
         return getattr(self, "grad_checkpointing", False) and torch.is_grad_enabled()
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -94,16 +97,18 @@ class FusedConvMixer(FusedNetwork):
         return self._plain_forward(x)
 
     def _forward_features(self, x: Tensor) -> Tensor:
+        found = self.ready(x)
+        y = None if found is None else found[0].run(x, found[1])
+        if y is not None:
+            return y
         if self.checkpoints() and not plain_is_wanted(x):
             x = self.stem(x)
             for block in self.blocks:
                 x = recomputed(block, x)
             return x
-        found = self.ready(x)
-        y = None if found is None else found[0].run(x, found[1])
-        return self._plain_forward_features(x) if y is None else y
+        return self._plain_forward_features(x)
 
-    def stack(self) -> Stack:
+    def parts(self) -> Parts:
         if type(self.stem) is not Stem or not len(self.blocks):
             raise Refusal("it has no fused stem, or no blocks")
         if getattr(type(self.blocks), "forward", None) not in (nn.Sequential.forward, FusedSequence.forward):
@@ -112,7 +117,7 @@ class FusedConvMixer(FusedNetwork):
         bypassed: list[nn.Module] = [self.stem, self.blocks]
         if pool:
             bypassed += [self.global_pool, *children(self.global_pool)]
-        return _stack(self, self.stem.checked_unit(), self.blocks, bypassed, pool)
+        return _parts(self.stem.checked_unit(), self.blocks, bypassed, pool)
 
 
 class FusedSequence(FusedNetwork, nn.Sequential):
@@ -142,7 +147,7 @@ class FusedSequence(FusedNetwork, nn.Sequential):
             y = module(y)
         return y
 
-    def stack(self) -> Stack:
+    def parts(self) -> Parts:
         modules = children(self)
         first, last = longest_run(modules)
         if first == last:
@@ -165,17 +170,17 @@ class FusedSequence(FusedNetwork, nn.Sequential):
         if pool:
             bypassed += modules[last : last + 2]
             last += 2
-        return _stack(self, stem, blocks, bypassed, pool, (first, last))
+        return _parts(stem, blocks, bypassed, pool, (first, last))
 
 
-def _stack(
-    owner: nn.Module,
+def _parts(
     stem: Unit | None,
     blocks: Iterable[nn.Module],
     bypassed: list[nn.Module],
     pool: bool,
     span: tuple[int, int] = (0, 0),
-) -> Stack:
+) -> Parts:
+    """bypassed: besides the blocks and what they hold"""
     units = []
     for block in blocks:
         if type(block) is not Block:
@@ -183,18 +188,19 @@ def _stack(
         parts = block.checked_parts()
         units.append((parts.depthwise, parts.pointwise))
         bypassed += [block, *parts.wrappers]
-    return Stack(owner, stem, units, bypassed, pool, span)
+    for module in bypassed:
+        check_bypass(module)
+    return Parts(stem, units, bypassed, pool, span)
 
 
 def longest_run(modules: Sequence[nn.Module]) -> tuple[int, int]:
     """Where the most blocks in a row begin and end."""
-    runs, start = [(0, 0)], 0
-    for is_block, group in groupby(modules, lambda module: type(module) is Block):
-        stop = start + len(list(group))
-        if is_block:
-            runs.append((start, stop))
-        start = stop
-    return max(runs, key=lambda run: run[1] - run[0])
+    best = run = (0, 0)
+    for i, module in enumerate(modules):
+        run = (run[0], i + 1) if type(module) is Block else (i + 1, i + 1)
+        if run[1] - run[0] > best[1] - best[0]:
+            best = run
+    return best
 
 
 def _averages(modules: Sequence[nn.Module]) -> bool:

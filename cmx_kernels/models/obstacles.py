@@ -52,10 +52,10 @@ def check_call(x: Tensor) -> None:
         return
     if type(x) not in PLAIN:
         raise Refusal(f"x is a {type(x).__name__}, a subclass of torch.Tensor")
-    if torch.compiler.is_compiling():
-        return
     if backends.transformed():
         raise Refusal(backends.TRANSFORMED)
+    if torch.compiler.is_compiling():
+        return
     if [getattr(kind, name) for kind, name in _OF_TORCH] != _AS_TORCH_HAS_THEM:
         raise Refusal("somebody replaced a method of a class in torch.nn")
     if x.is_nested or x.layout is not torch.strided:

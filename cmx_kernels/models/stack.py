@@ -1,7 +1,7 @@
 """The fused form of a stem and a run of blocks, and what must not have changed since it was made for it to be used."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import contains, itemgetter
 from typing import Any
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cmx_kernels import backends
-from cmx_kernels.activations import name_of
-from cmx_kernels.models import training
-from cmx_kernels.models.obstacles import HOOKS, PLAIN, check_bypass, methods
+from cmx_kernels.models.obstacles import HOOKS, PLAIN, methods
 from cmx_kernels.models.parameters import Parameters
-from cmx_kernels.models.structure import Refusal, Unit
+from cmx_kernels.models.structure import Refusal
+from cmx_kernels.models.units import Parts, Units
 from cmx_kernels.ops import block_stack, depth_first
 from cmx_kernels.ops.block_stack import PackedCache, PackedStack
 from cmx_kernels.ops.checks import autocast, memory_format
@@ -32,43 +31,23 @@ _SETTINGS: dict[type, tuple[str, ...]] = {
 }
 
 
-class Stack:
-    """Units that run one after the other, for one owner, with the packed form of their parameters."""
+class Stack(Units):
+    """Units outside of a graph: what they were when it was made, and the packed form of their parameters."""
 
-    def __init__(
-        self,
-        owner: nn.Module,
-        stem: Unit | None,
-        blocks: Sequence[tuple[Unit, Unit]],
-        bypassed: Iterable[nn.Module],
-        pool: bool = False,
-        span: tuple[int, int] = (0, 0),
-    ) -> None:
-        """
-        bypassed: the modules besides the units' whose forward is replaced.
-        pool: an average pool follows.
-        span: in an nn.Sequential, the first child that is replaced and the next that is not.
-        """
+    def __init__(self, owner: nn.Module, parts: Parts) -> None:
+        super().__init__(owner, parts)
         self.children = dict(owner._modules)
         self.settings = _settings(owner)
-        self.recompute, self.micro_batch = self.settings
+        _, self.micro_batch = self.settings
         if self.micro_batch is not None and (not isinstance(self.micro_batch, int) or self.micro_batch < 0):
             raise ValueError(f"micro_batch: got {self.micro_batch!r}, wanted a number of images, 0 for all, or None")
-        self.stem, self.blocks, self.pool, self.span = stem, list(blocks), pool, span
-        self.units = ([stem] if stem else []) + [unit for block in blocks for unit in block]
-        kernel = self.blocks[0][0].conv.kernel_size if self.blocks else ()
-        self.size = (len(self.blocks), self.units[0].conv.out_channels, *kernel)  # by which tune() knows it
-        self.act = name_of(self.units[0].act) or ""
-        self.why_not = self._why_not_one_call()
-        for module in bypassed:
-            check_bypass(module)
-        self.watched = _watch([*bypassed, *(module for unit in self.units for module in unit)])
+        self.watched = _watch([*parts.bypassed, *(module for unit in self.units for module in unit)])
         convs = [unit.conv for unit in self.units]
         self.shapes = [(c.out_channels, c.in_channels // c.groups, *c.kernel_size) for c in convs]
         self.stores = [(unit.conv.__dict__, unit.norm.__dict__) for unit in self.units]
         norms = [unit.norm for unit in self.units]
         self.always_batch = any(norm.running_mean is None or norm.running_var is None for norm in norms)
-        self.count = len(self._tensors())
+        self.count = len(self.all_tensors())
         self.cache = PackedCache()
 
     def tensors(self, owner: nn.Module) -> list[Tensor] | None:
@@ -81,13 +60,12 @@ class Stack:
             if any(any(map(contains, states, repeat(name))) for name in replaceable):
                 return None
         try:
-            tensors = self._tensors()
+            tensors = self.all_tensors()
         except KeyError:  # a buffer that is none any more
             return None
         return tensors if len(tensors) == self.count and PLAIN.issuperset(map(type, tensors)) else None
 
-    def _tensors(self) -> list[Tensor]:
-        """All parameters and running statistics, wherever they are now."""
+    def all_tensors(self) -> list[Tensor]:
         found: list[Any] = []
         for conv, norm in self.stores:
             found += conv["_parameters"].values()
@@ -95,29 +73,8 @@ class Stack:
             found += _statistics(norm["_buffers"])
         return found if PLAIN.issuperset(map(type, found)) else [t for t in found if t is not None]
 
-    def obstacle(self, x: Tensor, trains: bool) -> str | None:
-        """A sentence if ``x``, in the dtype of autocast, cannot pass the whole stack in one call."""
-        reason = self._mismatch(x)
-        if reason is not None:
-            return reason
-        return training.why_not(x, self.act) if trains else block_stack.why_not(x, self.act, self.size)
-
-    def _mismatch(self, x: Tensor) -> str | None:
-        if self.why_not is not None:
-            return self.why_not
-        conv, size = self.units[0].conv, self._patch()
-        if x.dim() != 4 or x.shape[1] != conv.in_channels or x.shape[2] < size[0] or x.shape[3] < size[1]:
-            return f"x has shape {list(x.shape)}, wanted [N, {conv.in_channels}, {size[0]} or more, {size[1]} or more]"
-        return None
-
-    def _patch(self) -> tuple[int, ...]:
-        return self.stem.conv.kernel_size if self.stem else (1, 1)
-
-    def trains(self, x: Tensor, tensors: Sequence[Tensor]) -> bool:
-        """Whether this call needs a gradient or the statistics of its batch."""
-        if self.always_batch or any(norm["training"] for _, norm in self.stores):
-            return True
-        return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
+    def batch_decides(self) -> bool:
+        return self.always_batch or any(norm["training"] for _, norm in self.stores)
 
     def run(self, x: Tensor, tensors: Sequence[Tensor], pool: bool = False) -> Tensor | None:
         """The whole stack in one call; None where its operators have to be called one by one.
@@ -130,7 +87,7 @@ class Stack:
             y = None if trains else self._depth_first(x)
             return nn.functional.adaptive_avg_pool2d(y, 1).flatten(1) if pool and y is not None else y
         if trains:
-            return training.run(self.stem, self.blocks, x, self.act, self.recompute, pool)
+            return self.train(x, pool)
         mixed = torch.is_autocast_enabled(x.device.type)
         # Strides, because a transposed view may have the address and the version of what it shows
         key = (x.dtype, mixed, [conv["_parameters"]["weight"].stride() for conv, _ in self.stores])
@@ -148,9 +105,9 @@ class Stack:
 
     def micro_batch_of(self, x: Tensor) -> tuple[int, Tensor] | None:
         """Images that pass all blocks together, and a tensor for the results; None where blocks run one by one."""
-        if not (x.is_cuda or self.micro_batch) or len(self.blocks) < 2 or self._mismatch(x) is not None:
+        if not (x.is_cuda or self.micro_batch) or len(self.blocks) < 2 or self.mismatch(x) is not None:
             return None
-        p, q = self._patch()
+        p, q = self.patch()
         shape = (x.shape[0], self.size[1], x.shape[2] // p, x.shape[3] // q)
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
         if self.micro_batch is None:
@@ -178,17 +135,6 @@ class Stack:
             return None
         return block_stack.pack(*now.layers(x.dtype, bool(self.stem)), self.act, x.dtype)
 
-    def _why_not_one_call(self) -> str | None:
-        """A stack has one width, one kernel size and one activation."""
-        width = self.units[0].conv.out_channels
-        convs = [conv for block in self.blocks for conv in (block[0].conv, block[1].conv)]
-        if any((conv.in_channels, conv.out_channels) != (width, width) for conv in convs):
-            return "its blocks differ in width"
-        if len({conv.kernel_size for conv in convs[::2]}) > 1:
-            return "its blocks differ in kernel size"
-        acts = {name_of(unit.act) for unit in self.units}
-        return "its blocks differ in activation" if len(acts) > 1 else None
-
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the owner makes its own
 
@@ -197,12 +143,15 @@ def _settings(owner: nn.Module) -> tuple[bool, int | None]:
     return getattr(owner, "recompute_depthwise", False), getattr(owner, "micro_batch", None)
 
 
-def current(owner: nn.Module, build: Callable[[], Stack]) -> tuple[Stack, list[Tensor]]:
+def current(owner: Any) -> tuple[Units, list[Tensor]]:
     """The owner's stack and its tensors, built again if it does not fit any more; Refusal where there can be none."""
+    if torch.compiler.is_compiling():  # a graph is traced once, and has guards
+        units = Units(owner, owner.parts())
+        return units, units.all_tensors()
     stack: Stack | None = owner.__dict__.get(STATE)
     tensors = None if stack is None else stack.tensors(owner)
     if stack is None or tensors is None:
-        stack = owner.__dict__[STATE] = build()
+        stack = owner.__dict__[STATE] = Stack(owner, owner.parts())
         tensors = stack.tensors(owner)
         if tensors is None:
             raise Refusal("its modules changed meanwhile")

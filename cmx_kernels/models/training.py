@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from cmx_kernels import backends
 from cmx_kernels.models.structure import Unit, why_not_size
@@ -25,7 +25,7 @@ def why_not(x: Tensor, act: str) -> str | None:
     """A sentence if no backend has the operators of training for ``x``, in the dtype of autocast."""
     if x.numel() == 0:
         return "the batch is empty"
-    if torch.is_inference(x):
+    if not torch.compiler.is_compiling() and torch.is_inference(x):
         return "x comes from torch.inference_mode()"
     if all(backends.has_kernel(op, x, act, quiet=True) for op in OPS):
         return None
@@ -50,6 +50,9 @@ def run(
     layout = memory_format(x)
     if x.device.type == "cpu":
         x = x.contiguous(memory_format=torch.channels_last)  # the CPU kernels read vectors of channels
+    run_block = Block.apply
+    if recompute and torch.compiler.is_compiling():
+        run_block, recompute = _recomputed_block, False
     with torch.autocast(x.device.type, enabled=False):
         weight_of = iter(weights)
         updates: list[tuple[BatchNorm, Tensor]] = []
@@ -64,12 +67,20 @@ def run(
         for depthwise, pointwise in blocks:
             given = (*_parameters(depthwise, next(weight_of)), *_parameters(pointwise, next(weight_of)))
             norms = [batchnorm.norm_of(unit.norm) for unit in (depthwise, pointwise)]
-            x, rows, moments1, moments2 = Block.apply(x, rows, *given, *norms, act, recompute)
+            x, rows, moments1, moments2 = run_block(x, rows, *given, *norms, act, recompute)
             updates += [(depthwise.norm, moments1), (pointwise.norm, moments2)]
         y = (Pooled if pool else Value).apply(x, rows, act)
         for norm, moments in updates:
             batchnorm.update_running(norm, moments)
     return y if pool else y.contiguous(memory_format=layout)
+
+
+_KEPT = partial(create_selective_checkpoint_contexts, [torch.ops.cmx.pointwise_block_train.default])
+
+
+def _recomputed_block(*args: Any) -> Any:
+    """Block.apply without the depthwise pre-activation, in a graph: its compiler keeps it unless it is told so."""
+    return checkpoint(Block.apply, *args, use_reentrant=False, context_fn=_KEPT)
 
 
 def _parameters(unit: Unit, weight: Tensor) -> tuple[Any, ...]:

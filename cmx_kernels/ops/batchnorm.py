@@ -160,11 +160,11 @@ def update_running(bn: BatchNorm, moments: Tensor) -> None:
     """What nn.BatchNorm2d does to its buffers in a training step. moments [2, C]: mean and unbiased variance."""
     if not (bn.training and bn.track_running_stats):
         return
-    factor = bn.momentum
+    factor: float | Tensor | None = bn.momentum
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-        factor = 1.0 / float(bn.num_batches_tracked) if factor is None else factor
-    factor = factor or 0.0
+        factor = 1.0 / bn.num_batches_tracked if factor is None else factor  # a tensor: no graph may ask for its value
+    factor = 0.0 if factor is None else factor
     for running, now in zip((bn.running_mean, bn.running_var), moments, strict=True):
         if running is not None:
-            running.mul_(1 - factor).add_(now.to(running.dtype), alpha=factor)
+            running.mul_(1 - factor).add_((now * factor).to(running.dtype))

@@ -24,8 +24,11 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def _incoming(grad: Tensor, a: Tensor) -> Tensor:
-    """The gradient of an activation in the dtype and layout of its pre-activation."""
-    return in_format(grad.to(a.dtype), memory_format(a))
+    """The gradient of an activation in the dtype and layout of its pre-activation.
+
+    It is not asked for its strides: torch.compile, which does not know them yet, would copy it first.
+    """
+    return grad.to(a.dtype).contiguous(memory_format=memory_format(a))
 
 
 def _as_rows(sums: Tensor, like: Tensor) -> Tensor:
