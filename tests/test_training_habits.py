@@ -1,4 +1,4 @@
-"""Training a fused model as people do: scaled losses, hooks, averages, checkpoints, less memory."""
+"""Training a fused model as people do: scaled losses, hooks, averages, checkpoints, less memory, compiled."""
 
 import copy
 
@@ -176,3 +176,18 @@ def test_recompute_depthwise() -> None:
         found.append((size, [p.grad.clone() for p in fused.parameters()]))
     assert found[1][0] < found[0][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+# ---- compiled
+
+
+def test_a_compiled_step() -> None:
+    fused, plain = twins()
+    compiled = torch.compile(fused, backend="aot_eager")
+
+    def run(model: nn.Module, image: Tensor) -> Tensor:
+        return one_step(compiled if model is fused else model, image)
+
+    for _ in range(2):
+        check_step(fused, plain, X, run=run)
+    assert {int(n.num_batches_tracked) for n in norms(fused)} == {2}

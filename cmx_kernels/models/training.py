@@ -18,6 +18,8 @@ from cmx_kernels.ops.differentiable import Block, Pooled, Value
 from cmx_kernels.ops.differentiable import Unit as UnitFunction
 from cmx_kernels.ops.training_forms import patches_backward, patches_forward
 
+# In torch 2.11 a graph loses the gradients of autograd functions, without a word
+TRACEABLE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 OPS = ("patch_embed_train", "depthwise_block_train", "pointwise_block_train")
 
 
@@ -25,7 +27,10 @@ def why_not(x: Tensor, act: str) -> str | None:
     """A sentence if no backend has the operators of training for ``x``, in the dtype of autocast."""
     if x.numel() == 0:
         return "the batch is empty"
-    if not torch.compiler.is_compiling() and torch.is_inference(x):
+    if torch.compiler.is_compiling():
+        if not TRACEABLE:
+            return f"torch.compile of torch {torch.__version__} cannot trace training, that of 2.13 can"
+    elif torch.is_inference(x):
         return "x comes from torch.inference_mode()"
     if all(backends.has_kernel(op, x, act, quiet=True) for op in OPS):
         return None
