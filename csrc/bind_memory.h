@@ -5,6 +5,8 @@
 // the most that was once in use: memory of other sizes goes before new is mapped.
 #pragma once
 
+#include <pthread.h>
+
 #include <map>
 #include <mutex>
 
@@ -18,7 +20,10 @@ namespace cmx {
 class KeptMemory {
  public:
   static KeptMemory& of_process() {
-    static KeptMemory* const memory = new KeptMemory;  // never destroyed: tensors may live longer than anything here
+    static KeptMemory* const memory = [] {
+      pthread_atfork(lock, unlock, unlock);  // a child of fork() must not find it locked by a thread that it lacks
+      return new KeptMemory;                 // never destroyed: tensors may live longer than anything here
+    }();
     return *memory;
   }
 
@@ -69,6 +74,9 @@ class KeptMemory {
   }
 
  private:
+  static void lock() { of_process().mutex_.lock(); }
+  static void unlock() { of_process().mutex_.unlock(); }
+
   static constexpr int64_t kSmallest = 1 << 20, kHugePage = 2 << 20, kPlaces = 16, kStep = 4096 + 64;
 
 #if defined(MADV_FREE) && defined(MADV_HUGEPAGE)

@@ -69,7 +69,7 @@ Tensor combine_moments(int64_t count, int64_t channels, const At& at, const Pixe
     for (int64_t block = begin; block < end; block++) {
       double mean[kMostLanes] = {}, squares[kMostLanes] = {}, total = 0;
       auto mean_of = [&](const float* piece, int64_t lane) {
-        return (double)piece[kFirst * lanes + lane] + piece[kOffset * lanes + lane];
+        return (double)piece[kOrigin * lanes + lane] + piece[kOffset * lanes + lane];
       };
       for (int64_t i = 0; i < count; i++) {
         const float* piece = at(i, block);

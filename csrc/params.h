@@ -84,8 +84,13 @@ struct PreActivation {
 };
 
 // A piece of a sum over pixels, vectors of [lanes] each
-enum Moments { kFirst, kOffset, kSquares, kMomentPieces };  // the first value, the mean less it, squared deviations
-enum Sums { kSum, kCentred, kSumPieces };                   // of a gradient, and of the gradient times (act(x) - mean)
+enum Moments {
+  kOrigin,
+  kOffset,
+  kSquares,
+  kMomentPieces
+};                                         // a value near the mean, the mean less it, squared deviations
+enum Sums { kSum, kCentred, kSumPieces };  // of a gradient, and of the gradient times (act(x) - mean)
 
 // a = dwconv(X, weight) + bias
 struct DepthwiseTrain {

@@ -65,18 +65,29 @@ CMX_INLINE void round_run(Dtype dtype, float* run, int64_t count) {
   });
 }
 
-// Mean and squared deviations of act(a), from differences to its first value: right for any mean
+// Mean and squared deviations of act(a), from differences to the mean of its first values: right for any mean. A single
+// value may be an outlier, against whose square the deviations lose their digits. Short sums first: fewer roundings.
 static void moments_run(const float* a, int64_t length, Act act, float* piece) {
+  constexpr int64_t kFew = 4, kShort = 32;
   with_activation(act, [&](auto f) {
-    const vf first = activate<decltype(f)::value>(load(a));
+    auto value = [&](int64_t i) { return activate<decltype(f)::value>(load(a + i * VL)); };
+    const int64_t few = least(kFew, length);
+    vf origin = {};
+    for (int64_t i = 0; i < few; i++) origin += value(i);
+    origin = origin / all((float)few);
     vf sum = {}, squares = {};
-    for (int64_t i = 1; i < length; i++) {
-      const vf d = activate<decltype(f)::value>(load(a + i * VL)) - first;
-      sum += d;
-      squares += d * d;
+    for (int64_t i0 = 0; i0 < length; i0 += kShort) {
+      vf some = {}, some_squares = {};
+      for (int64_t i = i0; i < least(i0 + kShort, length); i++) {
+        const vf d = value(i) - origin;
+        some += d;
+        some_squares += d * d;
+      }
+      sum += some;
+      squares += some_squares;
     }
     const vf count = all((float)length);
-    store(piece + kFirst * VL, first);
+    store(piece + kOrigin * VL, origin);
     store(piece + kOffset * VL, sum / count);
     store(piece + kSquares * VL, squares - sum * sum / count);
   });
