@@ -84,12 +84,8 @@ struct PreActivation {
 };
 
 // A piece of a sum over pixels, vectors of [lanes] each
-enum Moments {
-  kOrigin,
-  kOffset,
-  kSquares,
-  kMomentPieces
-};                                         // a value near the mean, the mean less it, squared deviations
+// kOrigin: a value near the mean; kOffset: the mean less it; kSquares: squared deviations
+enum Moments { kOrigin, kOffset, kSquares, kMomentPieces };
 enum Sums { kSum, kCentred, kSumPieces };  // of a gradient, and of the gradient times (act(x) - mean)
 
 // a = dwconv(X, weight) + bias
