@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ _MIB = 2**20
 def give_back() -> None:
     """Free what the last model left, so that the next one's memory is its own."""
     gc.collect()
+    native = getattr(sys.modules.get("cmx_kernels.registry"), "C", None)
+    if hasattr(native, "release_memory"):
+        native.release_memory()
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 

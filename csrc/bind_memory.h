@@ -59,6 +59,18 @@ class KeptMemory {
 #endif
   }
 
+  // What is free goes back to the system
+  void release() {
+#if defined(MADV_FREE) && defined(MADV_HUGEPAGE)
+    const std::lock_guard lock(mutex_);
+    for (const auto& [size, base] : free_) {
+      munmap(base, size);
+      all_ -= size;
+    }
+    free_.clear();
+#endif
+  }
+
   void give_back(void* data) {
 #if defined(MADV_FREE) && defined(MADV_HUGEPAGE)
     const std::lock_guard lock(mutex_);

@@ -412,4 +412,6 @@ STABLE_TORCH_LIBRARY_IMPL(cmx, CPU, m) {
   m.impl("patch_embed_backward", TORCH_BOX(&patch_embed_backward));
 }
 
+void release_memory() { KeptMemory::of_process().release(); }
+
 }  // namespace cmx

@@ -54,5 +54,6 @@ bool strassen_allowed();                       // CMX_STRASSEN, on if it is not 
 void allow_strassen(bool);
 StageTimes* stage_times(Stage::Producer);  // null as long as nobody asked for them
 void time_stages(bool);                    // from zero on
+void release_memory();                     // that bind_memory.h keeps
 
 }  // namespace cmx

@@ -64,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("time_stages", time_stages, py::arg("wanted"), "begin to count the time of the parts of a stack, or stop");
   m.def("stage_seconds", stage_seconds,
         "seconds of all workers since then in the stem, depthwise and pointwise halves");
+  m.def("release_memory", release_memory, "give free memory of training back to the system at once");
   m.def("lanes", [] { return cpu_kernels().lanes; }, "channels in a vector");
   m.def("peak", peak, py::arg("dtype"), py::arg("seconds") = 0.02, py::call_guard<py::gil_scoped_release>(),
         "FLOP/s of one thread on registers alone, \"float32\" or \"bfloat16\"; run it on every core at once");

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import cmx_kernels  # noqa: F401  its operators
+from cmx_kernels import registry
 
 STATUS = Path("/proc/self/status")
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="memory is kept on Linux")
@@ -38,6 +38,14 @@ def test_results_that_live_share_no_memory() -> None:
     del held[1::2]
     held += [forward(size) for size in (3, 4, 3)]
     assert [float(a.min()) for a in held] == [float(a.max()) for a in held] == [2, 2, 2, 3, 4, 3]
+
+
+def test_free_memory_is_released_when_asked_for() -> None:
+    forward(40)
+    before = resident()
+    registry.C.release_memory()
+    assert before - resident() > 30
+    assert float(forward(40).max()) == 40
 
 
 def growth() -> float:
