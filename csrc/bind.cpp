@@ -79,7 +79,7 @@ void run_stage(Stage& s) {
   run(
       s.out.n * bands, k.stage_scratch_bytes(s),
       [&](int64_t task, char* scratch) { k.stage_band(s, task / bands, task % bands * s.rows, scratch); },
-      Tasks::as_they_come);
+      Tasks::then_others);
 }
 
 Tensor pack_pointwise(const Tensor& given) {

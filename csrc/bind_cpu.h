@@ -113,9 +113,10 @@ class Scratch {
   char* data_;
 };
 
-// Equal shares: neighbouring tasks, which may write into the same line of the cache, go to one worker. As they come: for
-// tasks that share no line, nobody waits for a slow worker.
-enum class Tasks { in_shares, as_they_come };
+// Equal shares: neighbouring tasks, which may write into the same line of the cache, go to one worker. Then others': for
+// tasks that share no line. A worker begins with its share, whose input it wrote itself where stages are alike, and then
+// takes what slower workers have left of theirs.
+enum class Tasks { in_shares, then_others };
 
 // Calls f(task, scratch) for every task, each worker with scratch memory of its own
 template <class F>
@@ -125,14 +126,16 @@ inline void run(int64_t tasks, int64_t scratch_bytes, const F& f, Tasks how = Ta
   const int64_t piece = round_up(scratch_bytes, 4096);
   const Scratch memory(Scratch::workers, workers * piece);
   char* const scratch = memory.data();
-  std::atomic<int64_t> next{0};
+  const auto first_of = [&](int64_t worker) { return tasks * worker / workers; };
+  std::vector<std::atomic<int64_t>> next(workers);
+  for (int64_t worker = 0; worker < workers; worker++) next[worker] = first_of(worker);
+  const int64_t shares = how == Tasks::then_others ? workers : 1;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; worker++)
-      if (how == Tasks::as_they_come)
-        for (int64_t task; (task = next++) < tasks;) f(task, scratch + worker * piece);
-      else
-        for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++)
-          f(task, scratch + worker * piece);
+      for (int64_t i = 0; i < shares; i++) {
+        const int64_t share = (worker + i) % workers;
+        for (int64_t task; (task = next[share]++) < first_of(share + 1);) f(task, scratch + worker * piece);
+      }
   });
 }
 
