@@ -8,7 +8,6 @@ Between the first and the last kernel the activations stay in the kernels' own l
 backend and to its instruction set: it is made on the machine that uses it and never stored.
 """
 
-import ctypes
 from collections.abc import Callable, Hashable, Sequence
 from math import prod
 from operator import attrgetter
@@ -175,10 +174,10 @@ class PackedCache:
         """``build()``, or what it returned last time; RuntimeError if a tensor comes from torch.inference_mode()."""
         now = (key, registry.packing(), list(map(Tensor.data_ptr, tensors)), list(map(_version, tensors)))
         state = self._state
-        if state is None or state[0] != now or b"".join(state[1]) != state[2]:
-            samples = [sample for tensor in tensors for sample in _samples(tensor)]
-            self._state = state = (now, samples, b"".join(samples), [t.detach() for t in tensors], build())
-        return state[4]
+        if state is None or state[0] != now or not state[1].unchanged():
+            samples = registry.C.Samples([place for tensor in tensors for place in _places(tensor)])
+            self._state = state = (now, samples, [t.detach() for t in tensors], build())
+        return state[3]
 
     def clear(self) -> None:
         self._state = None
@@ -194,11 +193,11 @@ _version = attrgetter("_version")
 _SAMPLE = 64  # bytes
 
 
-def _samples(tensor: Tensor) -> list[Any]:
-    """Views of the memory of a tensor: its first bytes, and if it is contiguous some from the middle and the end."""
+def _places(tensor: Tensor) -> list[tuple[int, int]]:
+    """Addresses and bytes of samples of a tensor: its first, and if it is contiguous some of the middle and the end."""
     size = tensor.numel() * tensor.element_size() if tensor.is_contiguous() else tensor.element_size()
     if tensor.device.type != "cpu" or tensor.numel() == 0:
         return []
     last = max(size - _SAMPLE, 0)
     at = sorted({0, min(size // 2, last), last})
-    return [(ctypes.c_char * min(size, _SAMPLE)).from_address(tensor.data_ptr() + offset) for offset in at]
+    return [(tensor.data_ptr() + offset, min(size, _SAMPLE)) for offset in at]
