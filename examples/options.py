@@ -41,7 +41,12 @@ def arguments(argv: list[str] | None, description: str | None) -> argparse.Names
     add("--restart", "start over although --output holds a checkpoint", action="store_true")
     add("--save-every", "steps between two checkpoints", type=positive, default=100, metavar="STEPS")
     add("--stop-after", "stop after this many steps, as if killed", type=positive, metavar="STEPS")
-    add("--compare", "only this many steps, of fused, plain, and plain in another precision", type=positive, metavar="STEPS")
+    add(
+        "--compare",
+        "only this many steps, of fused, plain, and plain in another precision",
+        type=positive,
+        metavar="STEPS",
+    )
     add = group("model")
     add("--preset", "the authors' recipe, or a small model for two CPU cores", choices=PRESETS, default="authors")
     add("--dim", "channels", type=positive, default=256)

@@ -129,21 +129,24 @@ def test_stopped_and_continued(data: Path, tmp_path: Path, stop: int) -> None:
 
 
 def test_two_processes(data: Path, tmp_path: Path) -> None:
-    """As torchrun starts them: the same run as one process with the whole batch, but for rounding."""
+    """As torchrun starts them, stopped once: the same run as one process with the whole batch, but for rounding."""
     args = [*SMALL, "--augment", "none", "--epochs", "1", "--data", str(data), "--output"]
     assert train_cifar10.main([*args, str(tmp_path / "one")]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     command = [sys.executable, str(EXAMPLES / "train_cifar10.py"), *args, str(tmp_path / "two")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(2)]
-    try:
-        assert [process.wait(240) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    for more, code in ((["--stop-after", "2"], 130), ([], 0)):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes = [
+            subprocess.Popen([*command, *more], env={**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+        ]
+        try:
+            assert [process.wait(240) for process in processes] == [code, code]
+        finally:
+            for process in processes:
+                process.kill()
     one, two = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two"))
     assert two["losses"] == pytest.approx(one["losses"], abs=2e-4)
     assert len(two["test_accuracy"]) == 1
