@@ -280,8 +280,8 @@ Tensor depthwise_packed(const Tensor& x, const Tensor& packed, const Tensor& pac
                          act_of(act));
 }
 
-View blocked(void* data, Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return {data, dtype, n, c, h, w, 0, 0, 0, 0, true};
+View blocked(void* data, Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w, bool paired) {
+  return {data, dtype, n, c, h, w, 0, 0, 0, 0, true, paired};
 }
 
 View images(View v, int64_t first, int64_t count) {
@@ -340,6 +340,7 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
     stages.push_back(s);
   }
 
+  const bool paired = depth && w % 2 == 0 && k.pairs_depthwise(in.dtype, kernel[1]);  // as the depthwise half reads them
   Tensor y = want_pool ? torch::stable::empty({in.n, channels}, ScalarType::Float) : output_like(x, channels, h, w);
   const View out = want_pool ? View{} : view_of(y, "y");
   // depth first: so many images go through all blocks that their activations stay in the cache
@@ -356,7 +357,7 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
       Stage& s = stages[i];
       s.in = from;
       s.out = i + 1 < stages.size() || want_pool
-                  ? blocked(memory.data() + i % 2 * size, in.dtype, count, channels, h, w)
+                  ? blocked(memory.data() + i % 2 * size, in.dtype, count, channels, h, w, paired)
                   : images(out, n, count);
       s.act = act;
       run_stage(s);

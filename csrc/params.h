@@ -16,13 +16,14 @@ inline int64_t size_of(Dtype d) { return d == Dtype::float32 ? 4 : 2; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Activations. Strided: [n, c, h, w] anywhere. Blocked: [n][c / lanes][h][w][lanes], channels beyond c are zero.
+// Activations. Strided: [n, c, h, w] anywhere. Blocked: [n][c / lanes][h][w][lanes], channels beyond c are zero; paired:
+// of bfloat16, with two neighbouring pixels in a word, [n][c / lanes][h][w / 2][lanes][2].
 struct View {
   void* data;
   Dtype dtype;
   int64_t n, c, h, w;
   int64_t sn, sc, sh, sw;  // strided only
-  bool blocked;
+  bool blocked, paired = false;
 };
 
 // What follows a convolution: act(. + bias) * scale + shift, float32 [channels rounded up to lanes]

@@ -115,6 +115,11 @@ struct BlockConstants {
       : bias(load(c.bias + channel)), scale(load(c.scale + channel)), shift(load(c.shift + channel)) {}
 };
 
+template <Act act>
+CMX_INLINE vf finished(const float* acc, const BlockConstants& c) {
+  return activate<act>(load(acc) + c.bias) * c.scale + c.shift;
+}
+
 // acc [count][VL] -> out, `step` elements from pixel to pixel
 template <class Residual, class Out>
 static __attribute__((noinline)) void epilogue(const float* acc, int64_t count, const Constants& constants,
@@ -124,8 +129,19 @@ static __attribute__((noinline)) void epilogue(const float* acc, int64_t count, 
   with_activation(act, [&](auto a) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < count; i++)
-      store(out + i * step,
-            activate<decltype(a)::value>(load(acc + i * VL) + c.bias) * c.scale + c.shift + Residual::at(residual, i));
+      store(out + i * step, finished<decltype(a)::value>(acc + i * VL, c) + Residual::at(residual, i));
+  });
+}
+
+// acc [count][VL] -> pairs of bfloat16 pixels, an even number of them
+static __attribute__((noinline)) void paired_epilogue(const float* acc, int64_t count, const Constants& constants,
+                                                      int64_t channel, Act act, vu* out) {
+  const BlockConstants c(constants, channel);
+  with_activation(act, [&](auto a) __attribute__((always_inline)) {
+    constexpr Act kAct = decltype(a)::value;
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < count; i += 2)
+      out[i / 2] = pack_pair(finished<kAct>(acc + i * VL, c), finished<kAct>(acc + (i + 1) * VL, c));
   });
 }
 

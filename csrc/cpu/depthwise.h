@@ -142,11 +142,11 @@ struct Rows {
 
 struct RowPlan {
   bool pairs;
-  bool in_place;           // blocks of float32 are read where they are
+  bool in_place;           // blocks of float32, or of pairs, are read where they are
   int64_t width, at_once;  // of a converted row, in vectors; rows that are gathered before they become pairs
   RowPlan(const View& in, int64_t kw)
       : pairs(pairs_depthwise(in.dtype, kw)),
-        in_place(in.dtype == Dtype::float32 && in.blocked),
+        in_place(in.blocked && (in.dtype == Dtype::float32 || in.paired)),
         width(pairs ? ceil_div(in.w, 2) : in.w),
         at_once(ceil_div(4 * VL, most(in.w, 1))) {}
   int64_t scratch_vectors(const View& in, int64_t rows, int64_t kh) const {
@@ -177,8 +177,11 @@ static Rows prepare_rows(const View& in, const RowPlan& plan, int64_t n, int64_t
   const int64_t next_row = ((n * ceil_div(in.c, VL) + block + 1) * in.h + top) * row_bytes;
   const char* const next = more ? (const char*)in.data + next_row : nullptr;
   const int64_t next_bytes = more ? (end - top) * row_bytes : 0;
-  if (plan.in_place) return {block_of<const float>(in, n, block) + top * in.w * VL, in.w * VL, next, next_bytes};
   const int64_t pitch = plan.width * VL, channel = block * VL;
+  if (plan.in_place) {
+    const int64_t row = (n * ceil_div(in.c, VL) + block) * in.h + top;
+    return {(const float*)in.data + row * pitch, pitch, next, next_bytes};
+  }
   auto gather_rows = [&](int64_t y, int64_t rows, float* to) {
     for_rows(in, y, rows, [&](int64_t at, int64_t x, int64_t count, int64_t before) {
       gather(in, n, channel, at, x, count, to + before * VL, VL);

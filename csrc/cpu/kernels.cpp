@@ -155,9 +155,13 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
     const Constants& constants = s.pointwise.constants;
     if (out.blocked) {
       T* to = block_of<T>(out, n, block) + (y0 * out.w + m) * VL;
-      epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, step * VL);
+      if (out.paired)
+        paired_epilogue(acc, count, constants, block * VL, s.act, (vu*)to);
+      else
+        epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, step * VL);
       for (int64_t lane = out.c - block * VL; lane < VL; lane++)  // 0 * inf made NaN of what must stay zero
-        for (int64_t i = 0; i < count; i++) to[i * step * VL + lane] = T{};
+        for (int64_t i = 0; i < count; i++)
+          to[out.paired ? (i / 2 * VL + lane) * 2 + i % 2 : i * step * VL + lane] = T{};
     } else {
       float* to = lines_of(block) + (m - part_begin) * VL;
       epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, step * VL);

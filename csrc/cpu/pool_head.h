@@ -15,7 +15,13 @@ static void pool_block(const PoolHead& p, int64_t n, int64_t block) {
   auto add = [&](const auto* from, int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; i++) sums[(first + i) % kChains] += load(from + i * VL);
   };
-  if (in.blocked) {
+  if (in.paired) {
+    const vu* from = (const vu*)block_of<const bfloat16>(in, n, block);
+    for (int64_t i = 0; i < pixels; i += 2) {
+      sums[i % kChains] += low(from[i / 2]);
+      sums[(i + 1) % kChains] += high(from[i / 2]);
+    }
+  } else if (in.blocked) {
     with_dtype(in.dtype, [&](auto t) { add(block_of<const decltype(t)>(in, n, block), 0, pixels); });
   } else {
     constexpr int64_t kStep = 64;

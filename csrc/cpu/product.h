@@ -87,7 +87,8 @@ CMX_INLINE void sweep(const P* panel, int64_t pitch, int64_t pixels, int64_t cha
   tile.stride = next ? ceil_div(channels * r * VL * sizeof(P), tiles * steps) : 0;
   tile.ahead = next ? (const char*)next : (const char*)weight;
   for (int64_t m = 0, i = 0; i < tiles; i++) {
-    const int64_t count = ceil_div(pixels - m, tiles - i);  // as equal as possible
+    // as equal as possible, and whole pairs of pixels
+    const int64_t count = least(round_up(ceil_div(pixels - m, tiles - i), 2), pixels - m);
     tile.panel = panel + m * pitch;
     tile_loop<P>(count, r, std::make_integer_sequence<int64_t, MR * NR>())(tile, acc);
     tile.ahead += tile.stride * steps;
