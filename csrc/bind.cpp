@@ -340,7 +340,8 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
     stages.push_back(s);
   }
 
-  const bool paired = depth && w % 2 == 0 && k.pairs_depthwise(in.dtype, kernel[1]);  // as the depthwise half reads them
+  const bool paired =
+      depth && w % 2 == 0 && k.pairs_depthwise(in.dtype, kernel[1]);  // as the depthwise half reads them
   Tensor y = want_pool ? torch::stable::empty({in.n, channels}, ScalarType::Float) : output_like(x, channels, h, w);
   const View out = want_pool ? View{} : view_of(y, "y");
   // depth first: so many images go through all blocks that their activations stay in the cache

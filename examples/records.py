@@ -94,6 +94,41 @@ def write_json(path: Path, content: Any) -> None:
 
 def plot(path: Path, curves: dict[str, History]) -> str | None:
     """Loss and accuracy as PNG; a sentence where matplotlib is missing."""
+
+    def draw(left: Any, right: Any) -> None:
+        for name, history in curves.items():
+            steps, window = len(history.losses), max(1, len(history.losses) // 200)
+            smooth = [
+                sum(history.losses[max(0, i - window) : i + 1]) / len(history.losses[max(0, i - window) : i + 1])
+                for i in range(steps)
+            ]
+            left.plot(range(1, steps + 1), smooth, label=name, linewidth=1)
+            epochs = range(1, len(history.test_accuracy) + 1)
+            right.plot(epochs, [100 * a for a in history.test_accuracy], marker=".", label=f"{name}, test")
+            right.plot(epochs, [100 * a for a in history.train_accuracy], linestyle=":", label=f"{name}, training")
+        left.set(xlabel="step", ylabel="cross entropy", yscale="log")
+        right.set(xlabel="epoch", ylabel="accuracy, %")
+
+    return _figure(path, draw)
+
+
+def plot_differences(path: Path, losses: dict[str, list[float]], base: str) -> str | None:
+    """The losses of ``base``, and how far those of the others are from them at each step, as PNG."""
+
+    def draw(left: Any, right: Any) -> None:
+        steps = range(1, len(losses[base]) + 1)
+        left.plot(steps, losses[base], label=base, linewidth=1)
+        left.set(xlabel="step", ylabel="cross entropy", yscale="log")
+        for name, curve in losses.items():
+            if name != base:
+                differences = [abs(a - b) for a, b in zip(curve, losses[base], strict=True)]
+                right.plot(steps, differences, label=name, linewidth=1)
+        right.set(xlabel="step", ylabel=f"distance of the loss from {base}'s", yscale="log")
+
+    return _figure(path, draw)
+
+
+def _figure(path: Path, draw: Callable[[Any, Any], None]) -> str | None:
     try:
         import matplotlib
     except ImportError:
@@ -101,20 +136,9 @@ def plot(path: Path, curves: dict[str, History]) -> str | None:
     matplotlib.use("Agg")  # no window
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for name, history in curves.items():
-        steps, window = len(history.losses), max(1, len(history.losses) // 200)
-        smooth = [
-            sum(history.losses[max(0, i - window) : i + 1]) / len(history.losses[max(0, i - window) : i + 1])
-            for i in range(steps)
-        ]
-        left.plot(range(1, steps + 1), smooth, label=name, linewidth=1)
-        epochs = range(1, len(history.test_accuracy) + 1)
-        right.plot(epochs, [100 * a for a in history.test_accuracy], marker=".", label=f"{name}, test")
-        right.plot(epochs, [100 * a for a in history.train_accuracy], linestyle=":", label=f"{name}, training")
-    left.set(xlabel="step", ylabel="cross entropy", yscale="log")
-    right.set(xlabel="epoch", ylabel="accuracy, %")
-    for axes in (left, right):
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    draw(*panels)
+    for axes in panels:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)

@@ -23,7 +23,7 @@ import cifar10
 import torch
 import torch.distributed as dist
 from options import AMP, arguments
-from records import History, Progress, plot, write_atomically, write_json
+from records import History, Progress, plot, plot_differences, write_atomically, write_json
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -217,17 +217,17 @@ def compare(args: argparse.Namespace, train: cifar10.Images, test: cifar10.Image
     """Fused and plain from one seed, batch for batch, and plain in another precision: is fused as near to plain?"""
     precision = "bf16" if args.amp == "none" else "none"
     other = f"plain {'float32' if precision == 'none' else precision}"
-    curves: dict[str, History] = {}
+    curves: dict[str, list[float]] = {}
     for name, change in (("fused", {}), ("plain", {"plain": True}), (other, {"plain": True, "amp": precision})):
         kind = argparse.Namespace(**{**vars(args), "restart": True, **change})
         training = Training(kind)
         training.file = Path(args.output) / f"{name.replace(' ', '_')}.pt"
         with contextlib.suppress(KeyboardInterrupt):
             training.run(train, test, args.compare)
-        curves[name] = training.history
-    losses = {name: torch.tensor(history.losses) for name, history in curves.items()}
-    write_json(Path(args.output) / "compare.json", {name: history.losses for name, history in curves.items()})
-    why_not = plot(Path(args.output) / "compare.png", curves)
+        curves[name] = training.history.losses
+    losses = {name: torch.tensor(curve) for name, curve in curves.items()}
+    write_json(Path(args.output) / "compare.json", curves)
+    why_not = plot_differences(Path(args.output) / "compare.png", curves, "plain")
     means = []
     for name in ("fused", other):
         difference = (losses[name] - losses["plain"]).abs()
