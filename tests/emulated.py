@@ -4,11 +4,13 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ahead
+import cuda_facts
 import pytest
 import torch
 from torch import Tensor
@@ -166,6 +168,16 @@ def library() -> ctypes.CDLL:
     found = ctypes.CDLL(str(build("library", *SOURCES)))
     assert (found.cmx_size_of_gpu(), found.cmx_size_of_call()) == (ctypes.sizeof(Gpu), ctypes.sizeof(_Call))
     return found
+
+
+def launched(found: ctypes.CDLL) -> dict[str, int]:
+    """Every kernel in this library, and the orders of threads (bits 0 to 2) of its launches since the last question."""
+    symbols = ahead.run("nm", "--defined-only", found._name).stdout
+    functions = re.findall(r"^(\w+) [tT] (_ZN\w+|cmx_launched)$", symbols, re.M)
+    at = {name: int(address, 16) for address, name in functions}
+    base = ctypes.cast(found.cmx_launched, ctypes.c_void_p).value - at["cmx_launched"]
+    kernels = {cuda_facts.kernel_name(symbol): base + address for symbol, address in at.items()}
+    return {name: found.cmx_launched(ctypes.c_void_p(address)) for name, address in kernels.items() if name}
 
 
 class NoPlan(Exception):

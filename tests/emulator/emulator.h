@@ -282,6 +282,7 @@ inline cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shar
   make_threads(block, cluster);
   machine.body = std::move(body);
   machine.chained = chained;
+  machine.launched[kernel] |= 1u << machine.order;
   blockDim = block, gridDim = grid;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)

@@ -110,6 +110,7 @@ struct Machine {
   std::vector<std::function<void()>> loads, stores;        // of tiles, on their way
   std::map<std::pair<int, uint32_t>, Mbarrier> mbarriers;  // by rank and shared address
   std::map<const void*, int> allowed;                      // shared memory of a kernel beyond 48 KB
+  std::map<const void*, unsigned> launched;                // kernels, a bit for each order
   bool chained = false;                                    // the kernel says begin_chained
   NamedBarrier named[kCluster][16], whole;                 // by rank; of the cluster
   std::mt19937 dice;
