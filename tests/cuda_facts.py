@@ -42,6 +42,15 @@ _NAME = re.compile(
 _TYPES = {"f": "float", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 
 
+def kernel_name(symbol: str) -> str | None:
+    """product_mma<bf16, 0, 1>, of its symbol; None where that is no kernel's."""
+    match = _NAME.search(symbol)
+    if not match:
+        return None
+    arguments = [*([_TYPES[match[2]]] if match[2] else []), *re.findall(r"L[ib](\d+)E", match[3])]
+    return f"{match[1]}<{', '.join(arguments)}>"
+
+
 class Missing(Exception):
     """A tool is not here."""
 
@@ -108,10 +117,9 @@ def _facts(code: Path, arch: str) -> dict[str, str]:
         ]
     rows = {}
     for function, numbers in found.items():
-        match = _NAME.search(function)
-        if match:
-            arguments = ", ".join([*([_TYPES[match[2]]] if match[2] else []), *re.findall(r"L[ib](\d+)E", match[3])])
-            rows[f"{match[1]}<{arguments}>"] = "".join(f"{n:>8}" for n in numbers)
+        name = kernel_name(function)
+        if name:
+            rows[name] = "".join(f"{n:>8}" for n in numbers)
     return rows
 
 

@@ -4,11 +4,13 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ahead
+import cuda_facts
 import pytest
 import torch
 from torch import Tensor
@@ -57,8 +59,13 @@ def written(text: str, suffix: str) -> str:
     return str(file)
 
 
+def flags(mode: str) -> list[str]:
+    includes = ["-Icsrc", "-Icsrc/cuda", "-Itests/emulator", "-isystem", str(cuda_include())]
+    return [*FLAGS.split(), *MODES[mode].split(), *includes]
+
+
 @ahead.once
-def _make(target: Path, *arguments: str) -> Path:
+def make(target: Path, *arguments: str) -> Path:
     """What g++ makes of these arguments."""
     if not target.exists():
         new = target.with_name(f"{os.getpid()}.{target.name}")
@@ -71,29 +78,35 @@ def _make(target: Path, *arguments: str) -> Path:
 @ahead.once
 def build(mode: str, *sources: str) -> Path:
     """Compiles and links sources (paths from the repository), each once per content: a shared library, or a program."""
-    include = cuda_include()
     headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
     headers += ROOT.glob("tests/emulator/*.h")
-    flags = [*FLAGS.split(), *MODES[mode].split()]
-    flags += ["-Icsrc", "-Icsrc/cuda", "-Itests/emulator", "-isystem", str(include)]
-    common = " ".join([*flags, *(header.read_text() for header in sorted(headers))])
+    given = flags(mode)
+    common = " ".join([*given, *(header.read_text() for header in sorted(headers))])
 
     def name(*texts: str) -> Path:
         return CACHE / hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
     # most of the time goes into these headers: they are compiled once
     first = written(f'#include "tests/emulator/emulator.h"  // {name(common).name}\n', ".h")
-    _make(Path(f"{first}.gch"), *flags, f"-I{ROOT}", "-x", "c++-header", first)
+    make(Path(f"{first}.gch"), *given, f"-I{ROOT}", "-x", "c++-header", first)
 
     def compile_one(source: str) -> Path:
         target = name(common, (ROOT / source).read_text()).with_suffix(".o")
-        return _make(target, *flags, "-include", first, "-x", "c++", "-c", source)
+        return make(target, *given, "-include", first, "-x", "c++", "-c", source)
 
     with ThreadPoolExecutor(ahead.CORES) as pool:
         objects = list(map(str, pool.map(compile_one, sources)))
     if mode == "library":
-        return _make(name(*objects).with_suffix(".so"), *flags, "-shared", *objects)
-    return _make(name(*objects), *flags, *objects)
+        return make(name(*objects).with_suffix(".so"), *given, "-shared", *objects)
+    return make(name(*objects), *given, *objects)
+
+
+@ahead.once
+def link(read: tuple[str, ...], *arguments: str) -> Path:
+    """A shared library of sources that do not include the emulator. read: patterns of the files that it consists of."""
+    texts = [file.read_text() for pattern in read for file in sorted(ROOT.glob(pattern))]
+    key = hashlib.sha256("".join([torch.__version__, *arguments, *texts]).encode()).hexdigest()
+    return make(CACHE / f"{key[:16]}.so", *flags("library"), "-shared", *arguments)
 
 
 SOURCES = (
@@ -155,6 +168,16 @@ def library() -> ctypes.CDLL:
     found = ctypes.CDLL(str(build("library", *SOURCES)))
     assert (found.cmx_size_of_gpu(), found.cmx_size_of_call()) == (ctypes.sizeof(Gpu), ctypes.sizeof(_Call))
     return found
+
+
+def launched(found: ctypes.CDLL) -> dict[str, int]:
+    """Every kernel in this library, and the orders of threads (bits 0 to 2) of its launches since the last question."""
+    symbols = ahead.run("nm", "--defined-only", found._name).stdout
+    functions = re.findall(r"^(\w+) [tT] (_ZN\w+|cmx_launched)$", symbols, re.M)
+    at = {name: int(address, 16) for address, name in functions}
+    base = ctypes.cast(found.cmx_launched, ctypes.c_void_p).value - at["cmx_launched"]
+    kernels = {cuda_facts.kernel_name(symbol): base + address for symbol, address in at.items()}
+    return {name: found.cmx_launched(ctypes.c_void_p(address)) for name, address in kernels.items() if name}
 
 
 class NoPlan(Exception):

@@ -20,6 +20,7 @@ ARRIVED = "__syncthreads();  // the copies of all threads have arrived, and the 
 RING_FREE = "__syncthreads();  // the ring is free"
 WAIT = "wait_for_copies<G::STAGES - 2>();"
 LAST_PIXEL = "pixel >= pixels ? -1 : n * p.y_stride.n"
+LAST_BEGIN = "head_kernel(const __grid_constant__ PoolHeadForward p) {\n  begin_chained();\n"
 PLANTED = {  # what: file, layout, old, new, checker, what it says
     "no barrier in the ring": ("product_mma", "pixels", ARRIVED, "", "thread", "data race"),
     "no barrier before the sums": ("product_mma", "channels_last", RING_FREE, "", "thread", "data race"),
@@ -39,6 +40,22 @@ PLANTED = {  # what: file, layout, old, new, checker, what it says
         "offset >= 0;",
         "address",
         "overflow",
+    ),
+    "copies before begin_chained": (
+        "product_mma",
+        "pixels",
+        "  begin_chained();\n",
+        "",
+        "values",
+        "cp.async before begin_chained",
+    ),
+    "no begin_chained": (
+        "pool_head",
+        "pool",
+        LAST_BEGIN,
+        LAST_BEGIN.replace("  begin_chained();\n", ""),
+        "values",
+        "ends without begin_chained",
     ),
     "no barrier in the pool": ("pool_head", "pool", "  __syncthreads();\n", "", "thread", "data race"),
 }
@@ -66,6 +83,7 @@ END = "cluster_sync();  // the other block still writes here"
 LEADING = "B_LEADING = LAST ? 16 : PANEL_BYTES"
 OUT = "      if (thread == 0) wait_for_stores_read();\n      barrier_sync"
 THERE = "barrier_sync(kStaged + group, GROUP);  // this one is there"
+SHOW = "      show_to_copies();\n"
 WGMMA = {  # what: old, new, what it says
     "no wait for the tile": (FULL, "", "more arrivals than it counts"),
     "the wrong phase": (EMPTY, EMPTY.replace(" ^ 1", ""), "deadlock"),
@@ -89,6 +107,13 @@ WGMMA = {  # what: old, new, what it says
     "sums read while they are computed": ("wait_for_products<0>();", "", "wgmma in flight"),
     "a tile overwritten while it is stored": (OUT, "      barrier_sync", "wrong"),
     "a tile stored before it is there": (THERE, "", "wrong"),
+    "no fence between the proxies": (SHOW, "", "without fence.proxy.async"),
+    "the fence between the proxies behind the barrier": (
+        f"{SHOW}      {THERE}\n",
+        f"      {THERE}\n{SHOW}",
+        "without fence.proxy.async",
+    ),
+    "copies before begin_chained": ("  begin_chained();\n", "", "a load by TMA before begin_chained"),
 }
 
 

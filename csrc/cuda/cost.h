@@ -140,7 +140,7 @@ struct DepthwiseChoice {
 constexpr double kHidden = 0.75;
 
 // The kernel that is predicted to be fastest. The prediction is all there is until timings replace it.
-inline DepthwiseChoice choose_depthwise(const DepthwiseShape& s, const Memory& m, const Gpu& gpu, Act act = Act::gelu) {
+inline DepthwiseChoice choose_depthwise(const DepthwiseShape& s, const Memory& m, const Gpu& gpu, Act act) {
   DepthwiseChoice best{DepthwiseKernel::ffma, ffma_plan(s, m, gpu), {}, {}};
   best.cost = ffma_cost(s, act, best.ffma, gpu);
   if (best.cost.compute() <= kHidden * best.cost.memory) return best;

@@ -6,7 +6,7 @@ namespace cmx {
 namespace {
 
 DepthwiseChoice choice_of(const DepthwiseForward& p, const Gpu& gpu) {
-  return choose_depthwise(p.shape, memory_of(p.x, p.x_stride, p.y, p.y_stride, p.shape), gpu);
+  return choose_depthwise(p.shape, memory_of(p.x, p.x_stride, p.y, p.y_stride, p.shape), gpu, p.act);
 }
 
 // Of the input and its gradient

@@ -202,7 +202,9 @@ __device__ __forceinline__ void load_tile(void* to, const TensorMap& map, int c0
 
 // Ordinary writes of this thread to shared memory become visible to store_tile: before the barrier that joins the writers.
 __device__ __forceinline__ void show_to_copies() {
-#ifndef CMX_EMULATED
+#ifdef CMX_EMULATED
+  ++emulator::self().fences;
+#else
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }

@@ -82,7 +82,7 @@ cudaError_t launch(void (*kernel)(Wanted...), const Launch& how, const Given&...
   if (cudaError_t error = allow_shared(pointer, how.shared_bytes)) return error;
 #ifdef CMX_EMULATED
   const auto body = [=] { kernel(arguments...); };
-  return emulator::launch(pointer, how.grid, how.threads, how.shared_bytes, body, how.cluster);
+  return emulator::launch(pointer, how.grid, how.threads, how.shared_bytes, body, how.cluster, how.chained);
 #else
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};

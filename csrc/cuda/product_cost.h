@@ -73,7 +73,7 @@ struct ProductChoice {
 
 // The plan that is predicted to be fastest; no blocks where nothing is to be computed. `has_wgmma`: this binary has code
 // for sm_90a.
-inline ProductChoice choose_product(const ProductShape& s, const ProductMemory& m, const Gpu& gpu, Act act = Act::gelu,
+inline ProductChoice choose_product(const ProductShape& s, const ProductMemory& m, const Gpu& gpu, Act act,
                                     bool has_wgmma = true) {
   ProductChoice best{};
   for (int tile = 0; tile < kProductTileCount; ++tile) {

@@ -18,6 +18,9 @@ __device__ __forceinline__ V get(const void* p) {
 }
 template <class V>
 __device__ __forceinline__ void put(void* p, V v) {
+#ifdef CMX_EMULATED
+  emulator::note_write(p, sizeof(V));
+#endif
   *static_cast<V*>(p) = v;
 }
 
@@ -39,7 +42,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // In every kernel that launch() launches (platform.cuh), before it touches global memory: waits until all kernels before it on the
 // stream have ended, and allows the next one to be launched. Kernels for devices older than 9.0 start after the end anyway.
 __device__ __forceinline__ void begin_chained() {
-#if !defined(CMX_EMULATED) && __CUDA_ARCH__ >= 900
+#ifdef CMX_EMULATED
+  emulator::begin_chained();
+#elif __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }

@@ -7,6 +7,7 @@
 #include "cuda/depthwise.h"
 #include "cuda/platform.cuh"
 #include "cuda/training.h"
+#include "launched.h"
 
 using namespace cmx;
 

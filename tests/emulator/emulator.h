@@ -6,6 +6,8 @@
 //   cp.async              arrives as late as its wait allows, or at once, as the caller chooses; so do copies of tensors
 //                         (hopper.h)
 //   a wait for nobody     ends the kernel with the number of threads at each kind of wait
+//   chained launches      a thread that copies from or to global memory, or ends, before it says begin_chained is an error;
+//                         its plain loads and stores are not seen
 // Under ThreadSanitizer every fiber is a thread: barriers order memory, shuffles and mma do not, so a missing
 // __syncthreads or __syncwarp is a reported race. Blocks run one after the other, or the blocks of a cluster together: races
 // between others stay unseen.
@@ -15,10 +17,29 @@
 
 namespace cmx::emulator {
 
+// ---- what a thread owes before it touches global memory, and before copies of tensors read what it wrote
+
+inline void begin_chained() { self().has_begun = true; }
+
+inline void expect_begun(const char* what) {
+  if (!self().has_begun) fail(std::string(what) + " before begin_chained");
+}
+
+CMX_NO_TSAN inline void note_write(const void* p, size_t bytes) {
+  const Thread& me = self();
+  const size_t at = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(machine.shared);
+  if (at >= kShared) return;
+  for (size_t word = at / 4; 4 * word < at + bytes; ++word) machine.written[me.rank][word] = {me.number, me.fences};
+}
+
+// At every barrier: whoever passes it may rely on this thread's fences so far.
+inline void show_fences() { self().shown = self().fences; }
+
 // ---- waiting: each returns when all threads concerned have arrived
 
 inline void sync_block() {
   const Invisible _;
+  show_fences();
   char* const barrier = &machine.barrier[self().uses[0]++ & 1][32 + self().rank];
   release(barrier);
   self().waits = Waits::for_block;
@@ -43,6 +64,7 @@ inline void wait_until(std::function<bool()> event) {
 
 inline void sync_warp(unsigned mask) {
   const Invisible _;
+  show_fences();
   char* const barrier = &machine.barrier[self().uses[1]++ & 1][self().warp];
   release(barrier);
   converge(mask);
@@ -79,6 +101,7 @@ inline void arrive(const Copy& c) {
 inline void copy_async(void* to, const void* from, size_t bytes, size_t filled) {
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
     fail("cp.async of " + std::to_string(bytes) + " bytes is misaligned");
+  expect_begun("cp.async");
   if (machine.copies_arrive_at_once) arrive({to, from, bytes, filled});
   const Invisible _;
   self().open.push_back({to, from, bytes, filled});
@@ -233,7 +256,7 @@ inline void make_threads(dim3 block, int cluster) {
   for (unsigned i = 0; i < static_cast<unsigned>(machine.count); ++i) {
     Thread& t = machine.threads[i];
     t.index = make_uint3(i % count % block.x, i % count / block.x % block.y, i % count / block.x / block.y);
-    t.rank = i / count, t.lane = i % 32, t.warp = i / 32;
+    t.number = i, t.rank = i / count, t.lane = i % 32, t.warp = i / 32;
   }
 }
 
@@ -247,7 +270,7 @@ inline cudaError_t allow_shared(const void* kernel, int bytes) {
 
 // Clusters consist of neighbours along x.
 inline cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body,
-                          int cluster = 1) {
+                          int cluster, bool chained) {
   const Invisible _;
   if (!grid.x || !grid.y || !grid.z) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 48 << 10 && shared_bytes > size_t(machine.allowed[kernel])) return cudaErrorInvalidValue;
@@ -258,6 +281,8 @@ inline cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shar
 #endif
   make_threads(block, cluster);
   machine.body = std::move(body);
+  machine.chained = chained;
+  machine.launched[kernel] |= 1u << machine.order;
   blockDim = block, gridDim = grid;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)

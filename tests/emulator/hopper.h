@@ -6,7 +6,11 @@
 //   wgmma              multiplies at once where loads are late, else when it is waited for; every bit of the descriptors
 //                      counts. It wants a wgmma.fence after every wait: more than the hardware asks of untouched registers.
 //   clusters           of two blocks: copies to both, arrivals at the mbarriers of either; a block that has exited takes none
-// Not modelled: fence.proxy.async (tests/cuda_facts.py counts it in the SASS), ordinary access to another block's memory.
+//   fence.proxy.async  a store by TMA of what put() wrote is an error unless the writer has fenced it: before a barrier that it
+//                      arrived at, or, if it stores the tile itself, before the store. A fence of the storing thread for
+//                      what others wrote does not count: more than the hardware asks.
+// Not modelled: fences for wgmma, and for loads by TMA over memory that threads wrote (the stages of the one kernel here belong
+// to TMA and wgmma alone); ordinary access to another block's memory.
 #pragma once
 
 #include "emulator.h"
@@ -40,6 +44,7 @@ inline void expect_alive(int rank) {
 
 inline void arrive_mbarrier(uint32_t address, int64_t bytes, int rank) {
   const Invisible _;
+  show_fences();
   expect_alive(rank);
   Mbarrier& b = mbarrier_at(address, rank);
   release(&b);
@@ -59,6 +64,7 @@ inline void wait_mbarrier(uint32_t address, unsigned parity) {
 
 inline char* arrive_at(NamedBarrier& b, int threads) {
   if (b.here && b.expected != threads) fail("bar: the threads at a barrier name different counts");
+  show_fences();
   char* const edge = &b.edge[b.uses & 1];
   release(edge);
   b.expected = threads;
@@ -140,6 +146,20 @@ void over_tile(const TensorMap& map, uint32_t shared, int rank, const int* at, c
       }
 }
 
+// The words of 16 bytes in shared memory, as ordinary writes left them
+inline Written* written_at(const unsigned char* bytes, int rank) {
+  return machine.written[rank] + (bytes - machine.arenas[rank]) / 4;
+}
+
+inline void expect_shown(const unsigned char* from, int rank) {
+  for (int i = 0; i < 4; ++i) {
+    const Written& w = written_at(from, rank)[i];
+    const Thread& writer = machine.threads[w.thread];
+    if (w.fences >= (&writer == &self() ? writer.fences : writer.shown))
+      fail("TMA stores what a thread wrote without fence.proxy.async before its barrier");
+  }
+}
+
 inline void begin(std::vector<std::function<void()>>& copies, std::function<void()> land) {
   if (machine.copies_arrive_at_once)
     land();
@@ -151,14 +171,16 @@ inline void begin(std::vector<std::function<void()>>& copies, std::function<void
 inline void load_tile(const TensorMap& map, uint32_t shared, int c0, int c1, int c2, uint32_t mbarrier,
                       unsigned ranks) {
   const Invisible _;
+  expect_begun("a load by TMA");
   for (int rank = 0; rank < kCluster; ++rank) {
     if (!(ranks >> rank & 1)) continue;
     mbarrier_at(mbarrier, rank);
     begin(machine.loads, [=] {
       expect_alive(rank);
       const int at[3] = {c0, c1, c2};
-      over_tile(map, shared, rank, at, [](unsigned char* to, const unsigned char* from, size_t bytes) {
+      over_tile(map, shared, rank, at, [rank](unsigned char* to, const unsigned char* from, size_t bytes) {
         std::memset(to, 0, 16);
+        std::fill_n(written_at(to, rank), 4, Written{});
         if (bytes) std::memcpy(to, from, bytes);
       });
       Mbarrier& b = mbarrier_at(mbarrier, rank);
@@ -174,6 +196,10 @@ inline void store_tile(const TensorMap& map, uint32_t shared, int c0, int c1, in
   over_tile(map, shared, rank, at, [](const volatile unsigned char* from, unsigned char*, size_t) { *from; });
 #endif
   const Invisible _;
+  expect_begun("a store by TMA");
+  over_tile(map, shared, rank, at, [rank](const unsigned char* from, unsigned char*, size_t bytes) {
+    if (bytes) expect_shown(from, rank);
+  });
   const auto read = std::make_shared<bool>(false);
   self().underway.stores.back().push_back(read);
   begin(machine.stores, [=] {

@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/hopper.cuh on random data, as instructions.cpp: tiles in and out by TMA, wgmma on them.
+// The functions of csrc/cuda/hopper.cuh on random data, as instructions.cpp: tiles in and out by TMA, wgmma on them; a cluster.
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -74,6 +74,36 @@ __global__ void __launch_bounds__(THREADS)
 #endif
 }
 
+// Two blocks, a cluster: each brings a tile to both and, when all warps of both have arrived there, one to the other alone.
+// `words`: the three tiles of each block.
+__global__ void __launch_bounds__(THREADS) cluster_kernel(const __grid_constant__ Maps maps, uint32_t* words) {
+#if CMX_HAS_WGMMA
+  CMX_DYNAMIC_SHARED(unaligned);
+  unsigned char* const tiles = unaligned + (-shared_address(unaligned) & 1023);
+  uint64_t *const full = reinterpret_cast<uint64_t*>(tiles + 3 * 2 * TILE), *const empty = full + 1;
+  const int thread = threadIdx.x, rank = blockIdx.x;
+  if (thread == 0) {
+    mbarrier_init(full, 1), mbarrier_init(empty, 2 * THREADS / 32);
+    mbarrier_init_done();
+  }
+  cluster_sync();
+  if (thread == 0) {
+    mbarrier_expect(full, 2 * 2 * TILE);
+    load_tile<true>(tiles + rank * 2 * TILE, rank ? maps.a : maps.y, 0, 8, 1, full, 3);
+  }
+  mbarrier_wait(full, 0);
+  if (thread % 32 < 2) mbarrier_arrive_in(empty, thread % 32);
+  if (thread == 0) {
+    mbarrier_wait(empty, 0);
+    mbarrier_expect(full, 2 * TILE);
+    load_tile<true>(tiles + 2 * 2 * TILE, maps.a, 0, 0, rank, full, rank ? 1 : 2);
+  }
+  mbarrier_wait(full, 1);
+  for (int i = thread; i < WORDS; i += THREADS) words[rank * WORDS + i] = get<uint32_t>(tiles + 4 * i);
+  cluster_sync();
+#endif
+}
+
 #ifdef CMX_EMULATED
 #define cudaDeviceSynchronize() cudaSuccess
 #endif
@@ -100,7 +130,7 @@ static int run(T* numbers, float* sums, uint32_t* words, const char* type) {
     std::printf("no tensor map\n");
     return 1;
   }
-  constexpr int SHARED = 1024 + 6 * TILE + 8;
+  constexpr int SHARED = 1024 + 6 * TILE + 16;
   const char* names[] = {"wgmma, b along k", "wgmma, b across k"};
   for (int which = 0; which < 3; ++which) {
     const Launch how{.grid = 1, .threads = THREADS, .shared_bytes = SHARED, .chained = false};
@@ -110,17 +140,22 @@ static int run(T* numbers, float* sums, uint32_t* words, const char* type) {
   }
   print("cp.async.bulk.tensor in", type, words, WORDS);
   print("cp.async.bulk.tensor out", type, y, IMAGES * K * M / 2);
+  const Launch both{.grid = 2, .threads = THREADS, .shared_bytes = SHARED, .cluster = 2, .chained = false};
+  if (cudaError_t error = launch(cluster_kernel, both, maps, words)) return std::printf("error %d\n", error), 1;
+  if (cudaError_t error = cudaDeviceSynchronize()) return std::printf("error %d\n", error), 1;
+  print("cp.async.bulk.tensor multicast", type, words, 2 * WORDS);
   return 0;
 }
 
 int main() {
   void *numbers, *sums, *words;
 #ifdef CMX_EMULATED
-  std::vector<char> memory(BYTES + 4 * (SUMS + WORDS) + 16);
+  std::vector<char> memory(BYTES + 4 * (SUMS + 2 * WORDS) + 16);
   numbers = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) & ~uintptr_t(15));
   sums = static_cast<char*>(numbers) + BYTES, words = static_cast<char*>(sums) + 4 * SUMS;
 #else
-  if (cudaMallocManaged(&numbers, BYTES) || cudaMallocManaged(&sums, 4 * SUMS) || cudaMallocManaged(&words, 4 * WORDS))
+  if (cudaMallocManaged(&numbers, BYTES) || cudaMallocManaged(&sums, 4 * SUMS) ||
+      cudaMallocManaged(&words, 4 * 2 * WORDS))
     return std::printf("no memory\n"), 1;
 #endif
   float* const s = static_cast<float*>(sums);

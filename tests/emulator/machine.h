@@ -73,6 +73,7 @@ struct Thread {
   void* stack_pointer;
   char* stack;
   uint3 index, block;
+  int number;      // of all threads of the cluster
   int rank;        // of its block in the cluster
   int lane, warp;  // the warp counts through the cluster
   Waits waits;
@@ -82,7 +83,15 @@ struct Thread {
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::function<bool()> event;            // has what it waits for happened?
   Underway underway;
+  bool has_begun;          // begin_chained: it may touch global memory
+  unsigned fences, shown;  // fence.proxy.async: how many, and how many before its last barrier
   void *asan, *tsan;
+};
+
+// The last ordinary write of a word of shared memory: by which thread, after how many of its fences
+struct Written {
+  int thread;
+  unsigned fences;
 };
 
 constexpr size_t kStack = 256 << 10, kShared = 227 << 10;  // 227 KB: what a block of an H200 can have
@@ -101,6 +110,8 @@ struct Machine {
   std::vector<std::function<void()>> loads, stores;        // of tiles, on their way
   std::map<std::pair<int, uint32_t>, Mbarrier> mbarriers;  // by rank and shared address
   std::map<const void*, int> allowed;                      // shared memory of a kernel beyond 48 KB
+  std::map<const void*, unsigned> launched;                // kernels, a bit for each order
+  bool chained = false;                                    // the kernel says begin_chained
   NamedBarrier named[kCluster][16], whole;                 // by rank; of the cluster
   std::mt19937 dice;
   void *scheduler = nullptr, *asan = nullptr, *tsan = nullptr;
@@ -110,6 +121,7 @@ struct Machine {
   char barrier[2][32 + kCluster], block_edge[2];                 // addresses that stand for barriers in TSan's eyes
   alignas(1024) unsigned char arenas[kCluster][kShared + 1024];  // and a red zone
   unsigned char* shared = arenas[0];                             // of the block whose turn it is
+  Written written[kCluster][kShared / 4 + 4];                    // by word
 };
 
 inline Machine machine;
@@ -195,6 +207,7 @@ inline void run_thread() {
   acquire(&machine.block_edge[0]);
   try {
     machine.body();
+    if (!self().has_begun) fail("a thread of a chained launch ends without begin_chained");
   } catch (...) {
     const Invisible _;
     if (!machine.failure) machine.failure = std::current_exception();
@@ -223,6 +236,8 @@ inline void start(Thread& t) {
   t.open.clear();
   t.groups.clear();
   t.underway = {};
+  t.has_begun = !machine.chained;
+  t.shown = ++t.fences;  // what earlier blocks wrote is none of its business
 }
 
 }  // namespace cmx::emulator

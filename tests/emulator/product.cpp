@@ -3,6 +3,7 @@
 
 #include "cuda/platform.cuh"
 #include "cuda/product.h"
+#include "launched.h"
 
 using namespace cmx;
 

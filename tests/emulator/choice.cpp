@@ -1,0 +1,71 @@
+// What the launchers choose, for ctypes: depthwise_fwd.cu and product.cu are linked with kernels that only say that they
+// were called, and with how many blocks.
+#include "cuda/cost.h"
+#include "cuda/depthwise.h"
+#include "cuda/product.h"
+
+using namespace cmx;
+
+static int kernel, blocks;  // of the last call; `kernel` as in cmx_kernels/cost_model.py
+
+static cudaError_t called(int which, int count) {
+  kernel = which, blocks = count;
+  return cudaSuccess;
+}
+
+namespace cmx {
+
+cudaError_t depthwise_fwd_ffma(const DepthwiseForward&, const FfmaPlan& plan, cudaStream_t) {
+  return called(0, plan.blocks);
+}
+cudaError_t depthwise_fwd_mma(const DepthwiseForward&, const MmaPlan& plan, cudaStream_t) {
+  return called(1, plan.blocks);
+}
+cudaError_t depthwise_fwd_mma_plane(const DepthwiseForward&, const MmaPlan& plan, cudaStream_t) {
+  return called(2, plan.blocks);
+}
+cudaError_t depthwise_bwd_ffma(const DepthwiseGradients&, const BackwardPlan& plan, cudaStream_t) {
+  return called(0, plan.tile.blocks);
+}
+cudaError_t depthwise_bwd_mma(const DepthwiseGradients&, const MmaPlan& plan, cudaStream_t) {
+  return called(1, plan.blocks);
+}
+cudaError_t product_fwd_mma(const ProductForward&, const ProductPlan& plan, cudaStream_t) {
+  return called(plan.tile, plan.blocks());
+}
+cudaError_t product_fwd_wgmma(const ProductForward&, const WgmmaPlan& plan, cudaStream_t) {
+  return called(kProductTileCount, plan.blocks);
+}
+bool product_wgmma_runs() { return true; }
+
+}  // namespace cmx
+
+#define CMX_SHOWN extern "C" __attribute__((visibility("default"))) void
+
+static Strides dense(int64_t c, int64_t h, int64_t w, bool channels_last) {
+  return channels_last ? Strides{c * h * w, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
+}
+
+// `gpu`: its place in kGpus. `shape`: n c h w kh kw dtype act. `found`: kernel, blocks
+CMX_SHOWN cmx_chosen_depthwise(int gpu, const int* shape, bool channels_last, bool backward, int* found) {
+  const DepthwiseShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], static_cast<Dtype>(shape[6])};
+  const Strides strides = dense(s.c, s.h, s.w, channels_last);
+  DepthwiseForward forward{};
+  DepthwiseGradients gradients{};
+  forward.shape = gradients.shape = s, forward.act = gradients.act = static_cast<Act>(shape[7]);
+  forward.x_stride = forward.y_stride = strides;
+  gradients.grad_stride = gradients.a_stride = gradients.x_stride = gradients.dx_stride = strides;
+  backward ? depthwise_bwd(gradients, kGpus[gpu].gpu, nullptr) : depthwise_fwd(forward, kGpus[gpu].gpu, nullptr);
+  found[0] = kernel, found[1] = blocks;
+}
+
+// `shape`: n c_in c_out h w ph pw dtype act
+CMX_SHOWN cmx_chosen_product(int gpu, const int* shape, bool channels_last, int* found) {
+  ProductForward p{};
+  p.shape = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], static_cast<Dtype>(shape[7])};
+  p.act = static_cast<Act>(shape[8]);
+  p.x_stride = dense(shape[1], int64_t(shape[3]) * shape[5], int64_t(shape[4]) * shape[6], channels_last);
+  p.y_stride = dense(shape[2], shape[3], shape[4], channels_last);
+  product_fwd(p, kGpus[gpu].gpu, nullptr);
+  found[0] = kernel, found[1] = blocks;
+}

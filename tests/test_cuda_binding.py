@@ -1,0 +1,190 @@
+"""The binding of the CUDA kernels, on CPU tensors over emulated kernels: values, layouts, refusals, device, stream."""
+
+import re
+from collections.abc import Iterator
+
+import cases
+import emulated
+import emulated_binding
+import pytest
+import torch
+import training_cases as problems
+from compare import check, check_equal
+from product_checks import check_passes, check_patch_embed, check_pointwise
+from torch import Tensor
+
+pytestmark = emulated.needs(emulated_binding.build)
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+OURS = torch.ops.cmx_emulated
+LAYOUTS = ("contiguous", "channels_last", "misaligned", "batch_slice", "channel_slice", "column_slice")
+ARGUMENTS = ("x", "weight", "bias", "scale", "shift", "act", "residual")
+TENSOR_CORES = (3, 40, 16, 16, 9, 9)  # for both gradients of 16-bit types, by the cost model of an H200
+OF_A_TENSOR, BEFORE = -1, 5  # the current devices, as tests/emulator/binding.cpp numbers them
+both_types = pytest.mark.parametrize("dtype", (F32, BF16), ids=cases.name)
+every_op = pytest.mark.parametrize("op", cases.OPS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_before() -> Iterator[None]:
+    emulated_binding.library().cmx_refuse(None)
+    emulated_binding.asked()
+    yield
+    emulated_binding.library().cmx_refuse(None)
+
+
+def launches() -> int:
+    """Kernels launched since the last question, on the device of their tensors, which is current while a call lasts."""
+    asked = emulated_binding.asked()
+    streams = [line for line in asked if line.startswith("stream")]
+    assert streams == [f"stream {OF_A_TENSOR}"] * len(streams)
+    changes = [line for line in asked if line not in streams]
+    assert changes == [f"device {OF_A_TENSOR}", f"device {BEFORE}"] * (len(changes) // 2)
+    assert not streams or (asked[0], asked[-1]) == (changes[0], changes[-1])
+    return len(streams)
+
+
+def promised(op: str, args: tuple) -> Tensor:
+    """What the fake of the operator says its output is."""
+    return getattr(torch.ops.cmx, op)(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+
+
+@both_types
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_op
+def test_values(op: str, layout: str, dtype: torch.dtype) -> None:
+    """Also the strides of the output: those that the fake tensors promise."""
+    for shape in (cases.RAGGED[op], cases.SHAPES[op][3]):
+        args = cases.inputs(op, shape, dtype)  # vectors in x's dtype
+        x = cases.LAYOUTS[layout](args[0])
+        weight = cases.LAYOUTS["column_slice"](args[1]) if args[1].dim() == 4 else args[1].mT.contiguous().mT
+        before, args = x.clone(), (x, weight, *args[2:])
+        out = getattr(OURS, op)(*args)
+        assert launches()
+        check(out, cases.expect(op, args), f"{shape}")
+        check_equal(x, before, "x after the call")
+        assert out.stride() == promised(op, args).stride()
+
+
+@every_op
+def test_float16_and_no_vectors(op: str) -> None:
+    for act in ("relu", "none"):
+        args = cases.inputs(op, cases.RAGGED[op], F16, act, (None,) * 3)
+        check(getattr(OURS, op)(*args), cases.expect(op, args), act)
+
+
+@both_types
+@every_op
+def test_nothing(op: str, dtype: torch.dtype) -> None:
+    """No images, channels or pixels: nothing is launched, unless there are outputs, which sum nothing."""
+    for shape in [s for o, s in cases.NOTHING if o == op] + [s for s in cases.SHAPES[op] if not s[0]]:
+        if op == "pool_head" and 0 in shape[3:]:
+            continue  # a mean of nothing is refused
+        args = cases.inputs(op, shape, dtype, vectors=(F32,) * 3)
+        out = getattr(OURS, op)(*args)
+        assert launches() == 0 or out.numel()
+        if out.numel():
+            check(out, cases.expect(op, args), f"{shape}")
+
+
+def refused(op: str, message: str, **changes: object) -> None:
+    """The call raises this, launches nothing, and leaves the current device as it was."""
+    args = dict(zip(ARGUMENTS, cases.inputs(op, cases.RAGGED[op], BF16), strict=False)) | changes
+    before = [a.clone() for a in args.values() if isinstance(a, Tensor)]
+    with pytest.raises(RuntimeError, match=message):
+        getattr(OURS, op)(*args.values())
+    assert launches() == 0
+    for a, b in zip((a for a in args.values() if isinstance(a, Tensor)), before, strict=True):
+        check_equal(a, b)
+
+
+@every_op
+def test_refusals(op: str) -> None:
+    x, weight, bias = cases.inputs(op, cases.RAGGED[op], BF16)[:3]
+    refused(op, r"x: got shape .*, wanted 4 dimensions", x=x[0])
+    refused(op, "x: wanted float32, float16 or bfloat16", x=x.double(), weight=weight.double())
+    for dtype in (F32, F16):
+        refused(op, "weight: wanted a tensor on x's device, in x's dtype", weight=weight.to(dtype))
+        refused(op, "weight: wanted a tensor on x's device, in x's dtype", x=x.to(dtype))
+    wider = torch.cat([weight, weight], 1)
+    for bad in (weight[0], weight[None], wider, weight[:, :0]):
+        refused(op, rf"weight: got shape {re.escape(str(list(bad.shape)))} with x of", weight=bad)
+    refused(op, "with x of", x=x[:, 1:])
+    for bad in (bias[1:], bias[None], torch.cat([bias, bias])):
+        refused(op, r"bias: got shape .*, wanted \[\d+\] on x's device", bias=bad)
+    if op == "pool_head":
+        refused(op, "wanted at least one pixel", x=x[:, :, :0])
+        return
+    for vector in ("scale", "shift"):
+        refused(op, rf"{vector}: got shape .*, wanted \[\d+\]", **{vector: bias[1:]})
+    refused(op, "act: got 'silu'", act="silu")
+    if op == "patch_embed":
+        refused(op, "wanted at least one patch", x=x[:, :, :3])
+    elif op == "pointwise_block":
+        refused(op, r"wanted \[C, Cin, 1, 1\]", weight=weight.expand(-1, -1, 3, 3))
+    else:
+        refused(op, "got a 32x2 kernel, wanted 1 to 31", weight=weight[:, :, :1, :1].expand(-1, -1, 32, 2))
+        refused(op, r"wanted \[C, 1, kh, kw\]", weight=weight[1:])
+
+
+@every_op
+def test_a_device_without_kernels(op: str) -> None:
+    emulated_binding.library().cmx_refuse(b"the driver is asleep")
+    refused(op, "no CUDA kernel runs here: the driver is asleep")
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "channel_slice"))
+@both_types
+def test_depthwise_training(dtype: torch.dtype, layout: str) -> None:
+    halves = dtype != F32 and layout != "channels_last"  # what tensor cores take: they round x' behind an affine
+    for shape in ((2, 3, 9, 11, 5, 4), TENSOR_CORES):
+        x, *rest = problems.depthwise_inputs(shape, dtype, affine=not halves)
+        args = (cases.LAYOUTS[layout](x), *rest)
+        a, moments = OURS.depthwise_block_train(*args)
+        assert launches()
+        check(a, problems.expect_pre_activation(args), f"{shape}")
+        check(moments, problems.expect_moments(a, args[-1]), f"moments of {shape}")
+        back = problems.backward_inputs(args, a)
+        for out, *expected in zip(
+            OURS.depthwise_block_backward(*back)[:3],
+            problems.expect_gradients(back, rounded=halves and shape == TENSOR_CORES),
+            ("dx", "dweight", "dbias"),
+            strict=True,
+        ):
+            check(out, *expected)
+        assert launches()
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@both_types
+def test_passes_of_training(dtype: torch.dtype, layout: str) -> None:
+    emulated_binding.library()
+    check_passes(OURS, (3, 5, 7, 9), dtype, "gelu", layout)
+    check_pointwise(OURS, (2, 5, 7, 9, 11), 2, dtype, layout)
+    check_patch_embed(OURS, (1, 2, 5, 9, 11, 2, 3), dtype, layout)
+    assert launches()
+
+
+def test_refusals_of_training() -> None:
+    args = problems.depthwise_inputs((2, 3, 9, 11, 5, 4), BF16)
+    x, affine, weight, bias, act = args
+    back = problems.backward_inputs(args, x)
+    train, backward = OURS.depthwise_block_train, OURS.depthwise_block_backward
+    for message, op, given in (
+        ("x: got shape", train, (x[0], affine, weight, bias, act)),
+        ("weight: wanted a tensor on x's device, in x's dtype", train, (x, affine, weight.float(), bias, act)),
+        ("weight: got shape", train, (x, affine, weight[1:], bias, act)),
+        (r"affine: got shape \[2, 3\], wanted \[3, 3\]", train, (x, affine[1:], weight, bias, act)),
+        ("bias: got shape", train, (x, affine, weight, bias[1:], act)),
+        ("act: got 'silu'", train, (x, affine, weight, bias, "silu")),
+        ("grad: got shape", backward, (back[0][:, 1:], *back[1:])),
+        ("a: got shape .* in x's dtype", backward, (back[0], back[1].float(), *back[2:])),
+        ("coefficients: got shape", backward, (*back[:2], back[2][1:], *back[3:])),
+        ("skip: got shape", OURS.training_sum, (x, affine, x[1:], None, act)),
+        ("skip: wanted a contiguous tensor", OURS.training_sum, (x, affine, x.mT.contiguous().mT, None, act)),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*given)
+        assert launches() == 0, message

@@ -1,0 +1,65 @@
+"""The launchers choose the kernel that the cost model predicts, for every activation: what `explain` says runs."""
+
+import ctypes
+import itertools
+from collections.abc import Iterator
+
+import ahead
+import cases
+import emulated
+import pytest
+
+from cmx_kernels import cost_model, registry
+
+SOURCES = ("csrc/cuda/depthwise_fwd.cu", "csrc/cuda/product.cu", "tests/emulator/choice.cpp")
+GPUS = ("H200", "A100", "L40S", "RTX 4090")
+SIZES = ((1, 32), (8, 14), (64, 32), (256, 16))  # n, h = w
+DEPTHWISE = [(n, 768, size, size, k, k) for (n, size), k in itertools.product(SIZES, (3, 5, 7, 9, 13))]
+PRODUCTS = [(n, 768, 768, size, size, 1, 1) for n, size in SIZES] + [(64, 3, 768, 32, 32, 7, 7)]
+
+
+@ahead.once
+def library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(emulated.build("library", *SOURCES)))
+
+
+pytestmark = [
+    emulated.needs(library),
+    pytest.mark.skipif(registry.C is None, reason=str(registry.WHY_NO_C)),
+]
+
+
+def calls(shapes: list[tuple[int, ...]]) -> Iterator[tuple]:
+    """gpu, shape, dtype, act, channels_last"""
+    return itertools.product(GPUS, shapes, cost_model.DTYPES, cost_model.ACTS, (False, True))
+
+
+def chosen(function: str, gpu: str, shape: tuple[int, ...], dtype: str, act: str, *flags: bool) -> tuple[int, int]:
+    """The kernel's number, and its blocks."""
+    numbers = (*shape, cost_model.DTYPES.index(dtype), cost_model.ACTS.index(act))
+    found = (ctypes.c_int * 2)()
+    place = cost_model.gpus().index(gpu)
+    getattr(library(), function)(place, (ctypes.c_int * len(numbers))(*numbers), *map(ctypes.c_bool, flags), found)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
+def test_depthwise(backward: bool) -> None:
+    predict = cost_model.depthwise_backward if backward else cost_model.depthwise
+    kernels: dict[tuple, set[str]] = {}
+    for gpu, shape, dtype, act, last in calls(DEPTHWISE):
+        p = predict(gpu, shape[:4], shape[4:], dtype, act, last)
+        found = chosen("cmx_chosen_depthwise", gpu, shape, dtype, act, last, backward)
+        assert found == (cost_model.KERNELS.index(p.kernel), p.blocks), f"{gpu} {cases.name(shape)} {dtype} {act}"
+        kernels.setdefault((gpu, shape, dtype, last), set()).add(p.kernel)
+    assert any(len(k) > 1 for k in kernels.values()), "the activation decides nowhere: other shapes are wanted"
+
+
+def test_product() -> None:
+    for gpu, shape, dtype, act, last in calls(PRODUCTS):
+        if dtype == "float32":
+            continue  # torch's own convolution
+        n, c_in, c_out, h, w, ph, pw = shape
+        p = cost_model.product(gpu, (n, c_in, h * ph, w * pw), c_out, (ph, pw), dtype, act, last)
+        found = chosen("cmx_chosen_product", gpu, shape, dtype, act, last)
+        assert found == (cost_model.TILES.index(p.kernel), p.blocks), f"{gpu} {cases.name(shape)} {dtype} {act}"

@@ -1,0 +1,116 @@
+"""Every instantiation of every CUDA kernel, emulated: right against float64, the same bits in every order of threads.
+
+The kernels are those that the compiled libraries hold: one that is not run here in all orders fails.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable
+
+import cases
+import cuda_facts
+import emulated
+import emulated_product
+import emulated_training
+import pytest
+import torch
+import training_cases as problems
+from compare import Expected, check, check_equal
+from product_checks import check_passes
+from test_cuda_training_products import EMULATED
+from torch import Tensor
+
+pytestmark = [emulated.needs(emulated.library), emulated.needs(emulated_product.library)]
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+HALVES = (F16, BF16)
+VECTORS = (F32, F32, F32)
+
+LIBRARIES = {"depthwise": emulated.library, "product": emulated_product.library}
+
+
+def every_order(run: Callable[[int], Iterable[Tensor]], *expected: Expected) -> None:
+    first = None
+    for order in emulated.ORDERS:
+        outs = tuple(run(order))
+        for out, wanted, same in zip(outs, expected, first or outs, strict=True):
+            check(out, wanted, f"order {order}")
+            check_equal(out, same, f"order {order}")
+        first = first or outs
+
+
+def check_library(name: str) -> None:
+    """All of its kernels have run in all orders since the last question; they are those that are compiled for GPUs."""
+    found = emulated.launched(LIBRARIES[name]())
+    assert not {kernel for kernel, orders in found.items() if orders != 0b111}, "not run in all orders"
+    gpu = set(re.findall(r"^sm_80\s+(\w+<.*?>)", cuda_facts.TABLE.read_text(), re.M))
+    assert set(found) == {k for k in gpu if k.startswith(("depthwise", "training")) == (name == "depthwise")}
+
+
+def depthwise(kernel: str, dtype: torch.dtype, *shape: int) -> None:
+    args = cases.inputs("depthwise_block", shape, dtype, "gelu", VECTORS)
+    every_order(lambda order: [emulated.depthwise(kernel, *args, order=order)], cases.expect("depthwise_block", args))
+
+
+def gradients(kernel: str, dtype: torch.dtype, *shape: int) -> None:
+    args = problems.depthwise_inputs(shape, dtype)
+    back = problems.backward_inputs(args, problems.expect_pre_activation(args).ref.to(dtype))
+    expected = problems.expect_gradients(back, rounded=kernel == "mma")
+    every_order(
+        lambda order: emulated_training.depthwise_backward(*back, kernel=kernel, order=order)[:3],
+        *expected,
+    )
+
+
+def test_depthwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated.launched(emulated.library())  # so that only what follows counts
+    for dtype, k in itertools.product(cases.DTYPES, (3, 4, 5, 7, 9)):  # 4: as every width that is not unrolled
+        depthwise("ffma", dtype, 1, 2, 9, 13, k, k)
+        gradients("ffma", dtype, 1, 2, 9, 13, k, k)
+    for dtype, width, k in itertools.product(HALVES, (14, 35), (5, 13, 20, 28)):  # both tiles, all windows
+        depthwise("mma", dtype, 3, 1, 11, width, 4, k)
+    for dtype, size, k in itertools.product(HALVES, (16, 32), (7, 9)):
+        depthwise("mma_plane", dtype, 3, 1, size, size, k, k)
+    for dtype, width in itertools.product(HALVES, (14, 35)):
+        gradients("mma", dtype, 3, 1, 11, width, 5, 5)
+    for dtype, order in itertools.product(cases.DTYPES, range(3)):
+        monkeypatch.setattr(emulated_training, "ORDER", order)
+        check_passes(EMULATED, (2, 6, 3, 5), dtype, "gelu", "contiguous")
+    check_library("depthwise")
+
+
+def product(op: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, tile: int) -> None:
+    x, *rest = args = cases.inputs(op, shape, dtype, "gelu", VECTORS)
+    expected = cases.expect(op, args)
+    y = torch.full_like(expected.ref, torch.nan, dtype=dtype)
+    if layout == "channels_last":
+        x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+
+    def run(order: int) -> list[Tensor]:
+        out, found = emulated_product.product(x, *rest, tile=tile, order=order, out=y.clone(), multiprocessors=2)
+        assert found == layout
+        return [out]
+
+    every_order(run, expected)
+
+
+def test_product() -> None:
+    emulated.launched(emulated_product.library())
+    for dtype, layout in itertools.product(HALVES, ("pixels", "channels_last")):
+        for tile in emulated_product.TILES:
+            product("pointwise_block", (2, 72, 40, 5, 8), dtype, layout, tile)
+        product("pointwise_block", (3, 72, 136, 6, 8), dtype, layout, emulated_product.WGMMA)
+    for dtype in HALVES:
+        product("patch_embed", (2, 3, 40, 15, 11, 4, 3), dtype, "gather", 1)
+    for dtype, last in itertools.product(cases.DTYPES, (False, True)):
+        x, weight, bias = args = cases.inputs("pool_head", (2, 35, 11, 3, 5), dtype, vectors=VECTORS)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        pool = lambda order, x=x, weight=weight, bias=bias: [emulated_product.pool_head(x, weight, bias, order=order)]  # noqa: E731
+        every_order(pool, cases.expect("pool_head", args))
+    for shape, last in itertools.product(((2, 19, 37, 5, 7), (1, 8, 40, 4, 8)), (False, True)):  # by one, by four
+        args = cases.inputs("pointwise_block", shape, F32, "gelu", VECTORS)
+        y = cases.conv("pointwise_block", *args[:2], None)
+        y = y.contiguous(memory_format=torch.channels_last) if last else y
+        rest = args[2:]
+        epilogue = lambda order, y=y, rest=rest: [emulated_product.epilogue(y.clone(), *rest, order=order)]  # noqa: E731
+        every_order(epilogue, cases.expect("pointwise_block", args))
+    check_library("product")
