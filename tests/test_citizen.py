@@ -63,7 +63,7 @@ AOT = {"layer": _layers, "network": _networks}
 @pytest.mark.parametrize("name", AOT)
 @torch.no_grad()
 def test_aot_inductor(name: str, tmp_path: Path) -> None:
-    """The compiled program of a model, or of a layer, calls the operators of _C through the dispatcher, for any batch."""
+    """The compiled program calls the operators of _C through the dispatcher, for any batch."""
     fused, plain, x, called = AOT[name]()
     with use("cpu"):
         program = torch.export.export(fused, (x,), dynamic_shapes=BATCHES)
