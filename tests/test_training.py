@@ -88,9 +88,25 @@ def test_one_value_per_channel() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY)
-def test_autocast(family: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(family: str, dtype: torch.dtype) -> None:
     fused, plain = twins(family)
-    check_step(fused, plain, X, torch.bfloat16, fused_step)
+    check_step(fused, plain, X, dtype, fused_step)
+
+
+def scaled(model: nn.Module, image: Tensor) -> Tensor:
+    """one_step with gradients 2^10 times as large inside of the network, as float16 wants them."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    y = model(image)
+    torch.manual_seed(5)
+    scaler.scale(y).backward(torch.randn(y.shape, dtype=torch.float64).to(y))
+    scaler.unscale_(torch.optim.SGD([image, *model.parameters()]))
+    return y
+
+
+def test_autocast_with_scaled_gradients() -> None:
+    fused, plain = twins()
+    check_step(fused, plain, X, torch.float16, scaled)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
