@@ -84,6 +84,33 @@ def test_one_value_per_channel() -> None:
         model.eval()(X[:1, :, :7, :7])
 
 
+# ---- modules in more than one place
+
+
+def sharing(model: nn.Module) -> None:
+    """Two blocks with one 1x1 convolution and one BatchNorm, which counts twice a step."""
+    model[4][1], model[4][3] = model[3][1], model[3][3]
+
+
+def same_block(model: nn.Module) -> None:
+    model[4] = model[3]
+
+
+@pytest.mark.parametrize("how", [sharing, same_block])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_shared_modules(how: Callable[[nn.Module], None], momentum: float | None) -> None:
+    def change(model: nn.Module) -> None:
+        how(model)
+        for norm in norms(model):
+            norm.momentum = momentum
+
+    fused, plain = twins("paper", change)
+    assert fused[4][1] is fused[3][1] and fused[4][3] is fused[3][3]
+    for _ in range(2):
+        check_step(fused, plain, X, run=fused_step)
+    assert int(fused[3][3].num_batches_tracked) == int(plain[3][3].num_batches_tracked) == 4
+
+
 # ---- dtypes
 
 
