@@ -20,6 +20,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# (gradient of act(x), x) -> gradient of x: rows need none, it saves the forward pass
+_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "relu": lambda grad, x: torch.where(x > 0, grad, torch.zeros_like(grad)),
+    "none": lambda grad, x: grad,
+}
+
+
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The torch function of an activation; ValueError for an unknown name."""
     if name not in ACTIVATIONS:
@@ -28,12 +37,14 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def activation_backward(name: str, grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient with respect to the pre-activation ``x``; traceable, unlike autograd inside a backward."""
-    if name == "relu":
-        return torch.where(x > 0, grad, torch.zeros_like(grad))
-    if name.startswith("gelu"):
-        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if name == "gelu_tanh" else "none")
-    return grad
+    """Gradient with respect to the pre-activation ``x``: by the row's formula, or differentiated by torch.func.
+
+    Both can be traced, and called inside of operators, where torch.autograd records nothing.
+    """
+    if name in _BACKWARD:
+        return _BACKWARD[name](grad, x)
+    backward: Callable[[Tensor], tuple[Tensor]] = torch.func.vjp(activation(name), x)[1]
+    return backward(grad)[0]
 
 
 def name_of(module: nn.Module) -> str | None:

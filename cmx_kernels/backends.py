@@ -235,6 +235,16 @@ def _listed(op: str, x: Tensor, act: str) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in refusals(op, x, act).items())
 
 
+def fall_back(what: str, reason: str) -> None:
+    """Say once that ``what`` runs in plain PyTorch; where kernels are forced it may not: RuntimeError."""
+    if kernels_are_forced():
+        raise RuntimeError(
+            f"{what}: the forced backend {_forced!r} refuses: {reason}; plain PyTorch runs it where no backend is "
+            f"forced, or under use('reference')"
+        )
+    say_once(f"{what} runs in plain PyTorch: {reason}")
+
+
 _said: set[str] = set()
 
 

@@ -164,6 +164,10 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
         stack, obstacle = None, str(reason)
     if isinstance(part, FusedNetwork):
         rows = _network_rows(name, part, x, stack if obstacle is None else None)
+        if stack is not None and stack.stem_refusal is not None:
+            stem = [_join(name, key) for key, _ in part.named_children()][stack.span[0] - 3 : stack.span[0]]
+            why = {"fusion": stack.stem_refusal}
+            rows = (replace(row, refusals=why) if row.part in stem else row for row in rows)
         if stack is None:  # its parts may still be fused; where they are, they do not say why each is called alone
             yield from (row if row.backend == PLAIN or row.note else replace(row, note=str(obstacle)) for row in rows)
         else:

@@ -17,9 +17,9 @@ def fuse(model: Model, *, strict: bool = False) -> Model:
     Depthwise convolutions elsewhere, as in ConvNeXt and RepLKNet, become LargeKernelDepthwiseConv2d where they have
     stride 1 and "same" padding; what became of each one, and why not, is in ``explain(model, x)``.
 
-    Each part decides in every call whether it can run fused, and else runs as before: hooks fire, training is plain
-    PyTorch, torch.export and scripting see the original modules. Inference keeps a second, packed copy of the weights,
-    made again when they change.
+    Each part decides in every call, in training too, whether it can run fused, and else runs as before: hooks fire,
+    torch.export and scripting see the original modules. Inference keeps a second, packed copy of the weights, made
+    again when they change.
 
     Args:
         strict: raise where something that looks like a ConvMixer cannot be fused, instead of saying so once.

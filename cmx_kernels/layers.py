@@ -102,7 +102,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
             return self._conv_forward(x, weight, bias)
         reason = self.why_plain(x)
         if reason is not None:
-            backends.say_once(f"a LargeKernelDepthwiseConv2d runs in plain PyTorch: {reason}")
+            backends.fall_back("a LargeKernelDepthwiseConv2d", reason)
             return super().forward(x)
         inference = not (torch.compiler.is_compiling() or wants_grad(x, weight, bias))
         given, (x,) = x, autocast(x)

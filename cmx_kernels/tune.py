@@ -55,7 +55,8 @@ def tune(model: nn.Module, x: Tensor) -> Report:
     From then on, and in later processes, calls of these shapes, in this dtype, layout, number of CPU threads and on
     this device go to the fastest; plain PyTorch is one of the candidates. For inference: in calls with gradients, and
     for what was not measured, the usual order holds. ``cmx_kernels.use`` and CMX_BACKEND override it, and deleting
-    $XDG_CACHE_HOME/cmx_kernels/tuned.json takes it back; another driver, torch or build of this package ignores it.
+    $XDG_CACHE_HOME/cmx_kernels/tuned.json takes it back; another driver, torch, Triton or version of this
+    package ignores it.
 
     Args:
         model: in eval mode, fused or with fused parts.

@@ -3,10 +3,12 @@
     $XDG_CACHE_HOME/cmx_kernels/tuned.json        ~/.cache, ~/Library/Caches or %LOCALAPPDATA% without that variable
     {"version": 1, "machines": [{"machine": {...}, "choices": [{"op", "x", "weight", ..., "backend", "ms"}]}]}
 
-Entries belong to a machine: device, driver, torch, and the compiled library of this package. Those of another one are
-kept in the file and not used, so that it can lie in a home folder that machines share.
+Entries belong to a machine: device, driver, torch, Triton, and this package's library and Python. Those of another one
+are kept in the file and not used, so that it can lie in a home folder that machines share.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -15,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,12 +101,30 @@ def machine(device: str) -> dict[str, str]:
         "device": device,
         "torch": torch.__version__,
         "library": f"{library.st_size}-{library.st_mtime_ns}" if library else "none",
+        "sources": sources(Path(__file__).parent),
+        "triton": _triton(),
     }
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
         return found | {"name": f"{properties.name}, {properties.total_memory} bytes", "driver": str(driver)}
     return found | {"name": _cpu_name(), "cores": str(os.cpu_count()), "isa": str(registry.isa_level())}
+
+
+def sources(package: Path) -> str:
+    """A digest of the Python in a folder: it holds the Triton kernels, and decides which kernel runs."""
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package).as_posix()}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _triton() -> str:
+    """The version of Triton, which is not imported for it."""
+    for name in ("triton", "pytorch-triton", "triton-windows"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "none"
 
 
 def _cpu_name() -> str:

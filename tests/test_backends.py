@@ -62,16 +62,6 @@ def test_refusals_are_sentences() -> None:
     assert not HAS_C or "meta" in meta["cpu"]
 
 
-@pytest.mark.skipif(not HAS_C, reason=str(registry.WHY_NO_C))
-def test_activation_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new row in the list of activations is right at once: the reference runs it and says so."""
-    monkeypatch.setitem(cmx_kernels.activations.ACTIVATIONS, "square", torch.square)
-    x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
-    with pytest.warns(UserWarning, match="no cpu kernel for the activation 'square'"):
-        out = ops.depthwise_block(x, w, act="square", residual=False)
-    torch.testing.assert_close(out, torch.conv2d(x, w, padding=1, groups=4).square())
-
-
 @pytest.mark.parametrize("name", ("cuda", "triton"))
 @pytest.mark.parametrize("op", cases.OPS)
 def test_forced_refusal_lists_every_reason(op: str, name: str) -> None:

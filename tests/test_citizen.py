@@ -45,21 +45,35 @@ def test_export_keeps_a_forced_backend(name: str, strict: bool) -> None:
         assert not _called(torch.export.export(fused, (X,), strict=strict))
 
 
+def _layers() -> tuple[nn.Module, nn.Module, Tensor, list[str]]:
+    layer, plain = LargeKernelDepthwiseConv2d(8, 5).eval(), nn.Conv2d(8, 8, 5, padding="same", groups=8).eval()
+    plain.load_state_dict(layer.state_dict())
+    return layer, plain, torch.randn(2, 8, 9, 7), ["depthwise_block"]
+
+
+def _networks() -> tuple[nn.Module, nn.Module, Tensor, list[str]]:
+    return *fused_and_plain("ours"), X, ["patch_embed", *3 * ["depthwise_block", "pointwise_block"]]
+
+
+AOT = {"layer": _layers, "network": _networks}
+
+
 @needs_kernels
 @pytest.mark.slow
+@pytest.mark.parametrize("name", AOT)
 @torch.no_grad()
-def test_aot_inductor(tmp_path: Path) -> None:
-    """The compiled program calls the operators of _C through the dispatcher."""
-    layer = LargeKernelDepthwiseConv2d(8, 5).eval()
-    x = torch.randn(2, 8, 9, 7)
+def test_aot_inductor(name: str, tmp_path: Path) -> None:
+    """The compiled program calls the operators of _C through the dispatcher, for any batch."""
+    fused, plain, x, called = AOT[name]()
     with use("cpu"):
-        program = torch.export.export(layer, (x,), dynamic_shapes=BATCHES)
+        program = torch.export.export(fused, (x,), dynamic_shapes=BATCHES)
+    assert _called(program) == called
     quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.enable_kernel_profile": False}
-    path = str(tmp_path / "layer.pt2")
+    path = str(tmp_path / "program.pt2")
     torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=quick)
-    x = torch.cat([x, -x])
-    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), layer(x))
-    assert _called(program) == ["depthwise_block"]
+    loaded = torch._inductor.aoti_load_package(path)
+    for given in (x, torch.cat([x, -x])):
+        check_against(loaded(given), plain, given)
 
 
 @torch.no_grad()
@@ -69,6 +83,9 @@ def test_onnx_export_takes_the_plain_path(models: tuple[nn.Module, nn.Module]) -
     kinds = {node.op_type for node in program.model.graph}
     assert {node.domain for node in program.model.graph} == {""}
     assert "Conv" in kinds
+    (name,) = [value.name for value in program.model_proto.graph.input]
+    runner = pytest.importorskip("onnx.reference").ReferenceEvaluator(program.model_proto)
+    check_against(torch.from_numpy(runner.run(None, {name: X.numpy()})[0]), models[1], X)
 
 
 @torch.no_grad()

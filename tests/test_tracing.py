@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from plain_models import FUSED, NATIVE, check_against, counted, fused_and_plain
+from plain_models import FUSED, NATIVE, check_against, counted, fused_and_plain, needs_kernels
 from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmx_kernels import LargeKernelDepthwiseConv2d
+from cmx_kernels import ConvMixer, LargeKernelDepthwiseConv2d, cuda, registry, use
 from cmx_kernels.models import structure
 
 pytestmark = pytest.mark.filterwarnings("ignore:cmx_kernels", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -164,3 +164,36 @@ def test_flops_are_those_of_the_plain_model(models: tuple[nn.Module, nn.Module])
             model(X)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+def on_a_fake_gpu(model: nn.Module) -> nn.Module:
+    """To be called in a FakeTensorMode: parameters and buffers without memory, on a device that need not exist."""
+    for module in model.modules():
+        for tensors, make in ((module._parameters, nn.Parameter), (module._buffers, lambda t, needs_grad: t)):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = make(torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"), False)
+    return model
+
+
+@needs_kernels
+@torch.no_grad()  # a node of autograd, and so training, wants a real device
+def test_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph of our operators where the CUDA backend is forced, also where there is no GPU."""
+    from torch._dynamo.testing import EagerAndRecordGraphs
+    from torch._subclasses import FakeTensorMode
+
+    monkeypatch.setattr(cuda, "why_not", registry.constant(lambda device: None))
+    model = ConvMixer(32, 3, 5, 7, 10, device="meta").eval()
+    torch._dynamo.reset()
+    recorded = EagerAndRecordGraphs()
+    with FakeTensorMode(allow_non_fake_inputs=True), use("cuda"):
+        x = torch.empty(2, 3, 28, 35, device="cuda")
+        y = torch.compile(on_a_fake_gpu(model), fullgraph=True, backend=recorded)(x)
+    torch._dynamo.reset()
+    assert (y.shape, y.device.type) == ((2, 10), "cuda")
+    (graph,) = recorded.graphs
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    found = [name.split(".")[1] for name in called if name.startswith("cmx.")]
+    assert found == ["patch_embed", *3 * ["depthwise_block", "pointwise_block"]]
+    assert not [name for name in called if "conv2d" in name or "batch_norm" in name]

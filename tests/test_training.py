@@ -84,13 +84,56 @@ def test_one_value_per_channel() -> None:
         model.eval()(X[:1, :, :7, :7])
 
 
+# ---- modules in more than one place
+
+
+def sharing(model: nn.Module) -> None:
+    """Two blocks with one 1x1 convolution and one BatchNorm, which counts twice a step."""
+    model[4][1], model[4][3] = model[3][1], model[3][3]
+
+
+def same_block(model: nn.Module) -> None:
+    model[4] = model[3]
+
+
+@pytest.mark.parametrize("how", [sharing, same_block])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_shared_modules(how: Callable[[nn.Module], None], momentum: float | None) -> None:
+    def change(model: nn.Module) -> None:
+        how(model)
+        for norm in norms(model):
+            norm.momentum = momentum
+
+    fused, plain = twins("paper", change)
+    assert fused[4][1] is fused[3][1] and fused[4][3] is fused[3][3]
+    for _ in range(2):
+        check_step(fused, plain, X, run=fused_step)
+    assert int(fused[3][3].num_batches_tracked) == int(plain[3][3].num_batches_tracked) == 4
+
+
 # ---- dtypes
 
 
 @pytest.mark.parametrize("family", FAMILY)
-def test_autocast(family: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(family: str, dtype: torch.dtype) -> None:
     fused, plain = twins(family)
-    check_step(fused, plain, X, torch.bfloat16, fused_step)
+    check_step(fused, plain, X, dtype, fused_step)
+
+
+def scaled(model: nn.Module, image: Tensor) -> Tensor:
+    """one_step with gradients 2^10 times as large inside of the network, as float16 wants them."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    y = model(image)
+    torch.manual_seed(5)
+    scaler.scale(y).backward(torch.randn(y.shape, dtype=torch.float64).to(y))
+    scaler.unscale_(torch.optim.SGD([image, *model.parameters()]))
+    return y
+
+
+def test_autocast_with_scaled_gradients() -> None:
+    fused, plain = twins()
+    check_step(fused, plain, X, torch.float16, scaled)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 from plain_models import check_against, check_step, one_step
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from training_twins import DEPTH, X, norms, twins
+from training_twins import DEPTH, X, nodes, norms, twins
 
 from cmx_kernels import ConvMixer
 
@@ -191,3 +191,24 @@ def test_a_compiled_step() -> None:
     for _ in range(2):
         check_step(fused, plain, X, run=run)
     assert {int(n.num_batches_tracked) for n in norms(fused)} == {2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("less_memory", ["", "recompute_depthwise", "grad_checkpointing"])
+def test_deterministic_algorithms(less_memory: str, dtype: torch.dtype) -> None:
+    """Strictly: nothing in a step is on PyTorch's list of what is not deterministic; two runs give the same bits."""
+    fused, _ = twins()
+    if less_memory:
+        setattr(fused, less_memory, True)
+    torch.use_deterministic_algorithms(True)
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    runs = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        model, image = copy.deepcopy(fused).to(dtype), X.to(dtype, copy=True).requires_grad_()
+        optimizer = torch.optim.AdamW(model.parameters())
+        assert sum(name.startswith("BlockBackward") for name in nodes(one_step(model, image))) == DEPTH
+        grads = [image.grad, *(p.grad for p in model.parameters())]
+        optimizer.step()
+        runs.append([*grads, *model.state_dict().values()])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))

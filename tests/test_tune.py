@@ -2,17 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from plain_models import check_against, counted, fused_and_plain, needs_kernels, paper, trained
 from torch import nn
 
-from cmx_kernels import ConvMixer, LargeKernelDepthwiseConv2d, backends, explain, fuse, tune, tuned, use
+from cmx_kernels import ConvMixer, LargeKernelDepthwiseConv2d, backends, explain, fuse, registry, tune, tuned, use
 from cmx_kernels.ops import depthwise_packed
 
 X = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(2))
@@ -134,7 +137,7 @@ def _loaded() -> str:
 
 @needs_kernels
 @pytest.mark.filterwarnings("ignore:cmx_kernels")
-@pytest.mark.parametrize("what", ["torch", "library", "name", "isa", "cores"])
+@pytest.mark.parametrize("what", ["torch", "triton", "library", "sources", "name", "isa", "cores"])
 def test_another_machine_does_not_count(what: str, speeds: dict[str, float], tmp_path: Path) -> None:
     """Neither does another torch, driver or build; their entries stay in the file when new ones are added."""
     speeds["reference"] = 0.1
@@ -152,6 +155,36 @@ def test_another_machine_does_not_count(what: str, speeds: dict[str, float], tmp
     content["version"] = 99
     file.write_text(json.dumps(content))
     assert _loaded() == "cpu"
+
+
+def test_what_makes_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The driver of a GPU, the version of Triton, the Python of the package: each makes it another one."""
+    gpu = SimpleNamespace(name="a GPU", total_memory=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    package = tmp_path / "package"
+    shutil.copytree(Path(tuned.__file__).parent, package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    assert tuned.sources(package) == tuned.sources(Path(tuned.__file__).parent)
+    monkeypatch.setattr(tuned, "__file__", str(package / "tuned.py"))
+    kernel = package / "triton_kernels" / "pool_head.py"
+
+    def changed() -> set[str]:
+        tuned.machine.cache_clear()
+        return {key for key, value in tuned.machine("cuda:0").items() if value != before[key]}
+
+    tuned.machine.cache_clear()
+    before = tuned.machine("cuda:0")
+    assert changed() == set()
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13010)
+    assert changed() == {"driver"}
+    monkeypatch.setattr(metadata, "version", lambda name: "99.0")
+    assert changed() == {"driver", "triton"}
+    kernel.write_text(kernel.read_text().replace(" + ", " - ", 1))
+    assert changed() == {"driver", "triton", "sources"}
+    kernel.rename(package / "pool_head.py")
+    monkeypatch.setattr(registry, "C", None)
+    assert changed() == {"driver", "triton", "sources", "library"}
+    tuned.machine.cache_clear()
 
 
 @needs_kernels

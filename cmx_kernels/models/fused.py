@@ -16,7 +16,7 @@ from cmx_kernels.activations import name_of
 from cmx_kernels.models.obstacles import check_bypass, check_call, check_unit, plain_is_wanted
 from cmx_kernels.models.stack import STATE, Stack, current
 from cmx_kernels.models.structure import BlockParts, Refusal, Unit, block_parts, children, stem_unit, why_not_size
-from cmx_kernels.models.units import Parts
+from cmx_kernels.models.units import Parts, Units
 from cmx_kernels.ops.batchnorm import fold, why_not_fold
 from cmx_kernels.ops.checks import autocast, check_activations
 from cmx_kernels.ops.depthwise_block import check as check_depthwise
@@ -63,9 +63,9 @@ class Stem(Fused, nn.Sequential):
             y = stack.run(x, tensors)
             if y is not None:
                 return y
-            check_folds(x, patch_embed=stack.units[0])
+            check_folds(x, stack, "patch_embed")
         except Refusal as reason:
-            backends.say_once(f"part of the model runs in plain PyTorch: {reason.args[0]}")
+            backends.fall_back("part of the model", reason.args[0])
             return nn.Sequential.forward(self, x)
         return run_unit("patch_embed", stack.units[0], x)
 
@@ -99,9 +99,9 @@ class Block(Fused, nn.Sequential):
             y = stack.run(x, tensors)
             if y is not None:
                 return y
-            check_folds(x, depthwise_block=stack.units[0], pointwise_block=stack.units[1])
+            check_folds(x, stack, "depthwise_block", "pointwise_block")
         except Refusal as reason:
-            backends.say_once(f"part of the model runs in plain PyTorch: {reason.args[0]}")
+            backends.fall_back("part of the model", reason.args[0])
             return nn.Sequential.forward(self, x)
         depthwise, pointwise = stack.units
         x = run_unit("depthwise_block", depthwise, x, residual=children(self)[0])
@@ -125,16 +125,17 @@ class Block(Fused, nn.Sequential):
         return Parts(None, [(found.depthwise, found.pointwise)], found.wrappers)
 
 
-def check_folds(x: Tensor, **units: Unit) -> None:
+def check_folds(x: Tensor, stack: Units, *names: str) -> None:
     """Refuse operators one by one where a BatchNorm has no scale and shift before its batch is seen.
 
-    units: operator -> its parameters.
+    names: of the operators of the units.
     """
-    for op, unit in units.items():
+    for op, unit in zip(names, stack.units, strict=True):
         reason = why_not_size(unit.conv) or why_not_fold(unit.norm)
         if reason is not None:
             check_arguments(op, unit, x)
-            raise Refusal(reason)
+            obstacle = stack.obstacle(autocast(x)[0], True)
+            raise Refusal(reason if obstacle is None else f"{reason}; {obstacle}")
 
 
 _CHECKS = {"patch_embed": check_patches, "depthwise_block": check_depthwise, "pointwise_block": check_pointwise}

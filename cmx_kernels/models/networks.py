@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cmx_kernels import checkpoints
+from cmx_kernels import backends, checkpoints
 from cmx_kernels.models.fused import Block, Fused, Stem
 from cmx_kernels.models.obstacles import check_bypass, check_call, check_unit, plain_is_wanted
 from cmx_kernels.models.stack import current
@@ -136,6 +136,8 @@ class FusedSequence(FusedNetwork, nn.Sequential):
         if found is None:
             return nn.Sequential.forward(self, x)
         stack, tensors = found
+        if stack.stem_refusal is not None:
+            backends.fall_back("the stem of the model", stack.stem_refusal)
         first, last = stack.span
         modules = children(self)
         for module in modules[:first]:
@@ -154,23 +156,19 @@ class FusedSequence(FusedNetwork, nn.Sequential):
             raise Refusal("it holds no fused block")
         blocks = modules[first:last]
         bypassed: list[nn.Module] = []
-        stem = None
+        stem, refusal = None, None
         before = modules[first - 1] if first else None
         if isinstance(before, Stem):
             bypassed.append(before)
             stem, first = before.checked_unit(), first - 1
         elif first >= 3:
-            try:
-                stem = stem_unit(modules[first - 3 : first])
-                check_unit(stem)
-                first -= 3
-            except Refusal:
-                stem = None
+            stem, refusal = _stem_of(modules[first - 3 : first])
+            first -= 3 if stem else 0
         pool = _averages(modules[last : last + 2])
         if pool:
             bypassed += modules[last : last + 2]
             last += 2
-        return _parts(stem, blocks, bypassed, pool, (first, last))
+        return _parts(stem, blocks, bypassed, pool, (first, last))._replace(stem_refusal=refusal)
 
 
 def _parts(
@@ -191,6 +189,19 @@ def _parts(
     for module in bypassed:
         check_bypass(module)
     return Parts(stem, units, bypassed, pool, span)
+
+
+def _stem_of(modules: Sequence[nn.Module]) -> tuple[Unit | None, str | None]:
+    """What three modules before a block are as a stem, or why these, which are one, cannot run as that."""
+    try:
+        stem = stem_unit(modules)
+    except Refusal:  # something else stands before the blocks
+        return None, None
+    try:
+        check_unit(stem)
+    except Refusal as reason:
+        return None, reason.args[0]
+    return stem, None
 
 
 def longest_run(modules: Sequence[nn.Module]) -> tuple[int, int]:

@@ -21,6 +21,7 @@ class Parts(NamedTuple):
     bypassed: the modules besides the units' whose forward is replaced.
     pool: an average pool follows.
     span: in an nn.Sequential, the first child that is replaced and the next that is not.
+    stem_refusal: why the three modules before them, which are a stem, are none of ``stem``.
     """
 
     stem: Unit | None
@@ -28,13 +29,14 @@ class Parts(NamedTuple):
     bypassed: Sequence[nn.Module] = ()
     pool: bool = False
     span: tuple[int, int] = (0, 0)
+    stem_refusal: str | None = None
 
 
 class Units:
     """Units that run one after the other, for one owner. torch.compile traces this class: it remembers nothing."""
 
     def __init__(self, owner: nn.Module, parts: Parts) -> None:
-        self.stem, self.blocks, _, self.pool, self.span = parts
+        self.stem, self.blocks, _, self.pool, self.span, self.stem_refusal = parts
         self.recompute: bool = getattr(owner, "recompute_depthwise", False)
         self.units = ([self.stem] if self.stem else []) + [unit for block in self.blocks for unit in block]
         kernel = self.blocks[0][0].conv.kernel_size if self.blocks else ()
