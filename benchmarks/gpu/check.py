@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.device import BROKEN, RESULTS, save, say
+from benchmarks.gpu.device import RESULTS, say
+from benchmarks.gpu.store import BROKEN, save
 from benchmarks.machine import commit
 from cmx_kernels import _build_info, cuda
 
