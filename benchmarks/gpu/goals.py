@@ -11,7 +11,8 @@ Row = Mapping[str, Any]
 Kept = Mapping[str, Sequence[Row]]
 BF16 = ("bf16-model", "bf16")  # the model in bfloat16; autocast
 COMPILED = ("inductor", "inductor, layout kept", "inductor, max-autotune", "inductor, max-autotune, layout kept")
-PEERS = ("eager", "eager, cudnn.benchmark", "eager channels_last", "eager channels_last, cudnn.benchmark", *COMPILED)
+_EAGER = tuple(f"{name}{end}" for name in ("eager", "eager channels_last") for end in ("", ", cudnn.benchmark"))
+PEERS = (*_EAGER, "eager, CUDA graph", "eager channels_last, CUDA graph", *COMPILED)
 RIVAL, RIVAL_PEERS = "deit_base_patch16_224", ("eager", "eager channels_last", "inductor")
 
 

@@ -75,6 +75,7 @@ CELLS = [  # what has goals first; a second call with --resume measures what a f
     *_cells(RELEASED, [(name, 256) for name in goals.BF16], LARGE),
     *_cells(RELEASED, [(name, 1) for name in goals.BF16], LATENCY),
     *_cells(RIVALS, [("bf16-model", 256)], LARGE),
+    *_cells(RELEASED, [("bf16-model", 256)], LATENCY),
     *_cells((*RELEASED, goals.RIVAL), [("bf16-model", 256)], ["inductor"]),
     *(cell for name in goals.COMPILED[1:] for cell in _cells(RELEASED, [("bf16-model", 256)], [name])),
     *_cells(RELEASED, [("bf16-model", 1)], ["inductor, CUDA graph"]),
