@@ -7,7 +7,6 @@ logits are held against the plain ones in float64 first (one image).
 """
 
 import statistics
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,33 +17,13 @@ from torch import Tensor, nn
 from benchmarks import photos, timm_models
 from benchmarks.networks import DTYPES, SPECS
 from benchmarks.recording import CLOCK
+from benchmarks.timm_models import NETWORKS, Network
 from cmx_kernels import create_model
 from cmx_kernels.bench import in_turns
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 BATCH = 4
 SOURCE = "timm results-imagenet.csv"
-
-
-@dataclass(frozen=True)
-class Network:
-    """timm's name; top-1 of ``weights`` at 224 x 224 in percent; timm's count of multiply-adds, unless we have one."""
-
-    name: str
-    weights: str
-    top1: float
-    gmac: float = 0.0
-
-
-NETWORKS = (
-    Network("convmixer_1536_20", "in1k", 81.382),
-    Network("convmixer_768_32", "in1k", 80.158),
-    Network("convmixer_1024_20_ks9_p14", "in1k", 76.944),
-    Network("resnet152", "tv_in1k", 78.330, 11.56),
-    Network("deit_base_patch16_224", "fb_in1k", 81.980, 17.58),
-    Network("mixer_b16_224", "goog_in21k_ft_in1k", 76.616, 12.62),
-    Network("convnext_base", "fb_in1k", 83.838, 15.38),
-)
 
 
 @pytest.mark.benchmark(timer=CLOCK)

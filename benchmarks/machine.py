@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "onnxruntime", "openvino", "timm", "numpy", "pytest-benchmark")
+_PACKAGES = ("torch", "triton", "onnxruntime", "openvino", "timm", "numpy", "pytest-benchmark")
 
 
 @cache

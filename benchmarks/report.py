@@ -14,6 +14,7 @@ from benchmarks.peers import PROVIDERS
 from benchmarks.race import Result, Row
 
 SECTIONS = {  # of the JSON file, besides machine and ops: what each is called, and its table
+    "goals": ("Goals for an H200", tables.GOALS),
     "models": ("Inference", tables.NETWORKS),
     "breakdown": ("Where the time goes: parts of a network, milliseconds", tables.BREAKDOWN),
     "training": ("Training steps", tables.TRAINING),

@@ -18,6 +18,7 @@ NETWORKS: Columns = (
     ("x best peer", "{over_peers:.2f}"),
     ("GFLOP/s", "{gflops:.0f}"),
     ("% of limit", "{percent_of_limit:.0f}"),
+    ("% of floor", "{percent_of_floor:.0f}"),
     ("largest error", "{error:.1e}"),
     ("allowed", "{allowed:.1e}"),
     ("top-1", "{top1}"),
@@ -51,6 +52,7 @@ GPU_OPS: Columns = (
     ("shape", "{shape}"),
     ("k", "{k}"),
     ("dtype", "{dtype}"),
+    ("kernel", "{kernel}"),
     ("floor", "{floor_us:.1f}"),
     ("predicted", "{predicted_us:.1f}"),
     ("fused", "{us[fused]:.1f}"),
@@ -58,9 +60,13 @@ GPU_OPS: Columns = (
     ("fused triton", "{us[fused triton]:.1f}"),
     ("eager", "{us[eager]:.1f}"),
     ("eager channels_last", "{us[eager channels_last]:.1f}"),
-    ("cudnn.benchmark", "{us[cudnn.benchmark]:.1f}"),
+    ("eager, cudnn.benchmark", "{us[eager, cudnn.benchmark]:.1f}"),
+    ("channels_last, cudnn.benchmark", "{us[eager channels_last, cudnn.benchmark]:.1f}"),
     ("inductor", "{us[inductor]:.1f}"),
     ("inductor, layout kept", "{us[inductor, layout kept]:.1f}"),
+    ("GFLOP/s", "{gflops:.0f}"),
+    ("GB/s", "{gb_per_s:.0f}"),
+    ("% of floor", "{percent_of_floor:.0f}"),
     ("% of copy", "{percent_of_copy:.0f}"),
     ("x best PyTorch", "{speedup:.2f}"),
     ("largest error", "{error:.1e}"),
@@ -70,6 +76,7 @@ GPU_PRODUCT: Columns = (
     ("op", "{op}"),
     ("shape", "{shape}"),
     ("dtype", "{dtype}"),
+    ("kernel", "{kernel}"),
     ("fused", "{us[fused]:.1f}"),
     ("fused channels_last", "{us[fused channels_last]:.1f}"),
     ("fused triton", "{us[fused triton]:.1f}"),
@@ -77,13 +84,25 @@ GPU_PRODUCT: Columns = (
     ("eager channels_last", "{us[eager channels_last]:.1f}"),
     ("cuBLAS", "{us[cuBLAS]:.1f}"),
     ("cuBLAS channels_last", "{us[cuBLAS channels_last]:.1f}"),
-    ("TFLOP/s", "{tflop_per_s:.0f}"),
+    ("GFLOP/s", "{gflops:.0f}"),
+    ("GB/s", "{gb_per_s:.0f}"),
+    ("% of floor", "{percent_of_floor:.0f}"),
     ("% of cuBLAS", "{percent_of_cublas:.0f}"),
     ("x best PyTorch", "{speedup:.2f}"),
     ("largest error", "{error:.1e}"),
     ("note", "{note}"),
 )
-_TEXT = ("op", "model", "network", "dtype", "provider", "backend", "published by", "shape", "note")
+GOALS: Columns = (
+    ("goal", "{goal}"),
+    ("wanted", "{wanted}"),
+    ("reached", "{reached:.4g}"),
+    ("by", "{of}"),
+    ("verdict", "{verdict}"),
+)
+_TEXT = (
+    *("op", "model", "network", "dtype", "provider", "backend", "published by", "shape", "note", "kernel", "layout"),
+    *("goal", "by", "verdict"),
+)
 
 LEGEND = (
     "224 x 224 photographs, random weights; medians of calls; spread: half the distance of the quartiles",

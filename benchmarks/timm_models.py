@@ -1,11 +1,33 @@
-"""Networks of timm with random weights."""
+"""Networks of timm with random weights, and what is published of them."""
 
 import importlib.util
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Network:
+    """timm's name; top-1 of ``weights`` at 224 x 224 in percent; timm's count of multiply-adds, unless we have one."""
+
+    name: str
+    weights: str
+    top1: float
+    gmac: float = 0.0
+
+
+NETWORKS = (
+    Network("convmixer_1536_20", "in1k", 81.382),
+    Network("convmixer_768_32", "in1k", 80.158),
+    Network("convmixer_1024_20_ks9_p14", "in1k", 76.944),
+    Network("resnet152", "tv_in1k", 78.330, 11.56),
+    Network("deit_base_patch16_224", "fb_in1k", 81.980, 17.58),
+    Network("mixer_b16_224", "goog_in21k_ft_in1k", 76.616, 12.62),
+    Network("convnext_base", "fb_in1k", 83.838, 15.38),
+)
 
 
 def why_absent() -> str | None:

@@ -1,5 +1,6 @@
 """The benchmarks themselves: what is written, what is refused, and the GPU's way on a machine without one."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -21,19 +22,32 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
     """Every part but the device: each leaves its table, and nothing of ours is wrong or missing in it."""
+    from benchmarks.gpu import goals, network
+
     done = _run("-m", "benchmarks.gpu.check", "--device", "cpu", "--dry-run", "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout[-30000:] + done.stderr[-3000:]
     steps = json.loads((tmp_path / "gpu-check-all.json").read_text())["steps"]
-    assert [s["part"] for s in steps if s["passed"]] == ["correct", "ops", "product", "network", "training"]
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    parts = ["correct", "ops", "product", "network", "training", *["pictures"] * (3 if drawn else 0)]
+    assert [s["part"] for s in steps if s["passed"]] == parts
     sections = {"network": "models", "training": "training", "ops": "gpu_ops", "product": "gpu_product"}
     rows = {part: json.loads((tmp_path / f"gpu-{part}.json").read_text())[name] for part, name in sections.items()}
-    assert {r["dtype"] for r in rows["network"]} == {"fp32", "tf32", "bf16", "fp16"}
+    assert {r["dtype"] for r in rows["network"]} == set(network.PRECISIONS)
     assert all(r["status"] == "timed" and r["error"] <= r["allowed"] for r in [*rows["network"], *rows["training"]])
-    assert {"fused", "eager", "inductor", "fused, CUDA graph"} <= {r["provider"] for r in rows["network"]}
-    assert all({"fused", "eager", "inductor"} <= r["us"].keys() and not r["note"] for r in rows["ops"])
+    providers = {name for _, _, _, names in network.CELLS for name in names if not name.startswith("fused triton")}
+    assert {r["provider"] for r in rows["network"]} == providers
+    peers = {name for name in goals.PEERS if "max-autotune" not in name and "graph" not in name}
+    assert all({"fused", *peers} <= r["us"].keys() and not r["note"] for r in rows["ops"])
     assert all({"fused", "eager"} <= r["us"].keys() and not r["note"] for r in rows["product"])
+    assert {r["dtype"] for r in rows["product"]} == {"fp32", "tf32", "bf16", "fp16"}
+    rates = {"images_per_s", "gflops", "gb_per_s", "match", "error", "layout", "backend", "dtype", "provider"}
+    assert all(rates <= row.keys() for row in [*rows["network"], *rows["training"]])
+    rates -= {"images_per_s", "provider"}
+    assert all(rates <= row.keys() for row in [*rows["ops"], *rows["product"]])
     for part in sections:
         assert "| " in (tmp_path / f"gpu-{part}.md").read_text()
+        assert part == "product" or not drawn or list(tmp_path.glob(f"gpu-{part}_*.png"))
+        assert all(row["verdict"] for row in json.loads((tmp_path / f"gpu-{part}.json").read_text())["goals"])
 
 
 def test_gpu_check_survives_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,19 +68,19 @@ def test_gpu_check_goes_on_in_a_new_process(tmp_path: Path, monkeypatch: pytest.
     """A broken CUDA context ends a process, not its part; what was measured is not measured again."""
     import argparse
 
-    from benchmarks.gpu import check, device
+    from benchmarks.gpu import check, device, store
 
-    code = f"import sys; sys.exit({device.BROKEN} if '--resume' not in sys.argv else 0)"
+    code = f"import sys; sys.exit({store.BROKEN} if '--resume' not in sys.argv else 0)"
     assert check.run("broken", [sys.executable, "-c", code], 1200)["passed"]
     options = argparse.Namespace(results=tmp_path, name="x", resume=True, dry_run=True, device="cpu", seconds=60)
     there = device.Device(options)
-    first = device.Store(there, options)
+    first = store.Store(there, options)
     first.add("gpu_ops", {"shape": "1", "k": 3, "note": ""})
     monkeypatch.setattr(device.Device, "broken", True)
     monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(SystemExit, match=str(device.BROKEN)):
+    with pytest.raises(SystemExit, match=str(store.BROKEN)):
         first.failed("gpu_ops", {"shape": "2", "k": 3, "note": ""}, RuntimeError("illegal address"))
-    again = device.Store(device.Device(options), options)
+    again = store.Store(device.Device(options), options)
     assert [again.has("gpu_ops", {"shape": s, "k": k}) for s, k in (("1", 3), ("2", 3), ("1", 5))] == [
         True,
         True,

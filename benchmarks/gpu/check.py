@@ -6,13 +6,15 @@
     network     whole networks against PyTorch, Inductor and CUDA graphs, and the rivals of the paper's table
     training    training steps
 
-Results go to benchmarks/results/gpu-*.json and .md. A step that cannot run says why; one that fails does not stop the
-others, and makes the exit status 1. `--device cpu --dry-run` goes the same way with tiny shapes on the CPU.
+Results go to benchmarks/results/gpu-*.json, .md and, where matplotlib is installed, .png. A step that cannot run says
+why; one that fails does not stop the others, and makes the exit status 1. `--device cpu --dry-run` goes the same way
+with tiny shapes on the CPU.
 """
 
 import argparse
 import ast
 import contextlib
+import importlib.util
 import math
 import os
 import re
@@ -28,7 +30,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.device import BROKEN, RESULTS, save, say
+from benchmarks.gpu.device import RESULTS, reason, say
+from benchmarks.gpu.store import BROKEN, save
 from benchmarks.machine import commit
 from cmx_kernels import _build_info, cuda
 
@@ -43,6 +46,7 @@ PROGRAMS = {  # under sanitizers: main, and the kernels it calls
 }
 TESTS = ("cuda_device", "cuda_product_device", "gpu_models", "triton_device")
 SHARED = ("ops", "numerics", "ops_random")  # tests of every backend: of these that of CUDA
+PICTURES = (("ops", "product"), ("network",), ("training",))  # parts that are drawn together
 PARTS = ("correct", "ops", "product", "network", "training")
 BUDGET = 570  # seconds a part
 _SHORTEST, _AT_END = 5, 90  # seconds a step must have left; within which what has begun to be measured ends
@@ -164,9 +168,31 @@ def sanitizers(folder: Path) -> tuple[list[Job], list[Job], str | None]:
 
 def timings(part: str, options: argparse.Namespace, budget: float = BUDGET) -> Iterator[Step]:
     command = [sys.executable, "-m", f"benchmarks.gpu.{part}", "--seconds", str(max(1, budget - _AT_END))]
-    command += ["--device", options.device, "--results", str(options.results)]
+    command += ["--device", options.device]
+    command += [] if options.results == RESULTS else ["--results", str(options.results)]
     command += [flag for flag, wanted in (("--dry-run", options.dry_run), ("--resume", options.resume)) if wanted]
     yield run(part, command, budget)
+
+
+def pictures(options: argparse.Namespace, parts: Iterable[str]) -> Iterator[Step]:
+    """Of what these parts have measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        yield skipped("pictures", "matplotlib is not installed (pip install matplotlib)")
+        return
+    from benchmarks.plots import draw
+
+    for group in PICTURES:
+        name, start = f"pictures of {' and '.join(group)}", time.monotonic()
+        files = [file for part in group if (file := options.results / f"gpu-{part}.json").is_file()]
+        if not files or not set(group) & set(parts):
+            continue
+        try:
+            written = ", ".join(path.name for path in draw(files))
+            say(f"== {name}: {written or 'none'}")
+            found = {"passed": True, "result": written}
+        except Exception as error:  # what was measured is there all the same
+            found = {"passed": False, "result": reason(error)}
+        yield {"step": name, **found, "seconds": round(time.monotonic() - start, 1)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -189,12 +215,16 @@ def main(arguments: list[str] | None = None) -> int:
     record = {"gpu": torch.cuda.get_device_name() if options.device == "cuda" else "none, a dry run"}
     record |= {"torch": torch.__version__, "commit": commit(), "steps": steps}
     budget = BUDGET - (time.time() - options.since)
-    for part in PARTS if options.part == "all" else (options.part,):
+    parts = PARTS if options.part == "all" else (options.part,)
+    for part in parts:
         going = timings(part, options, budget) if part != "correct" else correct(options, budget)
         budget = BUDGET
         for step in going:
             steps.append({"part": part, **step})
             save(options.results / f"gpu-check-{options.part}.json", record)
+    for step in pictures(options, parts):
+        steps.append({"part": "pictures", **step})
+        save(options.results / f"gpu-check-{options.part}.json", record)
     for step in steps:
         state = {True: "passed", False: "FAILED", None: "not run"}[step["passed"]]
         why = "" if step["passed"] else f": {step['result']}"

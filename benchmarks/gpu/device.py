@@ -2,9 +2,6 @@
 
 import argparse
 import contextlib
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,11 +11,11 @@ from typing import Any
 import torch
 
 import cmx_kernels
-from benchmarks import machine, report
-from cmx_kernels import backends
+from benchmarks import machine
+from cmx_kernels import backends, cost_model, registry
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-BROKEN = 75  # exit status: a kernel has ended the CUDA context; another process goes on with --resume
+KINDS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ROUNDS = 12
 _FLUSH = 256 << 20  # bytes, more than any L2
 _AHEAD = 200_000  # cycles, 0.1 ms
@@ -57,12 +54,18 @@ class Device:
         end.synchronize()
         return begin.elapsed_time(end) * 1e3
 
-    def copy_bandwidth(self) -> float:
-        """TB/s of a copy, bytes read and written."""
+    def ceilings(self) -> dict[str, float]:
+        """GB/s of a copy, bytes read and written; GFLOP/s of a large matrix product, by dtype."""
         a = torch.ones((256 << 20) if self.cuda else (1 << 20), device=self.type, dtype=torch.bfloat16)
         b = torch.empty_like(a)
-        us = median(self.once(lambda: b.copy_(a)) for _ in range(20))
-        return 2 * a.nbytes / us * 1e-6
+        found = {"copy": 2 * a.nbytes / median(self.once(lambda: b.copy_(a)) for _ in range(20)) * 1e-3}
+        side = 8192 if self.cuda else 64
+        for name, kind in KINDS.items():
+            with flags(tf32=name == "tf32"):
+                m = torch.randn(side, side, device=self.type).to(kind)
+                us = [self.once(lambda m=m: m @ m) for _ in range(6)][1:]
+            found[name] = 2 * side**3 / median(us) * 1e-3
+        return found
 
     def memory(self, call: Callable[[], Any]) -> dict[str, float]:
         """MiB that a call takes at most beyond what was there; nothing without a GPU."""
@@ -82,9 +85,23 @@ class Device:
         torch._dynamo.reset()
         return torch.compile(function, **({"backend": "eager"} if self.dry else options))
 
+    def cost(self, name: str, *shape: Any) -> dict[str, Any]:
+        """What cmx_kernels.cost_model says of an operator: bytes and FLOP; kernel, time and floor on a GPU it knows."""
+        if registry.C is None:
+            return {}
+        known = cost_model.named(self.name)
+        p = getattr(cost_model, name)(known or cost_model.gpus()[0], *shape)
+        of_gpu = {"kernel": p.kernel, "predicted_us": p.predicted_us, "floor_us": p.floor_us} if known else {}
+        return {"bytes": p.bytes, "flop": p.flop, **of_gpu}
+
     @property
     def over(self) -> bool:
-        return time.monotonic() - self.start > self.seconds
+        return self.left < 0
+
+    @property
+    def left(self) -> float:
+        """Seconds in which something new may be started."""
+        return self.start + self.seconds - time.monotonic()
 
     @property
     def broken(self) -> bool:
@@ -124,36 +141,6 @@ def opened(options: argparse.Namespace) -> Device | None:
     return Device(options)
 
 
-class Store:
-    """Writes after every record: whatever ends the process, what was measured is there."""
-
-    def __init__(self, device: Device, options: argparse.Namespace) -> None:
-        self.about, self.folder, self.name = device.about(), options.results, options.name
-        self.kept: dict[str, list[dict[str, Any]]] = {}
-        self._device, file = device, self.folder / f"{self.name}.json"
-        if options.resume and file.is_file():
-            self.kept = {key: rows for key, rows in json.loads(file.read_text()).items() if key != "machine"}
-
-    def has(self, section: str, key: Mapping[str, Any]) -> bool:
-        return any(key.items() <= row.items() for row in self.rows(section))
-
-    def rows(self, section: str) -> list[dict[str, Any]]:
-        return self.kept.get(section, [])
-
-    def failed(self, section: str, record: dict[str, Any], error: BaseException) -> None:
-        """Adds what failed. Where nothing else can run in this process, ends it: the rest is for another one."""
-        record["note"] += reason(error)
-        self.add(section, record)
-        if self._device.broken:
-            say(f"the CUDA context is broken: {record['note']}")
-            os._exit(BROKEN)  # nothing is torn down: that would fail, too
-
-    def add(self, section: str, record: Mapping[str, Any]) -> None:
-        self.kept.setdefault(section, []).append(dict(record))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        report.write(self.folder, self.name, self.about, self.kept)
-
-
 def reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
@@ -172,6 +159,13 @@ def flags(tf32: bool = False, benchmark: bool = False) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = products
 
 
+def described(provider: str, backend: str) -> dict[str, str]:
+    """Layout of the images, and what runs: ``backend`` for ours."""
+    ours = "triton" if provider.startswith("fused triton") else backend
+    layout = "NHWC" if "channels_last" in provider else "NCHW"
+    return {"layout": layout, "backend": ours if provider.startswith("fused") else "torch"}
+
+
 def race(
     device: Device,
     calls: dict[str, Callable[[], torch.Tensor]],
@@ -182,20 +176,22 @@ def race(
 ) -> dict[str, float]:
     """Microseconds of each call, in turns, of those that are right: first two images against ``exact``.
 
-    What is wrong goes into the note of ``record``. Names that begin with ``unchecked`` compute something else.
+    ``record`` gets their errors, and a note of what is wrong. Names that begin with ``unchecked`` compute something
+    else.
     """
+    errors: dict[str, float] = {}
+    record |= {"errors": errors, "allowed": allowed, "match": True}
     for name in [name for name in calls if unchecked is None or not name.startswith(unchecked)]:
         try:
-            error = (calls[name]()[:2].double() - exact).abs().max().item()
+            errors[name] = error = (calls[name]()[:2].double() - exact).abs().max().item()
         except Exception as failure:  # the others are still timed
             if device.broken:
                 raise
             record["note"] += f"{name}: {reason(failure)}. "
             del calls[name]
             continue
-        if name == "fused":
-            record |= {"error": error, "allowed": allowed}
         if not error <= allowed:
+            record["match"] = record["match"] and not name.startswith("fused")
             record["note"] += f"{name} is wrong by {error:.3g}, allowed are {allowed:.3g}: not timed. "
             del calls[name]
     times: dict[str, list[float]] = {}
@@ -203,6 +199,22 @@ def race(
         for name, call in calls.items():
             times.setdefault(name, []).append(device.once(call))
     return {name: median(values[1:]) for name, values in times.items()}
+
+
+def rated(record: dict[str, Any], us: dict[str, float], cost: Mapping[str, Any], backend: str) -> None:
+    """Adds times, what they are against the cost, and what each provider is."""
+    about = {name: described(name, backend) for name in us}
+    record |= {"us": us, **cost, "error": record["errors"].get("fused")}
+    record |= {key: {name: found[key] for name, found in about.items()} for key in ("layout", "backend")}
+    if "fused" not in us:
+        return
+    if cost:
+        record |= {"gflops": cost["flop"] / us["fused"] * 1e-3, "gb_per_s": cost["bytes"] / us["fused"] * 1e-3}
+    if "floor_us" in cost:
+        record["percent_of_floor"] = 100 * cost["floor_us"] / us["fused"]
+    torchs = [value for name, value in us.items() if name.startswith(("eager", "inductor"))]
+    if torchs:
+        record["speedup"] = min(torchs) / us["fused"]
 
 
 def graphed(device: Device, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -228,8 +240,3 @@ def graphed(device: Device, call: Callable[[], Any]) -> Callable[[], Any]:
 
 def say(text: str) -> None:
     print(text, flush=True)
-
-
-def save(path: Path, record: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**record, "python": platform.python_version()}, indent=1) + "\n")

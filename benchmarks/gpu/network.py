@@ -7,84 +7,112 @@ same precision. Networks flush the caches themselves. The cells that matter most
 """
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch._inductor
 from torch import Tensor, nn
 
 from benchmarks import timm_models
-from benchmarks.gpu.device import Device, Store, flags, graphed, opened, parser, reason, say
+from benchmarks.gpu import goals
+from benchmarks.gpu.device import Device, described, flags, graphed, opened, parser, reason, say
+from benchmarks.gpu.store import Store
 from benchmarks.networks import DTYPES, RELEASED, SPECS, Spec, plain
-from cmx_kernels import cost_model, micro_batches
+from cmx_kernels import backends, cost_model, micro_batches
 
 Call = Callable[[], Tensor]
-PRECISIONS = {  # name -> TF32, dtype of autocast
-    "fp32": (False, None),
-    "tf32": (True, None),
-    "bf16": (True, torch.bfloat16),
-    "fp16": (True, torch.float16),
+
+
+class Precision(NamedTuple):
+    tf32: bool = True
+    autocast: torch.dtype | None = None
+    model: torch.dtype = torch.float32  # of weights and images
+
+    @property
+    def kind(self) -> torch.dtype:
+        return self.autocast or self.model
+
+
+PRECISIONS = {
+    "fp32": Precision(tf32=False),
+    "tf32": Precision(),
+    "bf16": Precision(autocast=torch.bfloat16),
+    "fp16": Precision(autocast=torch.float16),
+    "bf16-model": Precision(model=torch.bfloat16),
 }
-_EPS = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8, "fp16": 2**-11}
-_NETWORKS = (*RELEASED, "convmixer_512_16_ks8_p7")
-RIVALS = ("resnet152", "deit_base_patch16_224", "mixer_b16_224", "convnext_base")
-INDUCTOR: dict[str, dict[str, Any]] = {  # each takes a minute to compile, the last one several
+_EPS = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8, "fp16": 2**-11, "bf16-model": 2**-8}
+RIVALS = (goals.RIVAL, "resnet152", "mixer_b16_224", "convnext_base")
+_OTHER = "convmixer_512_16_ks8_p7"
+_NETWORKS = (*RELEASED, _OTHER)
+
+# A provider's name says what it is: network and layout, then cudnn.benchmark, CUDA graph, or how the batch is divided
+_MAX = torch._inductor.list_mode_options("max-autotune")
+INDUCTOR: dict[str, dict[str, Any]] = {  # each takes a minute to compile, the last two several
     "inductor": {},
+    "inductor, CUDA graph": {"mode": "reduce-overhead"},
     "inductor, layout kept": {"options": {"layout_optimization": False}},
     "inductor, max-autotune": {"mode": "max-autotune"},
+    "inductor, max-autotune, layout kept": {"options": {**_MAX, "layout_optimization": False}},
 }
-Cell = tuple[str, str, int, str]  # model, precision, batch; a compiled variant, or "" for all others
+_COMPILING = {"inductor, max-autotune": 200, "inductor, max-autotune, layout kept": 200}  # seconds that must be left
+_FUSED = ("fused", "fused channels_last", "fused triton")
+_EAGER = ("eager", "eager channels_last")
+_DIVIDED = ("fused, at once, CUDA graph", "fused, micro-batches, CUDA graph")
+LARGE = (*_FUSED, *_DIVIDED, *_EAGER, *(f"{name}, cudnn.benchmark" for name in _EAGER))
+LATENCY = (*_FUSED, *_EAGER, *(f"{name}, CUDA graph" for name in (*_FUSED, *_EAGER)))
+Cell = tuple[str, str, int, Sequence[str]]  # model, precision, batch, providers
 
 
-def _cells(models: Sequence[str], *kinds: tuple[str, int], compiled: str = "") -> list[Cell]:
-    return [(model, name, batch, compiled) for name, batch in kinds for model in models]
+def _cells(models: Sequence[str], kinds: Sequence[tuple[str, int]], providers: Sequence[str]) -> list[Cell]:
+    return [(model, name, batch, providers) for name, batch in kinds for model in models]
 
 
-_COMPILED = (("bf16", 64), ("bf16", 1), ("fp32", 64))
-_LATER = (("bf16", 8), ("fp16", 1), ("fp32", 1), ("tf32", 1), ("fp16", 256))
-_LAST = (("fp32", 8), ("tf32", 8), ("fp16", 8), ("fp32", 256), ("tf32", 256))
-CELLS = [
-    *_cells(_NETWORKS, ("bf16", 64)),
-    *_cells(RIVALS, ("bf16", 64)),
-    *_cells(_NETWORKS, ("bf16", 1)),
-    *_cells(_NETWORKS, ("bf16", 64), compiled="inductor"),
-    *_cells(_NETWORKS, ("fp32", 64), ("tf32", 64), ("fp16", 64), ("bf16", 256)),
-    *_cells(_NETWORKS, *_COMPILED[1:], compiled="inductor"),
-    *_cells(RIVALS, ("bf16", 1), ("bf16", 256)),
-    *_cells(_NETWORKS, *_LATER),
-    *(cell for name in list(INDUCTOR)[1:] for cell in _cells(_NETWORKS, *_COMPILED, compiled=name)),
-    *_cells(RIVALS, *_COMPILED[:2], compiled="inductor"),
-    *_cells(_NETWORKS, *_LAST),
+CELLS = [  # what has goals first; a second call with --resume measures what a first one left out
+    *_cells(RELEASED, [(name, 256) for name in goals.BF16], LARGE),
+    *_cells(RELEASED, [(name, 1) for name in goals.BF16], LATENCY),
+    *_cells(RIVALS, [("bf16-model", 256)], LARGE),
+    *_cells(RELEASED, [("bf16-model", 256)], LATENCY),
+    *_cells((*RELEASED, goals.RIVAL), [("bf16-model", 256)], ["inductor"]),
+    *(cell for name in goals.COMPILED[1:] for cell in _cells(RELEASED, [("bf16-model", 256)], [name])),
+    *_cells(RELEASED, [("bf16-model", 1)], ["inductor, CUDA graph"]),
+    *_cells(_NETWORKS, [("bf16-model", 64), ("bf16", 64), ("bf16-model", 8)], LARGE),
+    *_cells([_OTHER], [(name, 256) for name in goals.BF16], LARGE),
+    *_cells([_OTHER], [(name, 1) for name in goals.BF16], LATENCY),
+    *_cells(_NETWORKS, [(name, 64) for name in ("fp32", "tf32", "fp16")], LARGE),
+    *_cells(_NETWORKS, [("bf16-model", 1024), ("fp32", 256), ("tf32", 256), ("fp16", 256)], LARGE),
+    *_cells(RIVALS, [("bf16-model", 1)], LATENCY),
+    *_cells(RIVALS[1:], [("bf16-model", 256)], ["inductor"]),
+    *_cells(RELEASED, [("bf16", 256), ("bf16-model", 64), ("fp32", 64)], ["inductor"]),
+    *_cells(_NETWORKS, [(name, 1) for name in ("fp16", "fp32", "tf32")], LATENCY),
+    *_cells(_NETWORKS, [("bf16", 8), ("fp16", 8), ("fp32", 8), ("tf32", 8)], LARGE),
 ]
-DRY = [*_cells(["tiny"], *((name, 2) for name in PRECISIONS)), ("tiny", "fp32", 2, "inductor")]
+DRY = [
+    *_cells(["tiny"], [(name, 2) for name in PRECISIONS], LARGE),
+    *_cells(["tiny"], [("bf16-model", 2)], LATENCY),
+    *_cells(["tiny"], [("bf16-model", 2)], tuple(INDUCTOR)),
+]
 
 
-def variants(device: Device, model: nn.Module, fused: nn.Module | None, x: Tensor, compiled: str) -> Iterator[tuple]:
-    """(provider, cudnn.benchmark, make): make() returns what is timed. The model is moved, so in this order only."""
-
-    def in_layout(layout: torch.memory_format) -> Call:
-        own, images = model.to(memory_format=layout), x.contiguous(memory_format=layout)
-        return lambda: own(images)
-
-    nchw, nhwc = torch.contiguous_format, torch.channels_last
-    if compiled:
-        yield compiled, False, lambda: _compiled(device, model, x, INDUCTOR[compiled])
-        return
-    if fused is not None:
-        yield "fused", False, lambda: lambda: fused(x)
-        yield "fused, CUDA graph", False, lambda: graphed(device, lambda: fused(x))
-        if device.cuda:
-            yield "fused triton", False, lambda: lambda: fused(x)
-        if len(x) > 1:
-            yield "fused, at once, CUDA graph", False, lambda: graphed(device, divided(fused, x, 0))
-            parts = "fused, micro-batches, CUDA graph"
-            yield parts, False, lambda: graphed(device, divided(fused, x, that_fit(device, fused, x)))
-    yield "eager", False, lambda: in_layout(nchw)
-    yield "eager, cudnn.benchmark", True, lambda: in_layout(nchw)
-    yield "eager, CUDA graph", False, lambda: graphed(device, in_layout(nchw))
-    yield "eager channels_last", False, lambda: in_layout(nhwc)
-    yield "eager channels_last, cudnn.benchmark", True, lambda: in_layout(nhwc)
+def made(device: Device, provider: str, model: nn.Module, fused: nn.Module, x: Tensor) -> Call:
+    """What is timed. The model is moved to the provider's layout."""
+    head, *marks = provider.split(", ")
+    if head == "inductor":
+        compiled = device.compiled(model.to(memory_format=torch.contiguous_format), **INDUCTOR[provider])
+        return lambda: compiled(x)
+    layout = torch.channels_last if head.endswith("channels_last") else torch.contiguous_format
+    images = x.contiguous(memory_format=layout)
+    if not head.startswith("fused"):
+        own = model.to(memory_format=layout)
+        call: Call = lambda: own(images)  # noqa: E731
+    elif "at once" in marks or "micro-batches" in marks:
+        call = divided(fused, images, 0 if "at once" in marks else that_fit(device, fused, images))
+    else:
+        call = lambda: fused(images)  # noqa: E731
+    return graphed(device, call) if "CUDA graph" in marks else call
 
 
 def that_fit(device: Device, fused: nn.Module, x: Tensor) -> int:
@@ -109,28 +137,34 @@ def divided(fused: nn.Module, x: Tensor, images: int) -> Call:
     return call
 
 
-def _compiled(device: Device, model: nn.Module, x: Tensor, options: dict[str, Any]) -> Call:
-    compiled = device.compiled(model, **options)
-    return lambda: compiled(x)
-
-
 @contextlib.contextmanager
 def precision(device: Device, name: str, benchmark: bool) -> Iterator[None]:
-    tf32, dtype = PRECISIONS[name]
+    tf32, dtype, _ = PRECISIONS[name]
     mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
     with flags(tf32, benchmark), mixed:
         yield
 
 
 def timed(device: Device, call: Call) -> dict[str, Any]:
-    """Milliseconds of a call: three warm-ups, then at least ten, or as many as fill half a second."""
-    for _ in range(1 if device.dry else 3):
+    """Milliseconds of a call: after three, ten or as many as fill half a second; above 0.2 s, after one, four."""
+    slow = device.once(call, flush=False) > 2e5
+    for _ in range(0 if device.dry or slow else 2):
         call()
     first = device.once(call, flush=False)
-    rounds = 3 if device.dry else max(10, min(100, int(5e5 / max(first, 1))))
+    rounds = 3 if device.dry else 4 if slow else max(10, min(100, int(5e5 / max(first, 1))))
     times = sorted(device.once(call, flush=False) for _ in range(rounds))
     low, _, high = quantiles(times, n=4, method="inclusive")
     return {"ms": median(times) / 1e3, "spread": (high - low) / 2 / median(times), "calls": rounds}
+
+
+def floor_us(device: Device, spec: Spec, batch: int, kind: torch.dtype) -> float | None:
+    """Of all blocks, by the cost model; it has no products of float32, and no GPU but those of its table."""
+    name, side = str(kind).removeprefix("torch."), spec.image_size // spec.patch_size
+    x, kernel = (batch, spec.dim, side, side), (spec.kernel_size, spec.kernel_size)
+    if kind == torch.float32:
+        return None
+    parts = device.cost("depthwise", x, kernel, name), device.cost("product", x, spec.dim, (1, 1), name)
+    return spec.depth * sum(p["floor_us"] for p in parts) if all("floor_us" in p for p in parts) else None
 
 
 def convmixers(spec: Spec, device: Device) -> tuple[nn.Module, nn.Module]:
@@ -147,46 +181,72 @@ def convmixers(spec: Spec, device: Device) -> tuple[nn.Module, nn.Module]:
     return model.to(device.type).requires_grad_(False), fused.to(device.type).requires_grad_(False)
 
 
-def race(device: Device, store: Store, model: str, name: str, batch: int, compiled: str) -> None:
-    """The variants of one cell that are not there yet; one that fails is a record that says so."""
-    size = SPECS[model].image_size if model in SPECS else 224
+def networks(device: Device, model: str) -> tuple[nn.Module, nn.Module | None]:
+    """Plain and fused on the same weights in float32; a rival has no fused one."""
     if model in SPECS:
-        network, fused = convmixers(SPECS[model], device)
-    else:
-        network, fused = timm_models.create(model).to(device.type), None
+        return convmixers(SPECS[model], device)
+    return timm_models.create(model).to(device.type), None
+
+
+def race(device: Device, store: Store, cell: Cell, plain_and_fused: tuple[nn.Module, nn.Module | None]) -> None:
+    """The providers of one cell that are not there yet; one that fails is a record that says so."""
+    model, name, batch, _ = cell
+    network, fused = copy.deepcopy(plain_and_fused)
+    size, kind = SPECS[model].image_size if model in SPECS else 224, PRECISIONS[name].model
     torch.manual_seed(1)
     x = torch.randn(batch, 3, size, size, device=device.type)
     exact = network.double()(x[:2].double())
-    network.float()
+    x, network = x.to(kind), network.to(kind)
+    fused = None if fused is None else fused.to(kind)
     with precision(device, name, False):
         of_eager = (network(x[:2]).double() - exact).abs().max().item()
     allowed = 2 * of_eager + 16 * _EPS[name] * exact.abs().max().item()
-    section, common = section_of(model), {"model": model, "batch": batch, "dtype": name}
+    backend = "cuda" if device.cuda else backends.select("depthwise_block", x, "gelu")
     with torch.inference_mode():
-        for provider, benchmark, make in variants(device, network, fused, x, compiled):
-            if store.has(section, {**common, "provider": provider}):
-                continue
+        for provider in missing(device, store, cell):
             if device.over:
                 return
-            record: dict[str, Any] = {**common, "provider": provider, "kind": provider.split(",")[0].split()[0]}
+            if device.left < _COMPILING.get(provider, 0) and not device.dry:
+                say(f"{model} b{batch} {name} {provider}: left out, there is no time to compile it")
+                continue
+            record: dict[str, Any] = {"model": model, "batch": batch, "dtype": name, "provider": provider}
+            record |= {**described(provider, backend), "kind": provider.split(",")[0].split()[0]}
             record |= {"note": "", "allowed": allowed, "peak_gflops": {}}
             try:
-                with precision(device, name, benchmark), device.backend_of(provider):
-                    call = make()
+                with precision(device, name, "cudnn.benchmark" in provider), device.backend_of(provider):
+                    call = made(device, provider, network, fused, x)
                     record["error"] = error = (call()[:2].double() - exact).abs().max().item()
-                    if not error <= allowed:
+                    record["match"] = error <= allowed
+                    if not record["match"]:
                         raise ArithmeticError(f"error {error:.2g} against float64, allowed are {allowed:.2g}")
                     record |= {**timed(device, call), "memory": device.memory(call)}
             except Exception as failure:  # out of memory, no compiler, a wrong result: the others still run
                 record["status"] = "wrong" if isinstance(failure, ArithmeticError) else "failed"
-                store.failed(section, record, failure)
+                store.failed(section_of(model), record, failure)
             else:
-                record |= {"status": "timed", "ms_per_image": record["ms"] / batch}
-                record["images_per_s"] = 1e3 / record["ms_per_image"]
-                if model in SPECS:
-                    record["gflops"] = SPECS[model].flop * record["images_per_s"] / 1e9
-                store.add(section, record)
-            say(f"{model} b{batch} {name} {provider}: {record.get('images_per_s', record['note'])}")
+                store.add(section_of(model), {**record, **rates(device, record), "status": "timed"})
+            say(f"{model} b{batch} {name} {provider}: {record.get('ms', record['note'])} ms")
+
+
+def missing(device: Device, store: Store, cell: Cell) -> list[str]:
+    """The providers of a cell that can run here, and have no row."""
+    model, name, batch, providers = cell
+    key = {"model": model, "batch": batch, "dtype": name}
+    wanted = [p for p in providers if model in SPECS or not p.startswith("fused")]
+    wanted = [p for p in wanted if device.cuda or not p.startswith("fused triton")]
+    return [p for p in wanted if not store.has(section_of(model), {**key, "provider": p})]
+
+
+def rates(device: Device, record: dict[str, Any]) -> dict[str, Any]:
+    batch, ms, kind = record["batch"], record["ms"], PRECISIONS[record["dtype"]].kind
+    found = {"ms_per_image": ms / batch, "images_per_s": 1e3 * batch / ms}
+    if record["model"] not in SPECS:
+        gmac = next(n.gmac for n in timm_models.NETWORKS if n.name == record["model"])
+        return {**found, "gflops": 2 * gmac * found["images_per_s"]}
+    spec = SPECS[record["model"]]
+    found |= {"gflops": spec.flop * batch / ms * 1e-6, "gb_per_s": spec.bytes(batch, kind.itemsize) / ms * 1e-6}
+    floor = floor_us(device, spec, batch, kind)
+    return found if floor is None else {**found, "percent_of_floor": floor / ms / 10}
 
 
 def section_of(model: str) -> str:
@@ -198,19 +258,26 @@ def main(arguments: list[str] | None = None) -> int:
     device = opened(options)
     if device is None:
         return 2
-    store, cells = Store(device, options), DRY if device.dry else CELLS
+    store, cells = Store(device, options, goals.NETWORK), DRY if device.dry else CELLS
     if not device.dry and timm_models.why_absent() is not None:
         say(f"the rivals are left out: {timm_models.why_absent()}")
         cells = [cell for cell in cells if cell[0] in SPECS]
-    for model, name, batch, compiled in cells:
+
+    @functools.cache
+    def networks_of(model: str) -> tuple[nn.Module, nn.Module | None]:
+        return networks(device, model)
+
+    for cell in cells:
         if device.over:
             say(f"{options.seconds:.0f} s are over: the remaining networks are left out")
             break
         try:
-            with torch.no_grad():
-                race(device, store, model, name, batch, compiled)
+            if missing(device, store, cell):
+                with torch.no_grad():
+                    race(device, store, cell, networks_of(cell[0]))
         except Exception as failure:  # the reference does not fit
-            say(f"{model} b{batch} {name}: {reason(failure)}")
+            say(f"{' '.join(map(str, cell[:3]))}: {reason(failure)}")
+    store.tell_goals()
     timed_rows = [row for row in store.rows("models") if row["status"] == "timed"]
     wrong = [row for row in store.rows("models") if row["kind"] == "fused" and row["status"] != "timed"]
     return 1 if wrong or not timed_rows else 0

@@ -12,18 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.device import Device, Store, flags, opened, parser, race, say
-from cmx_kernels import backends, cost_model, ops
+from benchmarks.gpu import goals
+from benchmarks.gpu.device import KINDS, Device, flags, opened, parser, race, rated, say
+from benchmarks.gpu.store import Store
+from cmx_kernels import backends, ops
 
 MODELS = ((1536, 32, 7), (768, 32, 7), (1024, 16, 14))  # channels, pixels on a side, patch
-CASES = [  # op, (n, c, size, patch), dtype
-    *[("pointwise_block", (n, c, size, 1), "bfloat16") for n in (64, 1, 8, 256) for c, size, _ in MODELS],
-    *[("pointwise_block", (64, c, size, 1), d) for c, size, _ in MODELS for d in ("float16", "float32")],
-    *[("patch_embed", (64, c, size, p), d) for c, size, p in MODELS for d in ("bfloat16", "float32")],
-    *[("pool_head", (n, c, size, 1), "bfloat16") for n in (64, 1) for c, size, _ in MODELS],
-    *[("pointwise_block", (64, 384, size, 1), "bfloat16") for size in (7, 14, 56)],
+CASES = [  # op, (n, c, size, patch), dtype: what has goals first
+    *[("pointwise_block", (n, c, size, 1), "bf16") for n in (64, 1, 8, 256) for c, size, _ in MODELS],
+    *[("pointwise_block", (64, c, size, 1), d) for c, size, _ in MODELS for d in ("fp16", "fp32", "tf32")],
+    *[("patch_embed", (64, c, size, p), d) for c, size, p in MODELS for d in ("bf16", "fp32", "tf32")],
+    *[("pool_head", (n, c, size, 1), "bf16") for n in (64, 1) for c, size, _ in MODELS],
+    *[("pointwise_block", (64, 384, size, 1), "bf16") for size in (7, 14, 56)],
 ]
-DRY = [(op, (2, 8, 4, 2 if op == "patch_embed" else 1), "bfloat16") for op in dict.fromkeys(c[0] for c in CASES)]
+DRY = [
+    (op, (2, 8, 4, 2 if op == "patch_embed" else 1), dtype)
+    for op, dtype in dict.fromkeys((op, dtype) for op, _, dtype in CASES)
+]
 _CLASSES = 1000
 
 
@@ -50,9 +55,10 @@ def arguments_of(device: Device, op: str, case: tuple[int, int, int, int], kind:
     return normal(n, c_in, size * patch, size * patch), weight, normal(c), normal(c), normal(c)
 
 
-def providers(device: Device, op: str, x: Tensor, weight: Tensor, *vectors: Tensor) -> dict[str, Callable[[], Tensor]]:
+def providers(
+    device: Device, op: str, backend: str, x: Tensor, weight: Tensor, *vectors: Tensor
+) -> dict[str, Callable[[], Tensor]]:
     last = x.contiguous(memory_format=torch.channels_last)
-    backend = "cuda" if device.cuda else backends.select(op, x, "gelu")
 
     def ours(x: Tensor, backend: str = backend) -> Callable[[], Tensor]:
         def call() -> Tensor:
@@ -75,36 +81,37 @@ def providers(device: Device, op: str, x: Tensor, weight: Tensor, *vectors: Tens
     return found
 
 
-def predicted(device: Device, op: str, case: tuple[int, int, int, int], dtype: str) -> dict[str, Any]:
-    """As ops.predicted: the cost model's kernel and time for a matrix product in 16 bits."""
-    known = cost_model.named(device.name)
-    if known is None or op == "pool_head" or dtype == "float32":
-        return {}
+def key_of(op: str, case: tuple[int, int, int, int], dtype: str) -> dict[str, Any]:
+    return {"op": op, "shape": "{0}x{1}x{2}x{2}, {3}".format(*case), "dtype": dtype}
+
+
+def cost(device: Device, op: str, case: tuple[int, int, int, int], dtype: str) -> dict[str, Any]:
+    """As Device.cost, which has products of 16 bits; those of float32 are torch's, and have no floor here."""
     n, c, size, patch = case
-    x = (n, 3 if op == "patch_embed" else c, size * patch, size * patch)
-    p = cost_model.product(known, x, c, (patch, patch), dtype)
-    return {"kernel": p.kernel, "predicted_us": p.predicted_us}
+    if op == "pool_head":
+        itemsize = KINDS[dtype].itemsize
+        return {"flop": 2.0 * n * c * _CLASSES, "bytes": float(itemsize * (n * c * size**2 + (n + c) * _CLASSES))}
+    x = n, 3 if op == "patch_embed" else c, size * patch, size * patch
+    found = device.cost("product", x, c, (patch, patch), "float16" if dtype == "fp16" else "bfloat16")
+    if KINDS[dtype] == torch.float32 and found:
+        return {"flop": found["flop"], "bytes": 2 * found["bytes"]}
+    return found
 
 
 def measure(device: Device, record: dict[str, Any], case: tuple[int, int, int, int]) -> None:
-    (n, _, size, _), op = case, record["op"]
-    kind = getattr(torch, record["dtype"])
+    op, dtype = record["op"], record["dtype"]
+    kind = KINDS[dtype]
     args = arguments_of(device, op, case, kind)
-    flop = 2.0 * n * args[1].numel() * (1 if op == "pool_head" else size * size)
-    record |= predicted(device, op, case, record["dtype"])
     exact = eager(op, args[0][:2].double(), *(a.double() for a in args[1:]))
-    with flags():
+    backend = "cuda" if device.cuda else backends.select(op, args[0], "gelu")
+    with flags(tf32=dtype == "tf32"):
         of_eager = (eager(op, args[0][:2], *args[1:]).double() - exact).abs().max().item()
         allowed = 2 * of_eager + 4 * torch.finfo(kind).eps * exact.abs().max().item()
-        calls = providers(device, op, *args)
-        us = race(device, calls, exact, allowed, record, unchecked="cuBLAS")
-    record["us"] = us
-    if "fused" in us:
-        record["tflop_per_s"] = flop / us["fused"] * 1e-6
-        for key, kind_of, factor in (("speedup", "eager", 1), ("percent_of_cublas", "cuBLAS", 100)):
-            others = [value for name, value in us.items() if name.startswith(kind_of)]
-            if others:
-                record[key] = factor * min(others) / us["fused"]
+        us = race(device, providers(device, op, backend, *args), exact, allowed, record, unchecked="cuBLAS")
+    rated(record, us, cost(device, op, case, dtype), backend)
+    products = [value for name, value in us.items() if name.startswith("cuBLAS")]
+    if "fused" in us and products:
+        record["percent_of_cublas"] = 100 * min(products) / us["fused"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,15 +119,16 @@ def main(arguments: list[str] | None = None) -> int:
     device = opened(options)
     if device is None:
         return 2
-    store, section = Store(device, options), "gpu_product"
-    for op, case, dtype in DRY if device.dry else CASES:
-        record: dict[str, Any] = {"op": op, "shape": "{0}x{1}x{2}x{2}, {3}".format(*case), "dtype": dtype}
-        if store.has(section, record):
+    section = "gpu_product"
+    cases = {(op, case, dtype): key_of(op, case, dtype) for op, case, dtype in (DRY if device.dry else CASES)}
+    store = Store(device, options, goals.PRODUCT, section, cases.values())
+    for (op, case, dtype), key in cases.items():
+        if store.has(section, key):
             continue
         if device.over:
             say(f"{options.seconds:.0f} s are over: the remaining cases are left out")
             break
-        record["note"] = ""
+        record = {**key, "note": ""}
         try:
             measure(device, record, case)
         except Exception as error:  # a kernel that fails must not cost the other rows
@@ -128,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             store.add(section, record)
         say(f"{op} {case} {dtype}: " + (", ".join(f"{n} {v:.1f}" for n, v in record.get("us", {}).items())))
+    store.tell_goals()
     return int(any("fused" not in row.get("us", {}) for row in store.rows(section)))
 
 

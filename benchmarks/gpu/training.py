@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.training [--seconds 480] [--device cpu --dry-run]
 
-256/8 on 32 x 32 images as on CIFAR-10, 768/32 on 224 x 224. Gradients of the first step are held against float64, as in
-benchmarks/training.py.
+256/8 on 32 x 32 images as on CIFAR-10, the others on 224 x 224. Gradients of the first step are held against float64,
+as in benchmarks/training.py.
 """
 
 import functools
@@ -15,17 +15,23 @@ import torch
 from torch import Tensor
 
 from benchmarks import steps
-from benchmarks.gpu.device import Device, Store, flags, opened, parser, say
+from benchmarks.gpu import goals
+from benchmarks.gpu.device import Device, described, flags, opened, parser, say
 from benchmarks.gpu.network import timed
+from benchmarks.gpu.store import Store
 from benchmarks.networks import DTYPES, SPECS, Spec, plain
 from benchmarks.training import PROVIDERS
 
-CELLS = [  # model, dtype (bf16: autocast), batch
-    *(("convmixer_256_8_ks5_p2", dtype, 512) for dtype in ("bf16", "fp32")),
-    *(("convmixer_768_32", dtype, 64) for dtype in ("bf16", "fp32")),
-    *(("convmixer_768_32", "bf16", batch) for batch in (16, 32, 128)),
-    *(("convmixer_256_8_ks5_p2", "bf16", batch) for batch in (64, 128, 2048)),
+_WIDE, _DEEP, _SMALL, _CIFAR = goals.WIDE, goals.DEEP, goals.SMALL, "convmixer_256_8_ks5_p2"
+CELLS = [  # model, dtype (bf16: autocast), batch: what has goals first
+    *((model, "bf16", 64) for model in (_WIDE, _DEEP, _SMALL)),
+    (_CIFAR, "bf16", 512),
+    *((model, "bf16", batch) for batch in (32, 128) for model in (_DEEP, _SMALL, _WIDE)),
+    *((_CIFAR, "bf16", batch) for batch in (64, 128, 2048)),
+    *((model, "fp32", batch) for model, batch in ((_CIFAR, 512), (_DEEP, 64), (_SMALL, 64), (_WIDE, 64))),
+    (_DEEP, "bf16", 16),
 ]
+DRY = [("tiny", "fp32", 2), ("tiny", "bf16", 2), ("tiny", "bf16", 3)]
 
 
 def largest_error(device: Device, spec: Spec, weights: Path, provider: str, dtype: str, truth: Any) -> float:
@@ -54,11 +60,13 @@ def step(device: Device, spec: Spec, weights: Path, provider: str, dtype: str, b
     x = torch.randn(batch, 3, spec.image_size, spec.image_size, device=device.type)
     feed = x, torch.arange(batch, device=device.type) % spec.classes
     runner.run(feed)
+    runner.model.zero_grad(set_to_none=True)  # so that gradients are counted as memory of the step
     used = device.memory(lambda: runner.run(feed))
     found = timed(device, lambda: runner.run(feed))
     rate = batch / found["ms"] * 1e3
+    moved = 3 * spec.bytes(batch, DTYPES[dtype].itemsize)
     return {**found, "memory": used, "images_per_s": rate, "ms_per_image": found["ms"] / batch,
-            "gflops": 3 * spec.flop * rate / 1e9}  # fmt: skip
+            "gflops": 3 * spec.flop * rate / 1e9, "gb_per_s": moved / found["ms"] * 1e-6}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = opened(options)
     if device is None:
         return 2
-    store = Store(device, options)
-    cells = [("tiny", "fp32", 2), ("tiny", "bf16", 2)] if device.dry else CELLS
+    store = Store(device, options, goals.TRAINING)
+    cells, backend = DRY if device.dry else CELLS, "cuda" if device.cuda else "cpu"
     ours = ("fused", "fused triton") if device.cuda else ("fused",)
     quick = [(*cell, provider) for cell in cells for provider in (*PROVIDERS, *ours[1:]) if provider != "inductor"]
     slow = [] if device.dry else [(*cell, "inductor") for cell in cells]  # a minute each
@@ -93,11 +101,13 @@ def main(arguments: list[str] | None = None) -> int:
             key = {"model": model, "batch": batch, "dtype": dtype, "provider": provider}
             if device.over or store.has("training", key):
                 continue
-            record: dict[str, Any] = {**key, "kind": provider.split()[0], "note": "", "peak_gflops": {}}
+            record: dict[str, Any] = {**key, **described(provider, backend), "kind": provider.split()[0], "note": ""}
+            record["peak_gflops"] = {}
             try:
                 record["allowed"] = allowed = 2 * error_of(model, dtype, "eager") + 8 * torch.finfo(DTYPES[dtype]).eps
                 record["error"] = error = error_of(model, dtype, provider)
-                if not error <= allowed:
+                record["match"] = error <= allowed
+                if not record["match"]:
                     raise ArithmeticError(f"gradients are off by {error:.2g}, allowed are {allowed:.2g}")
                 with device.backend_of(provider):
                     record |= step(device, SPECS[model], weights_of(model), provider, dtype, batch)
@@ -107,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 store.add("training", {**record, "status": "timed"})
             say(f"{model} b{batch} {dtype} {provider}: {record.get('images_per_s', record['note'])} images/s")
+    store.tell_goals()
     return int(any(row["kind"] == "fused" and row["status"] != "timed" for row in store.rows("training")))
 
 

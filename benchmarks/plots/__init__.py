@@ -12,9 +12,8 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from benchmarks.machine import title
-from benchmarks.plots import accuracy, kernels, networks
-from benchmarks.plots.style import STYLE
+from benchmarks.machine import header, title
+from benchmarks.plots import accuracy, kernels, networks, style
 
 PICTURES = {
     "throughput": networks.throughput,
@@ -30,16 +29,14 @@ PICTURES = {
 
 def draw(paths: Sequence[Path]) -> list[Path]:
     """Draw what the files hold; returns what was written."""
-    content = _joined([json.loads(path.read_text()) for path in paths])
-    about, written = content["machine"], []
-    versions = [f"{package} {version}" for package, version in about["versions"].items()]
-    with pyplot.rc_context(STYLE):
+    contents = [json.loads(path.read_text()) for path in paths]
+    content, written = _joined(contents), []
+    about = [line for one in contents for line in header(one["machine"])]
+    with pyplot.rc_context(style.STYLE):
         for name, picture in PICTURES.items():
             figure = picture(content)
             if figure is not None:
-                shown = versions if figure.get_figwidth() > 8 else versions[:1]
-                text = "   ".join([title(about), *shown, about["date"][:10]])
-                figure.text(0.01, 0.006, text, fontsize=6.5, color="#777777")
+                style.footer(figure, dict.fromkeys(about))
                 written.append(paths[0].with_name(f"{paths[0].stem}_{name}.png"))
                 figure.savefig(written[-1], dpi=110)
                 pyplot.close(figure)

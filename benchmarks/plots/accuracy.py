@@ -3,12 +3,12 @@
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from benchmarks.plots import style
+from benchmarks.plots import records, style
 from benchmarks.plots.style import Content
 
 
 def accuracy(content: Content) -> Figure | None:
-    rows = content.get("rivals", ())
+    rows = records.rivals(content)
     if not rows:
         return None
     columns = list(dict.fromkeys((row["dtype"], row["batch"]) for row in rows))

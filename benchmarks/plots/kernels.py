@@ -1,16 +1,22 @@
 """Pictures of kernels: speed-up against kernel size, roofline, where the time of a network goes."""
 
 import statistics
+from collections.abc import Mapping
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from benchmarks.networks import SPECS
-from benchmarks.plots import style
+from benchmarks.plots import records, style
 from benchmarks.plots.style import Content
 
-_OPS = {"depthwise_block": "o", "depthwise_layer": "s", "pointwise_block": "^"}
-_INK = {"fp32": "#3f88c5", "bf16": "#d1495b", "fp16": "#e09f3e"}
+_OPS = {"depthwise_block": "o", "depthwise_layer": "s", "pointwise_block": "^", "patch_embed": "D", "pool_head": "P"}
+_INK = {"fp32": "#3f88c5", "tf32": "#00798c", "bf16": "#d1495b", "fp16": "#e09f3e"}
+_LINES = {"fused": "-", "fused channels_last": ":", "fused triton": "--"}
+_FILLS = {"fused": "full", "fused channels_last": "left", "fused triton": "none"}
+_BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend, to the right of its axes
 _PARTS = {
     "depthwise": "#d1495b",
     "pointwise": "#3f88c5",
@@ -21,53 +27,68 @@ _PARTS = {
 
 
 def speedup(content: Content) -> Figure | None:
-    """Of a depthwise block over plain PyTorch in its best layout: the middle of all shapes, and their range."""
-    rows = [row for row in content.get("ops", ()) if row["op"] == "depthwise_block"]
+    """Of a depthwise block over PyTorch in its best way: the middle of all shapes, and their range."""
+    rows = [row for row in records.operators(content) if row["op"] == "depthwise_block" and "x_best" in row]
     if len(style.kinds(rows, "k")) < 3:
         return None
-    figure, grid = style.grid(1, 1, "Depthwise block: times faster than plain PyTorch", (6.4, 4.2))
+    peers = "best of eager, cudnn.benchmark, Inductor" if "gpu_ops" in content else "plain PyTorch"
+    figure, grid = style.grid(1, 1, f"Depthwise block: times faster than {peers}", (8.2, 4.2))
     axes = grid[0][0]
-    for dtype in style.kinds(rows, "dtype"):
-        groups = {k: [r["x_best"] for r in rows if (r["k"], r["dtype"]) == (k, dtype)] for k in style.kinds(rows, "k")}
-        sizes = sorted(k for k in groups if groups[k])
-        middle = [statistics.geometric_mean(groups[k]) for k in sizes]
-        axes.plot(sizes, middle, "o-", color=_INK[dtype], label=style.DTYPES[dtype])
-        axes.fill_between(sizes, *([f(groups[k]) for k in sizes] for f in (min, max)), color=_INK[dtype], alpha=0.15)
-    style.log_scale(axes, style.kinds(rows, "k"), "plain / fused")
+    for dtype, name in dict.fromkeys((row["dtype"], row["provider"]) for row in rows):
+        mine = [row for row in rows if (row["dtype"], row["provider"]) == (dtype, name)]
+        sizes = sorted(style.kinds(mine, "k"))
+        groups = [[row["x_best"] for row in mine if row["k"] == k] for k in sizes]
+        label = style.DTYPES[dtype] if name == "fused" else f"{style.DTYPES[dtype]}, {name}"
+        middle = list(map(statistics.geometric_mean, groups))
+        axes.plot(sizes, middle, "o", linestyle=_LINES[name], color=_INK[dtype], label=label)
+        if name == "fused":
+            axes.fill_between(sizes, *(list(map(f, groups)) for f in (min, max)), color=_INK[dtype], alpha=0.15)
+    style.log_scale(axes, style.kinds(rows, "k"), "PyTorch / fused")
     axes.axhline(1, color="#222222", linewidth=1)
     axes.set_xlabel("kernel size k")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8, **_BESIDE)
     return figure
 
 
 def roofline(content: Content) -> Figure | None:
     """GFLOP/s against FLOP a byte: every operator that was timed, under the ceilings of the machine."""
     ceilings = content["machine"].get("ceilings", {})
-    rows = [row for row in content.get("ops", ()) if "gflops" in row]
+    rows = [row for row in records.operators(content) if "gflops" in row]
     if not rows or "copy" not in ceilings:
         return None
-    figure, grid = style.grid(1, 1, "Roofline: operators alone, tensors moved once", (6.8, 4.6))
+    figure, grid = style.grid(1, 1, "Roofline: operators alone, tensors moved once", (8.2, 4.6))
     axes = grid[0][0]
     x = [row["flop"] / row["bytes"] for row in rows]
     ends = [min(x) / 2, max(x) * 2]
-    for dtype in style.kinds(rows, "dtype"):
-        for op, marker in _OPS.items():
-            of_op = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
-            points = [row["flop"] / row["bytes"] for row in of_op], [row["gflops"] for row in of_op]
-            if of_op:
-                axes.loglog(*points, marker, color=_INK[dtype], markersize=5, label=f"{op}, {style.DTYPES[dtype]}")
-        if dtype in ceilings:
-            knee = ceilings[dtype] / ceilings["copy"]
-            roof = [ends[0], knee, ends[1]]
-            axes.loglog(
-                roof, [min(ceilings[dtype], i * ceilings["copy"]) for i in roof], color=_INK[dtype], linewidth=1
-            )
-            axes.text(ends[1], ceilings[dtype] * 1.05, f"{style.DTYPES[dtype]} peak", ha="right", fontsize=8)
+    for op, dtype, name in dict.fromkeys((row["op"], row["dtype"], row["provider"]) for row in rows):
+        mine = [row for row in rows if (row["op"], row["dtype"], row["provider"]) == (op, dtype, name)]
+        points = [row["flop"] / row["bytes"] for row in mine], [row["gflops"] for row in mine]
+        axes.loglog(*points, _OPS[op], color=_INK[dtype], markersize=5, fillstyle=_FILLS[name])
+    dtypes = style.kinds(rows, "dtype")
+    for dtype in [dtype for dtype in dtypes if dtype in ceilings]:
+        knee = ceilings[dtype] / ceilings["copy"]
+        roof = sorted([ends[0], min(max(knee, ends[0]), ends[1]), ends[1]])
+        axes.loglog(roof, [min(ceilings[dtype], i * ceilings["copy"]) for i in roof], color=_INK[dtype], linewidth=1)
     axes.set_xlabel("FLOP a byte (input, output and weight moved once)")
     axes.set_ylabel("GFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        style.readable(axis)
     axes.grid(which="both", color="#eeeeee")
-    axes.legend(frameon=False, fontsize=8)
+    _key(axes, style.kinds(rows, "op"), dtypes, style.providers(rows), ceilings)
     return figure
+
+
+def _key(axes: Axes, ops: list[str], dtypes: list[str], names: list[str], ceilings: Mapping[str, float]) -> None:
+    """Colours are dtypes, with their ceilings; markers are operators; fillings are providers."""
+    point = {"linestyle": "", "markersize": 5, "color": "#555555"}
+    lines = [
+        Line2D([], [], color=_INK[d], label=style.DTYPES[d] + (f", peak {ceilings[d]:.3g}" if d in ceilings else ""))
+        for d in dtypes
+    ]
+    lines += [Line2D([], [], marker=_OPS[op], label=op, **point) for op in ops]
+    if len(names) > 1:
+        lines += [Line2D([], [], marker="o", fillstyle=_FILLS[name], label=name, **point) for name in names]
+    axes.legend(handles=lines, frameon=False, fontsize=8, **_BESIDE)
 
 
 def breakdown(content: Content) -> Figure | None:
@@ -88,7 +109,7 @@ def breakdown(content: Content) -> Figure | None:
         axes.set_xlabel("milliseconds")
     figure.legend(
         handles=[Patch(color=colour, label=part) for part, colour in _PARTS.items()],
-        loc="outside lower right",
+        loc="upper right",
         ncols=len(_PARTS),
         frameon=False,
         fontsize=9,
@@ -97,11 +118,17 @@ def breakdown(content: Content) -> Figure | None:
 
 
 def training(content: Content) -> Figure | None:
-    """Memory that a training step takes, and its time, against the batch size: a column a model and dtype."""
+    """Memory that a training step takes, and its time, against the batch size: a column a model and dtype.
+
+    Those with one batch size only where no other has more."""
     rows = style.timed(content, "training")
     if not rows:
         return None
-    columns = list(dict.fromkeys((row["model"], row["dtype"]) for row in rows))
+    batches: dict[tuple[str, str], set[int]] = {}
+    for row in rows:
+        batches.setdefault((row["model"], row["dtype"]), set()).add(row["batch"])
+    most = max(map(len, batches.values()))
+    columns = [column for column, found in batches.items() if len(found) > 1 or most == 1]
     size = (4.3 * len(columns) + 1.2, 6.4)
     figure, grid = style.grid(2, len(columns), "Training step: forward, backward, AdamW", size)
     for j, (model, dtype) in enumerate(columns):
