@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cmx_kernels import registry
 
-KERNELS = ("ffma", "mma", "mma_plane")
+KERNELS = ("ffma", "mma", "mma_plane", "mma_last")
 TILES = ("128x128", "64x64", "64x32", "wgmma")  # of the matrix product by mma.sync; by wgmma
 DTYPES = ("float32", "float16", "bfloat16")
 TERMS = ("memory", "issue", "tensor", "ffma", "shared")

@@ -26,7 +26,7 @@ MODES = {
     "address": "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "thread": "-O1 -g1 -fsanitize=thread",
 }
-KERNELS = ("ffma", "mma", "mma_plane")
+KERNELS = ("ffma", "mma", "mma_plane", "mma_last")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTS = ("none", "relu", "gelu", "gelu_tanh")
 ORDERS = range(6)  # forward, reverse, random; then the same with cp.async arriving at once
@@ -110,7 +110,8 @@ def link(read: tuple[str, ...], *arguments: str) -> Path:
 
 
 SOURCES = (
-    "csrc/cuda/depthwise_fwd_mma.cu",  # the longest first
+    "csrc/cuda/depthwise_fwd_mma_last.cu",  # the longest first
+    "csrc/cuda/depthwise_fwd_mma.cu",
     "csrc/cuda/depthwise_fwd_mma_plane.cu",
     "csrc/cuda/depthwise_fwd_ffma.cu",
     "csrc/cuda/depthwise_bwd_mma.cu",
@@ -180,6 +181,12 @@ def launched(found: ctypes.CDLL) -> dict[str, int]:
     return {name: found.cmx_launched(ctypes.c_void_p(address)) for name, address in kernels.items() if name}
 
 
+def channels_last(t: Tensor) -> Tensor:
+    """The same numbers, densely; unlike torch's own form also where a dimension has the size 1."""
+    n, c, h, w = t.shape
+    return torch.empty(n, h, w, c, dtype=t.dtype).permute(0, 3, 1, 2).copy_(t)
+
+
 class NoPlan(Exception):
     """This kernel does not take this shape."""
 
@@ -201,10 +208,13 @@ def depthwise(
     order: int = 0,
     multiprocessors: int = 1,
 ) -> Tensor:
-    """One kernel on CPU tensors. ``out`` may have strides of its own; vectors are float32.
+    """One kernel on CPU tensors. ``out`` may have strides of its own; vectors are float32. Without it x is laid out as
+    mma_last wants it.
 
     affine [3, C] of x, after in_act. moments [2, C]: y = conv(x) + bias, and here the moments of act(y).
     """
+    if kernel == "mma_last" and out is None:
+        x = channels_last(x)
     y = torch.full_like(x, torch.nan) if out is None else out
     pointers = [None if t is None else t.data_ptr() for t in (x, weight, y, bias, scale, shift, affine)]
     p = _Forward(

@@ -45,6 +45,17 @@ def test_depthwise_without_tensor_cores() -> None:
         assert cost_model.depthwise(gpu, (64, 1536, 32, 32), (9, 9)).kernel == kernel
 
 
+def test_depthwise_channels_last() -> None:
+    """Tensor cores where FFMA does not keep up with memory; 16 channels a block where two of them fit."""
+    for gpu, kernel in (("RTX 4090", "ffma"), ("L40S", "ffma"), ("A100", "mma_last"), ("H200", "mma_last")):
+        p = cost_model.depthwise(gpu, (64, 1536, 32, 32), (9, 9), channels_last=True)
+        assert p.kernel == kernel
+        assert p.floor_us == pytest.approx(cost_model.depthwise(gpu, (64, 1536, 32, 32), (9, 9)).floor_us)
+    assert cost_model.depthwise("H200", (64, 768, 32, 32), (7, 7), channels_last=True).threads == 256
+    assert cost_model.depthwise("A100", (64, 768, 32, 32), (7, 7), channels_last=True).threads == 128
+    assert cost_model.depthwise("H200", (64, 768, 32, 32), (7, 7), "float32", channels_last=True).kernel == "ffma"
+
+
 def test_depthwise_backward() -> None:
     """Three tensors read, one written; tensor cores for the ConvMixers where FFMA does not keep up with memory."""
     elements = 64 * 1536 * 32 * 32

@@ -80,6 +80,9 @@ def test_instructions(lines: list[str]) -> None:
             if "bwd" in name:
                 assert facts["load16"] > 0, f"{arch} {name} has no 16-byte load"
                 continue
+            if "last" in name:  # transposed on its way
+                assert facts["load16"] > 0, f"{arch} {name} has no 16-byte load"
+                continue
             # an even window starts in the middle of 16 bytes: 8 at a time
             even = "plane" not in name and name.rstrip(">").endswith(("2", "4"))
             assert facts["copy16"] > 0 or even, f"{arch} {name} has no 16-byte cp.async"
@@ -100,7 +103,7 @@ def test_chained_kernels(lines: list[str]) -> None:
 def test_every_instantiation_is_there(lines: list[str]) -> None:
     kernels = _kernels(lines)
     names = {name for _, name in kernels}
-    depthwise = 2 * 3 * 5 + 2 * 2 * 4 + 2 * 2 * 2 + 2 * 2
+    depthwise = 2 * 3 * 5 + 2 * (2 * 2 * 4) + 2 * 2 * 2 + 2 * 2
     product, other = 2 * (2 * 3 + 1) + 2 * 2, 3 * 3 + 2 * 2 + 3 * 4
     assert len(names) == depthwise + product + other
     assert set(kernels) == {(arch, name) for arch in cuda_facts.ARCHS for name in names}

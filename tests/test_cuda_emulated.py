@@ -12,7 +12,8 @@ from torch import Tensor
 pytestmark = emulated.needs(emulated.library)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 HALVES = (BF16, F16)
-EVERY_KERNEL = [("ffma", F32), ("ffma", F16), ("ffma", BF16), ("mma", F16), ("mma", BF16)]
+EVERY_KERNEL = [("ffma", F32), *((kernel, dtype) for kernel in ("ffma", "mma", "mma_last") for dtype in HALVES)]
+PLANE_KERNEL = [("mma_plane", F16), ("mma_plane", BF16)]
 PLANES = [(n, 3, size, size, k, k) for n, size in ((1, 32), (5, 32), (1, 16), (5, 16)) for k in (7, 9)]
 VECTORS = (F32, F32, F32)
 ids = cases.name
@@ -35,6 +36,8 @@ def run(kernel: str, args: tuple, **options: object) -> Tensor:
 @pytest.mark.parametrize("shape", [s for s in cases.DEPTHWISE if s[0]], ids=ids)
 @pytest.mark.parametrize(("kernel", "dtype"), EVERY_KERNEL, ids=ids)
 def test_shapes(kernel: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if kernel == "mma_last" and shape[1] == 1:
+        pytest.skip("one channel is planes")
     args, expected = problem(shape, dtype)
     check(run(kernel, args, order=sum(shape) % 6), expected)
 
@@ -50,7 +53,7 @@ def test_planes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("kernel", "dtype"), EVERY_KERNEL, ids=ids)
 def test_thread_orders(kernel: str, dtype: torch.dtype) -> None:
     """Any thread order and any arrival of the copies give the same bits; more tiles a warp than stages."""
-    for shape in ((3, 2, 35, 38, 7, 7), (7, 2, 13, 9, 4, 5), (2, 1, 40, 33, 11, 19)):
+    for shape in ((3, 2, 35, 38, 7, 7), (7, 2, 13, 9, 4, 5), (2, 3, 40, 33, 11, 19)):
         args, expected = problem(shape, dtype)
         first = run(kernel, args)
         check(first, expected, f"{shape}")
@@ -77,14 +80,14 @@ def test_every_width(kernel: str, dtype: torch.dtype, width: int) -> None:
 
 @pytest.mark.parametrize("residual", (True, False))
 @pytest.mark.parametrize("act", cases.ACTS)
-@pytest.mark.parametrize(("kernel", "dtype"), [*EVERY_KERNEL, ("mma_plane", F16), ("mma_plane", BF16)], ids=ids)
+@pytest.mark.parametrize(("kernel", "dtype"), [*EVERY_KERNEL, *PLANE_KERNEL], ids=ids)
 def test_activations(kernel: str, dtype: torch.dtype, act: str, residual: bool) -> None:
     for shape in [(2, 3, 16, 16, 7, 7), (2, 3, 32, 32, 9, 9)] + [(2, 3, 9, 11, 5, 4)] * (kernel != "mma_plane"):
         args, expected = problem(shape, dtype, act, residual)
         check(run(kernel, args), expected, f"{shape}")
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), [*EVERY_KERNEL, ("mma_plane", F16), ("mma_plane", BF16)], ids=ids)
+@pytest.mark.parametrize(("kernel", "dtype"), [*EVERY_KERNEL, *PLANE_KERNEL], ids=ids)
 def test_integers_are_exact(kernel: str, dtype: torch.dtype) -> None:
     for n, h, w, kh, kw in ((2, 32, 32, 9, 9), (3, 16, 16, 7, 7)) + ((1, 19, 23, 8, 3),) * (kernel != "mma_plane"):
         x, weight = torch.randint(-3, 4, (n, 2, h, w)).to(dtype), torch.randint(-2, 3, (2, 1, kh, kw)).to(dtype)
@@ -93,7 +96,7 @@ def test_integers_are_exact(kernel: str, dtype: torch.dtype) -> None:
         check_equal(run(kernel, args), cases.formula(torch.float64, "depthwise_block", *args).to(dtype))
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), [*EVERY_KERNEL, ("mma_plane", F16), ("mma_plane", BF16)], ids=ids)
+@pytest.mark.parametrize(("kernel", "dtype"), [*EVERY_KERNEL, *PLANE_KERNEL], ids=ids)
 def test_affine_on_load(kernel: str, dtype: torch.dtype) -> None:
     """Rounded by the tensor cores; the padding stays zero; the residual is the same."""
     for shape in [(2, 3, 16, 16, 7, 7), (1, 3, 32, 32, 9, 9)] + [(2, 3, 9, 11, 5, 4), (1, 2, 36, 35, 3, 12)] * (
@@ -123,11 +126,13 @@ def surrounded(t: Tensor, value: float) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", ("sliced", "channels_last", "misaligned", "transposed"))
-@pytest.mark.parametrize(("kernel", "dtype"), [*EVERY_KERNEL, ("mma_plane", BF16)], ids=ids)
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [*(k for k in EVERY_KERNEL if k[0] != "mma_last"), ("mma_plane", BF16)], ids=ids
+)
 def test_layouts(kernel: str, dtype: torch.dtype, layout: str) -> None:
     """Reads nothing (NaN) and writes nothing (7) around the views."""
     if kernel != "ffma" and layout in ("channels_last", "transposed"):
-        pytest.skip("rows are not contiguous: ffma's")
+        pytest.skip("rows are not contiguous")
     if kernel == "mma_plane" and layout == "misaligned":
         pytest.skip("mma_plane takes aligned planes")
     shapes = [(2, 5, 17, 20, 7, 7), (3, 35, 9, 18, 4, 3)] if kernel != "mma_plane" else [(3, 2, 16, 16, 9, 9)]
@@ -150,12 +155,53 @@ def test_layouts(kernel: str, dtype: torch.dtype, layout: str) -> None:
             assert (memory[:, -1] == 7).all()
 
 
+def surrounded_last(t: Tensor, value: float, around: int) -> Tensor:
+    """channels_last with free strides for every dimension but C, inside memory full of `value`."""
+    n, c, h, w = t.shape
+    memory = torch.full((n + 1, h + 2, w + 2, c + 2 * around), value, dtype=t.dtype)
+    return memory[1:, 1:-1, 1:-1, around : around + c].permute(0, 3, 1, 2).copy_(t)
+
+
+@pytest.mark.parametrize("around", (0, 1, 2, 4, 8))
+def test_channels_last(around: int) -> None:
+    """Every size of access, blocks of 2 to 16 channels, groups that are not full; nothing around is touched."""
+    for c, h, w, kh, kw in (
+        *((c, 9, 11, 5, 4) for c in (2, 3, 4, 6, 8, 12, 16, 17, 20, 40)),
+        *((24, 17, 34, k, k) for k in (7, 13, 31)),
+    ):
+        (x, *rest), expected = problem((3, c, h, w, kh, kw), BF16)
+        out = surrounded_last(torch.full_like(x, torch.nan), 7.0, around)
+        check(run("mma_last", (surrounded_last(x, torch.nan, around), *rest), out=out), expected, f"{c} channels")
+        memory = out._base.clone()
+        memory[1:, 1:-1, 1:-1, around : around + c] = 7
+        assert (memory == 7).all(), f"{c} channels"
+
+
+def test_what_mma_last_refuses() -> None:
+    args, _ = problem((2, 3, 9, 11, 5, 4), BF16)
+    with pytest.raises(emulated.NoPlan):
+        emulated.depthwise("mma_last", *args, out=torch.empty_like(args[0]))
+    args, _ = problem((2, 3, 9, 11, 5, 4), F32)
+    with pytest.raises(emulated.NoPlan):
+        emulated.depthwise("mma_last", *args)
+
+
+def test_nonfinite_values_stay_in_their_channel() -> None:
+    x, *rest = problem((2, 20, 17, 18, 7, 7), BF16)[0]
+    first = run("mma_last", (x, *rest))
+    x[:, 11] = torch.nan
+    out = run("mma_last", (x, *rest))
+    assert out[:, 11].isnan().all()
+    assert torch.equal(out[:, torch.arange(20) != 11], first[:, torch.arange(20) != 11])
+
+
 @pytest.mark.parametrize("multiprocessors", (1, 3, 132))
 def test_splits(multiprocessors: int) -> None:
     """Every way the tiles of a channel are dealt to blocks and warps."""
     for kernel, shape in (
         ("mma_plane", (23, 2, 16, 16, 7, 7)),
         ("mma", (9, 1, 33, 5, 3, 3)),
+        ("mma_last", (9, 40, 33, 5, 3, 3)),
         ("ffma", (3, 2, 9, 9, 3, 3)),
     ):
         args, expected = problem(shape, BF16)
@@ -170,6 +216,7 @@ SPECIAL = (torch.inf, -torch.inf, torch.nan)
     ("kernel", "shape"),
     [("ffma", (1, 1, 40, 70, k, k)) for k in (5, 7, 12)]
     + [("mma", (1, 1, 40, 70, k, k)) for k in (5, 8, 13, 20, 31)]
+    + [("mma_last", (1, 2, 40, 70, k, k)) for k in (5, 13, 31)]
     + [("mma_plane", (1, 1, 32, 32, k, k)) for k in (7, 9)],
     ids=ids,
 )
@@ -186,7 +233,7 @@ def test_nonfinite(kernel: str, shape: tuple[int, ...], act: str) -> None:
         reach = (out.isfinite() == 0).nonzero()
         columns, rows = (reach[:, 3] - column).abs().max(), (reach[:, 2] - row).abs().max()
         window = max(2, (kw + 14) // 8)
-        assert rows <= shape[4] // 2 + (kernel == "mma")
+        assert rows <= shape[4] // 2 + (kernel in ("mma", "mma_last"))
         assert columns <= (kw // 2 if kernel == "ffma" else 4 * (window - 1) + 7)
 
 

@@ -62,6 +62,41 @@ PLANTED = {  # what: kernel, old, new, checker, what it says
     ),
     "does not wait at the end": ("mma", "  wait_for_copies<0>();\n", "", "values", "cp.async in flight"),
     "no barrier after the filter": ("mma", FILTER, FILTER[19:], "thread", "data race"),
+    "channels last: no barrier after the load": (
+        "mma_last",
+        "__syncthreads();  // x is there",
+        "",
+        "thread",
+        "data race",
+    ),
+    "channels last: no barrier before the store": (
+        "mma_last",
+        "__syncthreads();  // the results are there",
+        "",
+        "thread",
+        "data race",
+    ),
+    "channels last: no barrier before the next load": (
+        "mma_last",
+        "__syncthreads();  // the planes are free",
+        "",
+        "thread",
+        "data race",
+    ),
+    "channels last: loads beyond the last column": (
+        "mma_last",
+        " && column + 1 < s.w;",
+        ";",
+        "address",
+        "heap-buffer-overflow",
+    ),
+    "channels last: stores beyond the last column": (
+        "mma_last",
+        "if (column + 1 < s.w) put_piece",
+        "put_piece",
+        "address",
+        "heap-buffer-overflow",
+    ),
 }
 
 

@@ -58,13 +58,15 @@ def test_forward(kernel: str, dtype: torch.dtype, act: str) -> None:
         check(moments, problems.expect_moments(a, act), f"moments of {shape}")
 
 
-@pytest.mark.parametrize("kernel", ("mma", "mma_plane"))
+@pytest.mark.parametrize("kernel", ("mma", "mma_plane", "mma_last"))
 @pytest.mark.parametrize("dtype", (F16, BF16), ids=ids)
 def test_forward_on_tensor_cores(dtype: torch.dtype, kernel: str) -> None:
     """Moments of what is stored, for any deal of the tiles to warps and any order of threads."""
-    shapes = ((5, 2, 16, 16, 7, 7), (1, 2, 32, 32, 9, 9)) + ((3, 2, 9, 11, 5, 4), (2, 1, 40, 70, 3, 12)) * (
-        kernel == "mma"
+    shapes = ((5, 2, 16, 16, 7, 7), (1, 2, 32, 32, 9, 9)) + ((3, 2, 9, 11, 5, 4), (2, 3, 40, 70, 3, 12)) * (
+        kernel != "mma_plane"
     )
+    if kernel == "mma_last":
+        shapes += ((3, 37, 9, 11, 5, 4),)
     for shape in shapes:
         x, _, weight, bias, act = args = problems.depthwise_inputs(shape, dtype, affine=False)
         seen = []

@@ -42,7 +42,7 @@ inline constexpr NamedGpu kGpus[] = {
     {"RTX 4090", {89, 128, 99 << 10, 2.4, 0.92, 0.5}},
 };
 
-enum class DepthwiseKernel : int { ffma, mma, mma_plane };
+enum class DepthwiseKernel : int { ffma, mma, mma_plane, mma_last };
 
 // Cycles of one multiprocessor for the whole call, had it all of the work: memory, issue slots, pipes
 struct Cost {
@@ -129,6 +129,32 @@ inline Cost mma_cost(const DepthwiseShape& s, Act act, const MmaPlan& p, bool pl
   return c;
 }
 
+// channels_last: the same, and pairs of pixels that are brought, transposed and carried out again by pieces of channels, a
+// filter that is expanded for few tiles, and a cycle for each line of L1 that an access touches: one for every pixel.
+// Not modelled: blocks of less than 16 channels share the sectors of 32 bytes, which then come from L2 to each of them.
+inline Cost mma_last_cost(const DepthwiseShape& s, Act act, const MmaPlan& p, const Gpu& gpu) {
+  const Rates rates = rates_of(gpu);
+  const int pairs = (s.kh + 1) / 2, blocks = p.column_tiles + p.window - 1;
+  const double tiles = double(s.c) * p.units, values = 8.0 * p.column_tiles;
+  const double k16 = 2.0 * p.column_tiles * p.window * pairs, k8 = 4.0 * p.column_tiles;
+  const double ldsm = blocks * (pairs + 2), fragments = pairs * p.window;
+  const double in = p.images() * p.rows * blocks * 4 / 32.0, out = values / 2;  // a lane's pairs of pixels
+  const auto moved = [&](int bytes) { return 2 + 38 * 2.0 / bytes; };           // instructions for one of a channel
+  const double expand = fragments * 30 * p.splits / p.units;
+  Cost c{};
+  c.memory = memory_cycles(s, gpu);
+  c.issue = tiles *
+            (k16 + k8 + ldsm + fragments + in * moved(p.load_bytes) + out * moved(p.store_bytes) + values + 160 +
+             expand + values * (activation_instructions(act, s.dtype) + 1)) /
+            4;
+  c.tensor = tiles * (k16 + k8 * rates.k8) / rates.tensor;
+  c.shared = tiles * (ldsm * 4 + fragments * 2 + values / 2 + in + out + 2 * values * 32 / p.channels);
+  const double per_sm = std::fmin(blocks_that_fit(p, gpu), 16 / p.warps);
+  c.idle = idle_factor(p.blocks, gpu.multiprocessors * per_sm) * double(p.splits) *
+           std::ceil(double(p.units) / p.splits) / p.units;
+  return c;
+}
+
 struct DepthwiseChoice {
   DepthwiseKernel kernel;
   FfmaPlan ffma;
@@ -151,6 +177,10 @@ inline DepthwiseChoice choose_depthwise(const DepthwiseShape& s, const Memory& m
     if (cost.cycles() > best.cost.cycles() * (plane ? 1.0001 : 1)) continue;
     best.kernel = plane ? DepthwiseKernel::mma_plane : DepthwiseKernel::mma;
     best.mma = plan, best.cost = cost;
+  }
+  if (const MmaPlan plan = mma_last_plan(s, m, gpu); plan.blocks) {
+    const Cost cost = mma_last_cost(s, act, plan, gpu);
+    if (cost.cycles() < best.cost.cycles()) best.kernel = DepthwiseKernel::mma_last, best.mma = plan, best.cost = cost;
   }
   return best;
 }

@@ -34,6 +34,7 @@ int64_t depthwise_fwd_parts(const DepthwiseForward& p, const Gpu& gpu);
 cudaError_t depthwise_fwd_ffma(const DepthwiseForward& p, const FfmaPlan& plan, cudaStream_t stream);
 cudaError_t depthwise_fwd_mma(const DepthwiseForward& p, const MmaPlan& plan, cudaStream_t stream);
 cudaError_t depthwise_fwd_mma_plane(const DepthwiseForward& p, const MmaPlan& plan, cudaStream_t stream);
+cudaError_t depthwise_fwd_mma_last(const DepthwiseForward& p, const MmaPlan& plan, cudaStream_t stream);
 
 // da and x' are float32 for ffma, rounded to `dtype` for the tensor cores; sums are of dx as it is stored, of da in float32.
 // With da = (p * grad + q * (act(a) - mean) + r) * act'(a), zero beside the plane, and x' as in the forward pass:

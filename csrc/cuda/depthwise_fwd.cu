@@ -36,6 +36,7 @@ cudaError_t depthwise_fwd(const DepthwiseForward& p, const Gpu& gpu, cudaStream_
     case DepthwiseKernel::ffma: return depthwise_fwd_ffma(p, choice.ffma, stream);
     case DepthwiseKernel::mma: return depthwise_fwd_mma(p, choice.mma, stream);
     case DepthwiseKernel::mma_plane: return depthwise_fwd_mma_plane(p, choice.mma, stream);
+    case DepthwiseKernel::mma_last: return depthwise_fwd_mma_last(p, choice.mma, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -36,14 +36,17 @@ __device__ __forceinline__ uint32_t bits_or_zero(const T* number, bool inside) {
   return inside ? get<uint16_t>(number) : 0u;
 }
 
-// This lane's two numbers of T for filter row `row` and block `b`: k = 2 (lane % 4) and the next, n = lane / 4.
-// TURNED: of the row from its end, padded as the gradient of the input is.
-template <class T, int WINDOW, bool TURNED = false>
+// This lane's two numbers of T in block `b` are of the taps kx and kx + 1: k = 2 (lane % 4) and the next, n = lane / 4.
+template <int WINDOW>
+__device__ __forceinline__ int first_tap(int b, int before, int lane) {
+  return 8 * b + 2 * (lane % 4) - lane / 4 - 4 * (WINDOW - 1) + before;
+}
+
+// Those of the filter row `row`
+template <class T, int WINDOW>
 __device__ __forceinline__ uint32_t toeplitz(const T* row, bool row_inside, int b, int kw, int lane) {
-  const int kx = 8 * b + 2 * (lane % 4) - lane / 4 - 4 * (WINDOW - 1) + (TURNED ? kw / 2 : (kw - 1) / 2);
-  const auto bits = [&](int tap) {
-    return bits_or_zero(row + (TURNED ? kw - 1 - tap : tap), row_inside && tap >= 0 && tap < kw);
-  };
+  const int kx = first_tap<WINDOW>(b, (kw - 1) / 2, lane);
+  const auto bits = [&](int tap) { return bits_or_zero(row + tap, row_inside && tap >= 0 && tap < kw); };
   return bits(kx) | bits(kx + 1) << 16;
 }
 
@@ -77,17 +80,56 @@ __device__ __forceinline__ Where where(int unit, const MmaPlan& plan, int images
   return {group * images, (row_of_tiles - group * plan.tiles_y) * rows, (unit - row_of_tiles * plan.tiles_x) * columns};
 }
 
+// Calls f(shared address, image, row, column) for this lane's blocks of 8 columns: 4 rows x 8 blocks at a time
+template <class G, class F>
+__device__ __forceinline__ void each_block(unsigned char* stage, const Where& at, const DepthwiseShape& s,
+                                           const MmaPlan& plan, int lane, const F& f) {
+  const int block = lane % 8, x = at.x - G::LEFT + 8 * block;
+  if (block >= G::BLOCKS) return;
+#pragma unroll 1  // the code is already long
+  for (int image = 0; image < G::IMAGES; ++image) {
+    unsigned char* to =
+        stage + image * 2 * plan.half_plane + row_offset(lane / 8, plan.half_plane, G::PITCH) + 16 * block;
+#pragma unroll 2
+    for (int r = lane / 8; r < plan.rows; r += 4, to += G::FOUR_ROWS) f(to, at.n + image, at.y + r - (s.kh - 1) / 2, x);
+  }
+}
+
+// Calls f(shared address, image, row, column) for this lane's blocks of 8 results
+template <class G, class F>
+__device__ __forceinline__ void each_result(const unsigned char* tile, const Where& at, const DepthwiseShape& s,
+                                            const MmaPlan& plan, int lane, const F& f) {
+  constexpr int NT = G::NT;
+#pragma unroll
+  for (int i = 0; i < G::IMAGES; ++i) {
+    const unsigned char* from = tile + i * 2 * plan.half_plane +
+                                row_offset(lane / NT + (s.kh - 1) / 2, plan.half_plane, G::PITCH) + lane % NT * 16;
+#pragma unroll 2
+    for (int r = lane / NT; r < G::ROWS; r += 32 / NT, from += 8 / NT * G::FOUR_ROWS)
+      if (at.n + i < s.n && at.y + r < s.h) f(from, at.n + i, at.y + r, at.x + lane % NT * 8);
+  }
+}
+
 // The filter [kh][kw] of a channel -> Toeplitz fragments [pair of filter rows][block][lane], by all warps of a block.
-// TURNED by 180 degrees, for the gradient of the input.
+// TURNED by 180 degrees and padded as the gradient of the input is.
 template <class T, int WINDOW, bool TURNED>
 __device__ __forceinline__ void expand_filter(uint2* filter, const T* weight, int kh, int kw, int warp, int warps,
                                               int lane) {
-  for (int i = warp; i < (kh + 1) / 2 * WINDOW; i += warps) {
-    const int ky = i / WINDOW * 2, b = i % WINDOW;
-    const auto fragment = [&](int row) {
-      return toeplitz<T, WINDOW, TURNED>(weight + (TURNED ? kh - 1 - row : row) * kw, row < kh, b, kw, lane);
-    };
-    filter[i * 32 + lane] = make_uint2(fragment(ky), fragment(ky + 1));
+  constexpr int NEXT = TURNED ? -1 : 1;  // from a tap to the next
+  const T* const first = TURNED ? weight + kh * kw - 1 : weight;
+#pragma unroll 1
+  for (int b = 0; b < WINDOW; ++b) {
+    const int kx = first_tap<WINDOW>(b, TURNED ? kw / 2 : (kw - 1) / 2, lane);
+    const bool one = kx >= 0 && kx < kw, other = kx + 1 >= 0 && kx + 1 < kw;
+#pragma unroll 4
+    for (int pair = warp; 2 * pair < kh; pair += warps) {
+      const T* const tap = first + NEXT * (2 * pair * kw + kx);
+      const T* const below = tap + NEXT * kw;
+      const bool two = 2 * pair + 1 < kh;
+      filter[(pair * WINDOW + b) * 32 + lane] =
+          make_uint2(bits_or_zero(tap, one) | bits_or_zero(tap + NEXT, other) << 16,
+                     bits_or_zero(below, one && two) | bits_or_zero(below + NEXT, other && two) << 16);
+    }
   }
 }
 
@@ -173,6 +215,16 @@ __device__ __forceinline__ void affine_on_load(void* shared, int from, int to, c
   put(shared, make_uint4(word[0], word[1], word[2], word[3]));
 }
 
+// x' of a tile, on the blocks that each_block gives to this lane
+template <class T, class G>
+__device__ __forceinline__ void affine_on_tile(unsigned char* tile, const Where& at, const InputAffine& affine,
+                                               const DepthwiseForward& p, const MmaPlan& plan, int lane) {
+  const DepthwiseShape& s = p.shape;
+  each_block<G>(tile, at, s, plan, lane, [&](unsigned char* to, int n, int y, int x) {
+    if (n < s.n && y >= 0 && y < s.h) affine_on_load<T>(to, -x, s.w - x, affine, p.in_act);
+  });
+}
+
 // Moments of eight outputs as they were stored, of which `valid` exist
 template <class T>
 __device__ __forceinline__ void add_moments(RunningMoments& moments, const uint4& words, int valid, Act act) {
@@ -190,6 +242,60 @@ __device__ __forceinline__ ChannelConstants constants_of(const DepthwiseForward&
   return {p.bias ? p.bias[c] : 0.f, p.scale ? p.scale[c] : 1.f, p.shift ? p.shift[c] : 0.f};
 }
 
+// The block of one channel, by a warp, on x' of a tile in shared memory: the results take the place of the rows that their
+// residuals come from, column x0 first.
+template <class T, class G>
+__device__ __forceinline__ void convolve_tile(unsigned char* tile, const uint2* filter, const ChannelConstants& k,
+                                              const DepthwiseForward& p, const MmaPlan& plan, int lane) {
+  constexpr int NT = G::NT;
+  const int pairs = (p.shape.kh + 1) / 2, before = (p.shape.kh - 1) / 2;
+  const uint32_t own[2] = {identity<T>(0, G::OFFSET, lane), identity<T>(1, G::OFFSET, lane)};
+  float shift4[4];
+  four_registers(shift4, k.shift);
+  // ldmatrix: lane i brings row i % 16 of the product, of filter row i / 16 of a pair
+  const int m = lane % 16, second = lane / 16, image = G::IMAGES == 2 ? m / 8 * 2 * plan.half_plane : 0;
+  const auto at_row = [&](int r) { return image + row_offset(row_of<G::IMAGES>(m) + r, plan.half_plane, G::PITCH); };
+  const int pair_at[2] = {at_row(second), at_row(second + 2)};
+  // results: this lane's rows m = lane / 4 and m + 8 of a product
+  const int other = G::IMAGES == 2 ? 2 * plan.half_plane : 8 * G::PITCH;
+
+  const uint32_t tile_address = shared_address(tile);
+  float acc[2][NT][4];  // rows S(m), and S(m) + 2
+#pragma unroll
+  for (int i = 0; i < 2 * NT * 4; ++i) (&acc[0][0][0])[i] = k.bias;
+
+  convolve<T, G>(acc, tile_address, pair_at, filter, pairs, lane);
+  if (!p.partials) activate<T, 2 * NT * 4>(&acc[0][0][0], p.act);
+
+#pragma unroll
+  for (int set = 0; set < 2; ++set) {
+    uint32_t in[G::OWN_BLOCKS + 1][2];
+    if (p.residual) {
+#pragma unroll
+      for (int b = 0; b < G::OWN_BLOCKS; b += 2) {  // two blocks at once; the last may be alone
+        uint32_t two[4];
+        load_matrices(
+            two, tile_address + at_row(before + 2 * set) + 16 * (G::OWN + b + (b + 1 < G::OWN_BLOCKS ? second : 0)));
+        in[b][0] = two[0], in[b][1] = two[1], in[b + 1][0] = two[2], in[b + 1][1] = two[3];
+      }
+    }
+    __syncwarp();
+    const int to_row = row_offset(row_of<1>(lane / 4) + before + 2 * set, plan.half_plane, G::PITCH);
+#pragma unroll
+    for (int i = 0; i < NT; ++i) {
+      float rest[4] = {shift4[0], shift4[1], shift4[2], shift4[3]};
+      if (p.residual) {
+        multiply_k8<T>(rest, in[i], &own[0], rest);
+        if (G::OFFSET) multiply_k8<T>(rest, in[i + 1], &own[1], rest);
+      }
+      unsigned char* const to = tile + to_row + 16 * i + 4 * (lane % 4);
+      const float* const v = acc[set][i];
+      put(to, pack<T>(fmaf(v[0], k.scale, rest[0]), fmaf(v[1], k.scale, rest[1])));
+      put(to + other, pack<T>(fmaf(v[2], k.scale, rest[2]), fmaf(v[3], k.scale, rest[3])));
+    }
+  }
+}
+
 // This warp's part of its channel's moments
 __device__ __forceinline__ void store_moments(const RunningMoments& moments, const DepthwiseForward& p, int part, int c,
                                               int lane) {
@@ -201,6 +307,25 @@ __device__ __forceinline__ void store_moments(const RunningMoments& moments, con
 template <class Kernel, class Parameters>
 cudaError_t launch_mma(Kernel kernel, const Parameters& p, const MmaPlan& plan, cudaStream_t stream) {
   return launch(kernel, {plan.blocks, 32 * plan.warps, plan.shared_bytes, stream}, p, plan);
+}
+
+template <class T, int NT, class F>
+cudaError_t dispatch_window(const MmaPlan& plan, const F& run) {
+  switch (plan.window) {
+    case 2: return run.template operator()<T, NT, 2>();
+    case 3: return run.template operator()<T, NT, 3>();
+    case 4: return run.template operator()<T, NT, 4>();
+    case 5: return run.template operator()<T, NT, 5>();
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// run<T, NT, WINDOW>() of the call's dtype and the plan's tile
+template <class F>
+cudaError_t dispatch_tile(const DepthwiseForward& p, const MmaPlan& plan, const F& run) {
+  if (p.shape.dtype == Dtype::bfloat16)
+    return plan.column_tiles == 2 ? dispatch_window<bf16, 2>(plan, run) : dispatch_window<bf16, 4>(plan, run);
+  return plan.column_tiles == 2 ? dispatch_window<fp16, 2>(plan, run) : dispatch_window<fp16, 4>(plan, run);
 }
 
 }  // namespace cmx

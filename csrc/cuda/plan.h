@@ -32,6 +32,7 @@ struct Memory {
   bool x_rows, y_rows;           // neighbours in a row are neighbours in memory
   bool x_planes, y_planes;       // and rows follow each other without a gap
   bool channels_last;            // x and y: neighbouring channels are neighbours in memory
+  int x_pixels, y_pixels;        // then bytes, up to 16, that divide the address and the strides n, h and w
 };
 
 inline int alignment_of(const void* address, const Strides& s, int64_t element) {
@@ -46,6 +47,8 @@ inline Memory memory_of(const void* x, const Strides& xs, const void* y, const S
   m.x_rows = xs.w == 1, m.y_rows = ys.w == 1;
   m.x_planes = m.x_rows && (xs.h == s.w || s.h == 1), m.y_planes = m.y_rows && (ys.h == s.w || s.h == 1);
   m.channels_last = s.c > 1 && xs.c == 1 && ys.c == 1 && !(m.x_rows && m.y_rows);
+  m.x_pixels = alignment_of(x, {xs.n, xs.w, xs.h, 1}, element);
+  m.y_pixels = alignment_of(y, {ys.n, ys.w, ys.h, 1}, element);
   return m;
 }
 
@@ -189,7 +192,8 @@ inline BackwardPlan backward_plan(const DepthwiseShape& s, const Memory& m, cons
   return b;
 }
 
-// ---- tensor cores: depthwise_fwd_mma.cu and, for whole planes of 16x16 and 32x32, depthwise_fwd_mma_plane.cu
+// ---- tensor cores: depthwise_fwd_mma.cu and, for whole planes of 16x16 and 32x32, depthwise_fwd_mma_plane.cu;
+// ---- for channels_last depthwise_fwd_mma_last.cu
 
 struct MmaPlan {
   static constexpr int kWarps = 4;   // of a block, or fewer; each has its own tile
@@ -198,8 +202,13 @@ struct MmaPlan {
   static constexpr int kBlocksPerSm = 4;   // what registers and shared memory allow for the planes
   static constexpr int kWaves = 4;         // so many rounds of blocks even out their ends, where there is work enough
   static constexpr int kUnitsOfAWarp = 4;  // fewer do not pay for reading and expanding the filter
+  // channels_last, channels of a block: a sector of memory, or fewer until two blocks fit a multiprocessor, but not under 4
+  static constexpr int kChannels = 16, kFewChannels = 4;
+  static constexpr int kLastWarps = kChannels / 2;
+  static constexpr int kSkew = 64;  // bytes between planes of eight channels
 
-  int blocks, splits, warps;          // blocks = channels * splits
+  int blocks, splits, warps;          // blocks = channels * splits, or groups of channels * splits
+  int channels;                       // of a block, for channels_last; else 0: one
   int window;                         // blocks of 8 columns that 8 outputs and their taps lie in: 2 to 5
   int column_tiles;                   // 8 columns each: 4, or 2 where two images of 16x16 share a tile
   int tiles_y, tiles_x, units;        // tiles of a channel
@@ -209,7 +218,7 @@ struct MmaPlan {
 
   int tile_rows() const { return 8 * column_tiles; }
   int images() const { return 4 / column_tiles; }
-  int64_t parts() const { return int64_t(splits) * warps; }  // of a channel's moments
+  int64_t parts() const { return channels ? units : int64_t(splits) * warps; }  // of a channel's moments
   int pitch() const { return ((column_tiles + window - 1) | 1) * 16; }
 };
 
@@ -217,23 +226,29 @@ constexpr bool mma_plane_kernel(int kh, int kw) { return kh == kw && (kh == 7 ||
 
 inline int common_bytes(int a, int b) { return std::min(a & -a, b & -b); }
 
-// Enough blocks for the GPU, enough work for each
-inline void split_units(MmaPlan& p, const DepthwiseShape& s, const Gpu& gpu) {
-  p.warps = std::min(MmaPlan::kWarps, p.units);
-  const int64_t wanted = ceil_div(int64_t(MmaPlan::kWaves) * MmaPlan::kBlocksPerSm * gpu.multiprocessors, s.c);
-  const int64_t most = std::max<int64_t>(1, p.units / (p.warps * MmaPlan::kUnitsOfAWarp));
+// Enough blocks for the GPU, enough work for each. `groups` of channels, of which a block takes `at_once` units at once
+inline void split_units(MmaPlan& p, int groups, int at_once, const Gpu& gpu) {
+  const int64_t wanted = ceil_div(int64_t(MmaPlan::kWaves) * MmaPlan::kBlocksPerSm * gpu.multiprocessors, groups);
+  const int64_t most = std::max<int64_t>(1, p.units / (at_once * MmaPlan::kUnitsOfAWarp));
   const int64_t at_least =
-      ceil_div(gpu.multiprocessors, s.c);  // few channels: rather short blocks than idle multiprocessors
+      ceil_div(gpu.multiprocessors, groups);  // few channels: rather short blocks than idle multiprocessors
   p.splits = static_cast<int>(
-      std::clamp<int64_t>(std::min(wanted, most), at_least, std::max<int64_t>(at_least, ceil_div(p.units, p.warps))));
-  p.splits = static_cast<int>(std::min<int64_t>(p.splits, ceil_div(p.units, p.warps)));
-  p.blocks = s.c * p.splits;
+      std::clamp<int64_t>(std::min(wanted, most), at_least, std::max<int64_t>(at_least, ceil_div(p.units, at_once))));
+  p.splits = static_cast<int>(std::min<int64_t>(p.splits, ceil_div(p.units, at_once)));
+  p.blocks = groups * p.splits;
 }
 
-inline bool mma_basics(const DepthwiseShape& s, const Memory& m) {
-  return s.dtype != Dtype::float32 && m.x_rows && m.y_rows &&
-         int64_t(s.n) * ceil_div(s.h, 16) * ceil_div(s.w, 16) < 1 << 30 && int64_t(s.c) * s.n < 1 << 30;
+// A channel a block, a tile a warp
+inline void split_units(MmaPlan& p, const DepthwiseShape& s, const Gpu& gpu) {
+  p.warps = std::min(MmaPlan::kWarps, p.units);
+  split_units(p, s.c, p.warps, gpu);
 }
+
+inline bool mma_sizes(const DepthwiseShape& s) {
+  return s.dtype != Dtype::float32 && int64_t(s.n) * ceil_div(s.h, 16) * ceil_div(s.w, 16) < 1 << 30 &&
+         int64_t(s.c) * s.n < 1 << 30;
+}
+inline bool mma_basics(const DepthwiseShape& s, const Memory& m) { return mma_sizes(s) && m.x_rows && m.y_rows; }
 
 // Tiles with their halo, of any size
 inline void mma_tiles(MmaPlan& p, const DepthwiseShape& s) {
@@ -264,6 +279,32 @@ inline MmaPlan mma_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu
   p.store_bytes = std::min(m.y_alignment, common_bytes(width, 16));
   split_units(p, s, gpu);
   fit_warps(p, (s.kh + 1) / 2 * p.window * 256, MmaPlan::kStages * p.stage_bytes, gpu);
+  return p;
+}
+
+inline int blocks_that_fit(const MmaPlan& p, const Gpu& gpu) {  // a multiprocessor's shared memory
+  return (gpu.shared_bytes + 1024) / (p.shared_bytes + 1024);
+}
+
+inline MmaPlan mma_last_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu) {
+  MmaPlan p{};
+  if (!mma_sizes(s) || !m.channels_last) return p;
+  mma_tiles(p, s);
+  const int channel_bytes = (s.kh + 1) / 2 * p.window * 256 + p.stage_bytes;
+  const auto with = [&](int channels) {
+    p.channels = channels;
+    p.shared_bytes = channels * channel_bytes + (channels - 1) / 8 * MmaPlan::kSkew;
+  };
+  with(MmaPlan::kChannels);
+  while (p.channels > MmaPlan::kFewChannels &&
+         (blocks_that_fit(p, gpu) < 2 || ceil_div(s.c, p.channels) * p.units < gpu.multiprocessors))
+    with(p.channels / 2);
+  while (p.channels > 1 && (blocks_that_fit(p, gpu) < 1 || p.channels / 2 >= s.c)) with(p.channels / 2);
+  if (blocks_that_fit(p, gpu) < 1) return p;
+  p.warps = p.channels > MmaPlan::kFewChannels ? p.channels / 2 : p.channels;
+  const int width = common_bytes(2 * s.c, 2 * p.channels);
+  p.load_bytes = std::min({16, m.x_pixels, width}), p.store_bytes = std::min({16, m.y_pixels, width});
+  split_units(p, static_cast<int>(ceil_div(s.c, p.channels)), 1, gpu);
   return p;
 }
 

@@ -190,6 +190,18 @@ __device__ __forceinline__ void multiply_k8(float (&d)[4], const uint32_t* a, co
 #endif
 }
 
+// The lower halves of two words in one, a's below; or the upper ones
+template <bool UPPER>
+__device__ __forceinline__ uint32_t halves(uint32_t a, uint32_t b) {
+#ifdef CMX_EMULATED
+  return UPPER ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
+#else
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "n"(UPPER ? 0x7632 : 0x5410));
+  return r;
+#endif
+}
+
 // 2^x to 2 ulp; results below 2^-126 become 0
 __device__ __forceinline__ float exp2_approx(float x) {
 #ifdef CMX_EMULATED

@@ -14,7 +14,7 @@ using namespace cmx;
 struct Call {  // as in tests/emulated.py
   DepthwiseForward p;
   Gpu gpu;
-  int kernel;  // 0 ffma, 1 mma, 2 mma_plane
+  int kernel;  // 0 ffma, 1 mma, 2 mma_plane, 3 mma_last
   int order;   // 0 forward, 1 reverse, 2 random; + 3: copies arrive at once
   unsigned seed;
   float* moments;  // [2][c] or null
@@ -48,12 +48,13 @@ CMX_SHOWN cmx_emulate(const Call* call, char* message, size_t size) {
       if (const cudaError_t error = depthwise_fwd_ffma(p, plan, nullptr)) return error;
       return final(plan.parts(p.shape));
     }
-    const MmaPlan plan = call->kernel == 1 ? mma_plan(p.shape, m, call->gpu) : mma_plane_plan(p.shape, m, call->gpu);
+    constexpr decltype(&mma_plan) plans[] = {mma_plan, mma_plane_plan, mma_last_plan};
+    constexpr decltype(&depthwise_fwd_mma) kernels[] = {depthwise_fwd_mma, depthwise_fwd_mma_plane,
+                                                        depthwise_fwd_mma_last};
+    const MmaPlan plan = plans[call->kernel - 1](p.shape, m, call->gpu);
     if (!plan.blocks) return -1;
     parts(plan.parts());
-    if (const cudaError_t error =
-            call->kernel == 1 ? depthwise_fwd_mma(p, plan, nullptr) : depthwise_fwd_mma_plane(p, plan, nullptr))
-      return error;
+    if (const cudaError_t error = kernels[call->kernel - 1](p, plan, nullptr)) return error;
     return final(plan.parts());
   } catch (const std::exception& e) {
     std::snprintf(message, size, "%s", e.what());

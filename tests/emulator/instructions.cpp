@@ -67,14 +67,16 @@ __global__ void instructions_kernel(const Input* in, uint32_t* out, int which) {
         memcpy(mine + 3 * i, v, 12);
       }
       break;
+    case 7: mine[0] = halves<false>(a[0], a[1]), mine[1] = halves<true>(a[0], a[1]); break;
   }
 }
 
 template <class T>
 static void run(const Input* in, uint32_t* out, const char* type) {
-  const char* names[] = {"mma.m16n8k16",     "mma.m16n8k8",       "cp.async.16+ldmatrix",      "cp.async.16 with zeros",
-                         "cp.async.8 and 4", "ex2, rcp, max.NaN", "cp.async.16+ldmatrix.trans"};
-  for (int which = 0; which < 7; ++which) {
+  const char* names[] = {
+      "mma.m16n8k16",     "mma.m16n8k8",       "cp.async.16+ldmatrix",       "cp.async.16 with zeros",
+      "cp.async.8 and 4", "ex2, rcp, max.NaN", "cp.async.16+ldmatrix.trans", "prmt"};
+  for (int which = 0; which < 8; ++which) {
     for (int i = 0; i < 32 * RESULTS; ++i) out[i] = 0;
     const Launch how{.grid = 1, .threads = 32, .shared_bytes = 4 * WORDS, .chained = false};
     if (launch(instructions_kernel<T>, how, in, out, which)) std::printf("%s: not launched\n", names[which]);

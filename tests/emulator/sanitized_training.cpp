@@ -56,7 +56,9 @@ static int forward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
   DepthwiseForward p{};
   p.x = x.get(), p.weight = weight.get(), p.y = y.get(), p.affine = affine.get();
   p.shape = {k.n, k.c, k.h, k.w, k.kh, k.kw, dtype};
-  p.x_stride = p.y_stride = {k.c * plane, plane, k.w, 1};
+  const bool last = kernel == DepthwiseKernel::mma_last;
+  p.x_stride = p.y_stride =
+      last ? Strides{k.c * plane, 1, int64_t(k.w) * k.c, k.c} : Strides{k.c * plane, plane, k.w, 1};
   const Memory m = memory_of(p.x, p.x_stride, p.y, p.y_stride, p.shape);
   Buffer<float> partials;
   int64_t parts = 0;
@@ -72,9 +74,13 @@ static int forward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
     check(depthwise_fwd_ffma(p, plan, nullptr));
   } else {
     const bool whole = kernel == DepthwiseKernel::mma_plane;
-    const MmaPlan plan = whole ? mma_plane_plan(p.shape, m, gpu) : mma_plan(p.shape, m, gpu);
+    const MmaPlan plan = last    ? mma_last_plan(p.shape, m, gpu)
+                         : whole ? mma_plane_plan(p.shape, m, gpu)
+                                 : mma_plan(p.shape, m, gpu);
     room(plan.parts());
-    check(whole ? depthwise_fwd_mma_plane(p, plan, nullptr) : depthwise_fwd_mma(p, plan, nullptr));
+    check(last    ? depthwise_fwd_mma_last(p, plan, nullptr)
+          : whole ? depthwise_fwd_mma_plane(p, plan, nullptr)
+                  : depthwise_fwd_mma(p, plan, nullptr));
   }
   check(moments_final(partials.get(), parts, k.c, moments.get(), nullptr));
   check(finish());
@@ -83,7 +89,7 @@ static int forward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
   for (int64_t i = 0; i < count; ++i) {
     const float wanted = 2 * float(x[i]) + 1;
     bad += !(float(y[i]) == wanted);
-    sum[i / plane % k.c] += wanted;
+    sum[last ? i % k.c : i / plane % k.c] += wanted;
   }
   for (int c = 0; c < k.c; ++c) bad += !(std::fabs(moments[c] - sum[c] / (k.n * plane)) < 1e-5);
   return report("forward", k, bad);
@@ -115,7 +121,8 @@ static int backward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
   const Buffer<float> partials = unknown<float>(splits * k.c * (taps + 3));
   p.partials = partials.get();
   check(tensor_cores ? depthwise_bwd_mma(p, mma, nullptr) : depthwise_bwd_ffma(p, plan, nullptr));
-  check(sums_final({p.partials, splits, {k.c * taps, k.c, 2 * k.c}, {dweight.get(), dbias.get(), sums.get()}}, nullptr));
+  check(
+      sums_final({p.partials, splits, {k.c * taps, k.c, 2 * k.c}, {dweight.get(), dbias.get(), sums.get()}}, nullptr));
   check(finish());
   std::vector<double> dw(k.c * taps), db(k.c), total(2 * k.c);
   int bad = 0;
@@ -202,6 +209,7 @@ int main(int count, char** names) {
           bad += forward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma);
         }
         if (order >= 3) continue;  // no cp.async in the others
+        if (wanted("forward") && k.c > 1) bad += forward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma_last);
         if (wanted("backward_ffma")) {
           bad += backward<float>(k, Dtype::float32, DepthwiseKernel::ffma);
           bad += backward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::ffma);
