@@ -68,6 +68,7 @@ def test_depthwise(monkeypatch: pytest.MonkeyPatch) -> None:
         gradients("ffma", dtype, 1, 2, 9, 13, k, k)
     for dtype, width, k in itertools.product(HALVES, (14, 35), (5, 13, 20, 28)):  # both tiles, all windows
         depthwise("mma", dtype, 3, 1, 11, width, 4, k)
+        depthwise("mma_last", dtype, 1, 8, 11, width, 4, k)
     for dtype, size, k in itertools.product(HALVES, (16, 32), (7, 9)):
         depthwise("mma_plane", dtype, 3, 1, size, size, k, k)
     for dtype, width in itertools.product(HALVES, (14, 35)):
