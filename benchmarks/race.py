@@ -145,11 +145,12 @@ class Arena:
         for result in results:
             self._check(result)
         self.results.update(zip(rows, results, strict=True))
-        take_turns(results, {row: self._lanes[row.provider, row.dtype] for row in self._present(rows)}, self._peaks,
-                   self.budget)  # fmt: skip
+        lanes = {row: self._lanes[row.provider, row.dtype] for row in self._present(rows)}
+        take_turns(results, lanes, self._peaks, self.budget)
         for result in results:
             self._done += self._turns_work(result.row)
             if result.status == "timed":
+                result.memory |= lanes[result.row].ask("memory_of_call")
                 rate, ms = result.row.batch / result.median, result.median * 1e3
                 calls = f"{ms:.1f} ms a call, spread {result.spread:.1%}, {len(result.seconds)} calls"
                 self._tell(f"{result.row}: {rate:.2f} images/s ({calls})")

@@ -167,6 +167,32 @@ def test_named_networks_are_all_that_is_trained() -> None:
     assert "convmixer_768_32" in found and "convmixer_256_8" not in found
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell a process its peak")
+def test_memory_is_that_of_a_steady_call(tmp_path: Path) -> None:
+    """A fused call adds two live activations at most, and no weights: those were packed in the call before."""
+    import torch
+
+    from benchmarks.lanes import Lane
+    from benchmarks.networks import SPECS, plain
+    from cmx_kernels import registry
+
+    if registry.C is None:
+        pytest.skip(str(registry.WHY_NO_C))
+    spec, batch = SPECS["convmixer_256_8_ks5_p2"], 2
+    weights = tmp_path / "weights.pt"
+    torch.save(plain(spec).state_dict(), weights)
+    photos = torch.randn(batch, 3, spec.image_size, spec.image_size)
+    lane = Lane("fused", "fp32", 2)
+    lane.ask("build", spec.name, weights, photos)
+    packed = lane.ask("check", photos, batch)["memory"]["packed"]
+    lane.ask("turn", 0.1)
+    call = lane.ask("memory_of_call")["call"]
+    lane.stop()
+    live = 4 * batch * spec.pixels * spec.dim / 2**20
+    rest = 1.0  # MiB: logits, and what the allocators round up to
+    assert packed > 2 * live + rest and call <= 2 * live + rest, (call, live, packed)
+
+
 def test_a_run_is_stored_and_compared(tmp_path: Path) -> None:
     """JSON, table and timm's columns; --benchmark-compare-fail passes against itself and fails against a faster run."""
     results = ROOT / "benchmarks" / "results"
