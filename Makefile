@@ -4,7 +4,7 @@
 #   VENV=.venv                where it is made; empty: use PYTHON and the packages it has, and download nothing
 #   TORCH=torch==2.13.0       another torch
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    the small CPU build of torch (PyPI's is the CUDA build: gigabytes)
-#   ARGS="-k depthwise"       more arguments for pytest: options, or the files to run
+#   ARGS="-k depthwise"       more arguments for pytest: options, or the files to run; make bench: ARGS="--providers all"
 #   CMX_BENCH=full            make bench: every provider, batch size and operator (hours; else about five minutes)
 #   PART=correct|ops|product|network|training    a part of make gpu-check; all of them if it is not given
 

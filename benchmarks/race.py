@@ -171,37 +171,41 @@ class Arena:
 
     def _build(self, results: Sequence[Result], ref: Reference) -> None:
         """Converting a model keeps one core busy, so providers build side by side, and nothing is timed meanwhile.
-        So does the float64 reference, if it is not known yet.
+        So does the float64 reference, if it is not known yet. Where several forms were built, one is chosen alone.
 
-        The dtypes of one provider build one after the other: they share the file it converted the model to.
+        The dtypes of one provider build one after the other, if they share the file it converted the model to.
         """
         for result in results:
             absent = PROVIDERS[result.row.provider].load().why_absent()
             if absent is not None:
                 result.status, result.note = "absent", absent
 
+        def ask(result: Result, *request: Any) -> Any:
+            try:
+                return self._lanes[result.row.provider, result.row.dtype].ask(*request)
+            except Failed as failure:
+                result.status, result.note = "failed", str(failure)
+
         def build(group: Sequence[Result]) -> None:
             for result in group:
-                row = result.row
-                try:
-                    photos = ref.photos[torch.arange(row.batch) % len(ref.photos)]
-                    lane = self._lanes[row.provider, row.dtype]
-                    result.settings = lane.ask("build", row.model, ref.weights, photos)
-                except Failed as failure:
-                    result.status, result.note = "failed", str(failure)
+                ask(result, "build", ref.model, ref.weights, photos)
 
-        # openvino and onnxruntime first, which take the longest
-        there = sorted((r for r in results if r.status != "absent"), key=lambda r: r.row.provider, reverse=True)
-        groups = [list(group) for _, group in groupby(there, key=lambda r: r.row.provider)]
-        alone = [group for group in groups if PROVIDERS[group[0].row.provider].alone]
+        def files(result: Result) -> tuple[str, str]:
+            return result.row.provider, "" if PROVIDERS[result.row.provider].files else result.row.dtype
+
+        photos = ref.photos[torch.arange(results[0].row.batch) % len(ref.photos)]
+        # openvino, onnxruntime and inductor first, which take the longest
+        there = sorted((r for r in results if r.status != "absent"), key=files, reverse=True)
+        groups = [list(group) for _, group in groupby(there, key=files)]
         with ThreadPoolExecutor(max(1, self.threads) + 1) as pool:
             request = ("exact", ref.model, ref.weights, ref.photos[: self.budget.exact])
             exact = None if len(ref.ref) else pool.submit(self._exact[0].ask, *request)
-            list(pool.map(build, [group for group in groups if group not in alone]))
+            list(pool.map(build, groups))
         if exact is not None:
             ref.ref = torch.from_numpy(exact.result())
-        for group in alone:
-            build(group)
+        for result in there:
+            if result.status == "timed":
+                result.settings = ask(result, "choose", photos) or {}
 
     def _check(self, result: Result) -> None:
         row, ref = result.row, self._references[result.row.model]

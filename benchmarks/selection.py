@@ -12,6 +12,7 @@ from benchmarks.peers import PROVIDERS
 from benchmarks.race import Row
 
 HERE = Path(__file__).parent
+_DEFAULT = [name for name, provider in PROVIDERS.items() if provider.by_default]
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -19,7 +20,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="everything (hours); the same as CMX_BENCH=full")
     group.addoption("--models", default=",".join(RELEASED), help=f"of {', '.join(SPECS)}; default: the released ones")
     group.addoption("--batches", help="batch sizes; default 1,8, with --full 1,8,32")
-    group.addoption("--providers", help=f"of {', '.join(PROVIDERS)}; default: all but inductor, with --full all")
+    group.addoption("--providers", help=f"of {', '.join(PROVIDERS)}; or all; default: all but inductor")
 
 
 def full(config: pytest.Config) -> bool:
@@ -29,10 +30,11 @@ def full(config: pytest.Config) -> bool:
 def network_rows(config: pytest.Config) -> list[Row]:
     """Rows of one race stand together."""
     models, batches = config.getoption("models").split(","), config.getoption("batches")
-    asked = config.getoption("providers")
-    for name in [*(asked or "").split(",")] if asked else []:
+    asked = config.getoption("providers") or ("all" if full(config) else ",".join(_DEFAULT))
+    providers = [*PROVIDERS] if asked == "all" else asked.split(",")
+    for name in providers:
         if name not in PROVIDERS:
-            raise pytest.UsageError(f"--providers: got {name!r}, wanted some of {', '.join(PROVIDERS)}")
+            raise pytest.UsageError(f"--providers: got {name!r}, wanted all, or some of {', '.join(PROVIDERS)}")
     for name in models:
         if name not in SPECS:
             raise pytest.UsageError(f"--models: got {name!r}, wanted some of {', '.join(SPECS)}")
@@ -42,8 +44,7 @@ def network_rows(config: pytest.Config) -> list[Row]:
         for batch in (batches or ("1,8,32" if full(config) else "1,8")).split(",")
         for dtype in ("fp32", "bf16")
         for provider in PROVIDERS.values()
-        if dtype in provider.dtypes
-        and (provider.name in asked.split(",") if asked else full(config) or not provider.only_full)
+        if dtype in provider.dtypes and provider.name in providers
     ]
 
 

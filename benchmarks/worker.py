@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import memory, reference, steps
 from benchmarks.networks import DTYPES, SPECS
-from benchmarks.peers import PROVIDERS, Runner
+from benchmarks.peers import PROVIDERS, Runner, fastest
 
 _COLD = 0.25  # seconds; a longer call reads its weights from memory anyway, and does not notice empty caches
 _CALLS = 20  # in a turn at most
@@ -26,15 +26,22 @@ class Worker:
     def __init__(self, provider: str, dtype: str, threads: int) -> None:
         self.module, self.provider, self.dtype, self.threads = PROVIDERS[provider].load(), provider, dtype, threads
         self.runner: Runner | None = None
+        self.choices: list[Runner] = []
         self.feed: Any = None
         self.last = 0.0  # seconds of the last call
         self.used: dict[str, float] | None = None  # memory of a call that is not the first
 
-    def build(self, model: str, weights: Path, photos: Tensor) -> dict[str, Any]:
-        """Build for the shape of ``photos``. Returns the settings."""
+    def build(self, model: str, weights: Path, photos: Tensor) -> None:
+        """Build for the shape of ``photos``."""
         self.runner = self.feed = self.used = None
         memory.give_back()
-        self.runner = self.module.build(SPECS[model], weights, self.dtype, photos)
+        built = self.module.build(SPECS[model], weights, self.dtype, photos)
+        self.choices = built if isinstance(built, list) else [built]
+
+    def choose(self, photos: Tensor) -> dict[str, Any]:
+        """The fastest of what was built, timed while nothing else runs. Returns its settings."""
+        several = len(self.choices) > 1
+        self.runner, self.choices = fastest(self.choices, photos) if several else self.choices[0], []
         return self.runner.settings
 
     def check(self, photos: Tensor, batch: int) -> dict[str, Any]:

@@ -184,6 +184,7 @@ def test_memory_is_that_of_a_steady_call(tmp_path: Path) -> None:
     photos = torch.randn(batch, 3, spec.image_size, spec.image_size)
     lane = Lane("fused", "fp32", 2)
     lane.ask("build", spec.name, weights, photos)
+    lane.ask("choose", photos)
     packed = lane.ask("check", photos, batch)["memory"]["packed"]
     lane.ask("turn", 0.1)
     call = lane.ask("memory_of_call")["call"]
