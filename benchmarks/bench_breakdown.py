@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import photos
-from benchmarks.networks import DTYPES, RELEASED, SPECS, plain
+from benchmarks.networks import DTYPES, QUICK_DTYPES, RELEASED, SPECS, plain
 from benchmarks.recording import CLOCK
 from cmx_kernels import ConvMixer, registry
 
@@ -23,7 +23,7 @@ PARTS = ("depthwise", "pointwise", "activation", "BatchNorm", "stem, pool, head,
 
 @pytest.mark.skipif(registry.C is None, reason="no native kernels, whose halves could be timed")
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES)
 @pytest.mark.parametrize("model", RELEASED)
 @torch.no_grad()
 def bench_parts(benchmark: Any, model: str, dtype: str, keep: Any, say: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.networks import DTYPES
+from benchmarks.networks import DTYPES, QUICK_DTYPES
 from benchmarks.recording import CLOCK
 from cmx_kernels.bench import in_turns
 
@@ -63,7 +63,9 @@ class Shape(NamedTuple):
 
 def _shapes() -> list[Shape]:
     kinds = [("pointwise_block", 1)] + [(op, k) for op in ("depthwise_block", "depthwise_layer") for k in KERNELS]
-    every = (Shape(op, k, n, *plane, dtype) for op, k in kinds for plane in PLANES for n in BATCHES for dtype in DTYPES)
+    every = (
+        Shape(op, k, n, *plane, dtype) for op, k in kinds for plane in PLANES for n in BATCHES for dtype in QUICK_DTYPES
+    )
     return [s for s in every if s.flop <= _MOST_FLOP and s.batch * s.c * s.h * s.w <= _MOST_ELEMENTS]
 
 

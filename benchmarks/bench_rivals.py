@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import photos, timm_models
-from benchmarks.networks import DTYPES, SPECS
+from benchmarks.networks import DTYPES, QUICK_DTYPES, SPECS
 from benchmarks.recording import CLOCK
 from cmx_kernels import create_model
 from cmx_kernels.bench import in_turns
@@ -48,7 +48,7 @@ NETWORKS = (
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES)
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.name)
 @torch.no_grad()
 def bench_network(benchmark: Any, network: Network, dtype: str, keep: Any, say: Any) -> None:

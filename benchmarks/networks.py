@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUICK_DTYPES = ("fp32", "bf16")  # plain PyTorch takes seconds to minutes for a float16 convolution on a CPU
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_training
-from benchmarks.networks import RELEASED, SPECS
+from benchmarks.networks import DTYPES, QUICK_DTYPES, RELEASED, SPECS
 from benchmarks.peers import PROVIDERS
-from benchmarks.race import Row
+from benchmarks.race import Row, crawls
 
 HERE = Path(__file__).parent
 _DEFAULT = [name for name, provider in PROVIDERS.items() if provider.by_default]
@@ -20,6 +20,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="everything (hours); the same as CMX_BENCH=full")
     group.addoption("--models", default=",".join(RELEASED), help=f"of {', '.join(SPECS)}; default: the released ones")
     group.addoption("--batches", help="batch sizes; default 1,8, with --full 1,8,32")
+    group.addoption("--dtypes", help=f"of {', '.join(DTYPES)}; default: {','.join(QUICK_DTYPES)}, with --full all")
     group.addoption("--providers", help=f"of {', '.join(PROVIDERS)}; or all; default: all but inductor")
 
 
@@ -38,14 +39,24 @@ def network_rows(config: pytest.Config) -> list[Row]:
     for name in models:
         if name not in SPECS:
             raise pytest.UsageError(f"--models: got {name!r}, wanted some of {', '.join(SPECS)}")
-    return [
+    rows = [
         Row(model, int(batch), dtype, provider.name)
         for model in models
         for batch in (batches or ("1,8,32" if full(config) else "1,8")).split(",")
-        for dtype in ("fp32", "bf16")
+        for dtype in _dtypes(config)
         for provider in PROVIDERS.values()
         if dtype in provider.dtypes and provider.name in providers
     ]
+    return [row for row in rows if row.batch == 1 or not crawls(row)]
+
+
+def _dtypes(config: pytest.Config) -> list[str]:
+    asked = config.getoption("dtypes")
+    found = asked.split(",") if asked else [*(DTYPES if full(config) else QUICK_DTYPES)]
+    for name in found:
+        if name not in DTYPES:
+            raise pytest.UsageError(f"--dtypes: got {name!r}, wanted some of {', '.join(DTYPES)}")
+    return found
 
 
 def reduce(config: pytest.Config, items: list[pytest.Item]) -> None:

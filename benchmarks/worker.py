@@ -45,7 +45,7 @@ class Worker:
         return self.runner.settings
 
     def check(self, photos: Tensor, batch: int) -> dict[str, Any]:
-        """Run over all photographs: the logits, and the warm-up."""
+        """Run over all photographs: the logits, the warm-up, and the seconds of the last call."""
         assert self.runner is not None
         logits = []
         for i in range(0, len(photos), batch):
@@ -53,7 +53,8 @@ class Worker:
             logits.append(self.runner.read(self._timed()[1]))
         # numpy: a tensor would travel in shared memory, which containers keep small
         model = self.runner.model
-        return {"logits": torch.cat(logits).numpy(), "memory": {} if model is None else memory.of_model(model)}
+        used = {} if model is None else memory.of_model(model)
+        return {"logits": torch.cat(logits).numpy(), "seconds": self.last, "memory": used}
 
     def exact(self, model: str, weights: Path, photos: Tensor) -> Any:
         return reference.exact_logits(model, weights, photos).numpy()

@@ -59,11 +59,11 @@ class Provider:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("eager", "eager", ("fp32", "bf16"), "eager"),
+        Provider("eager", "eager", ("fp32", "bf16", "fp16"), "eager"),
         Provider("eager channels_last", "eager_channels_last", ("fp32", "bf16"), "eager"),
         Provider("inductor", "inductor", ("fp32", "bf16"), "peer", by_default=False, files=False),
         Provider("onnxruntime", "onnx_runtime", ("fp32",), "peer"),
         Provider("openvino", "openvino_runtime", ("fp32", "bf16"), "peer"),
-        Provider("fused", "fused", ("fp32", "bf16"), "fused"),
+        Provider("fused", "fused", ("fp32", "bf16", "fp16"), "fused"),
     )
 }
