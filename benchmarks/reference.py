@@ -13,6 +13,16 @@ from benchmarks import photos
 from benchmarks.networks import DTYPES, SPECS, calibrated, plain_with
 
 
+def rule(exact: Tensor, plain: Tensor, out: Tensor, roundings: int = 16) -> tuple[float, float]:
+    """The largest error of ``out``, and what is allowed: twice that of ``plain`` in the same dtype, and eps.
+
+    eps: rounding the largest element so many times. plain may be right by luck, and sums have another order.
+    """
+    of_plain, error = ((y.double() - exact).abs().max().item() for y in (plain, out))
+    eps = torch.finfo(plain.dtype).eps / 2 * exact.abs().max().item()
+    return error, 2 * of_plain + roundings * eps
+
+
 @dataclass
 class Reference:
     model: str

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_training
+from benchmarks import bench_ops, bench_training
 from benchmarks.networks import DTYPES, QUICK_DTYPES, RELEASED, SPECS
 from benchmarks.peers import PROVIDERS
 from benchmarks.race import Row, crawls
@@ -67,8 +67,8 @@ def reduce(config: pytest.Config, items: list[pytest.Item]) -> None:
     named = {Path(argument.split("::")[0]).name for argument in config.args}
 
     def wanted(item: Any) -> bool:
-        trains = networks_only and item.path.name == "bench_training.py"
-        if trains and item.callspec.params["row"].model not in models.split(","):
+        network = _network(item)
+        if network is not None and (network not in models.split(",") if networks_only else network == "tiny"):
             return False
         return everything or item.path.name in named or _quick(item, networks_only)
 
@@ -78,12 +78,20 @@ def reduce(config: pytest.Config, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if item not in left_out]
 
 
+def _network(item: Any) -> str | None:
+    """The network that a row is of; None for a single operator."""
+    asked = item.callspec.params
+    if "network" in asked:
+        return asked["network"].name
+    return asked["row"].model if "row" in asked else asked.get("model")
+
+
 def _quick(item: Any, networks_only: bool) -> bool:
     name = item.path.name
     if networks_only or name in ("bench_models.py", "bench_rivals.py"):
         return name == "bench_models.py"
     if name == "bench_ops.py":
-        return item.callspec.params["shape"].quick
+        return bench_ops.quick(item.callspec.params["shape"])
     if name == "bench_training.py":
         return bench_training.quick(item.callspec.params["row"])
     return item.callspec.params["dtype"] == "fp32"  # bench_breakdown.py

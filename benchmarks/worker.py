@@ -91,8 +91,7 @@ class Worker:
 
     def _seconds(self) -> float:
         if self.used is None:
-            memory.give_back()
-            self.used = memory.of_call(self._timed)
+            self.used = memory.of_steady_call(self._timed)
         else:
             self._timed()
         return self.last
