@@ -47,14 +47,15 @@ def record(
 
     Args:
         backends: operator -> who ran it.
-        error, allowed: by the rule of reference.py; what is not finite is stored as None.
+        error, allowed: by the rule of reference.py; nan if nothing was checked. What is not finite is stored as None.
         memory: MiB, see memory.py.
         seconds: of a call; None if it was not timed, and there are no rates then.
         peaks: FLOP/s by dtype, and perhaps bytes/s as "copy".
     """
     found = {"provider": provider, "dtype": dtype, "layout": layout, "backends": dict(backends)}
     found |= {"versions": about()["versions"], "commit": about()["commit"]}
-    found |= {"match": error <= allowed, "error": _finite(error), "allowed": _finite(allowed)}  # nan matches nothing
+    found |= {"match": None if math.isnan(error) else error <= allowed}
+    found |= {"error": _finite(error), "allowed": _finite(allowed)}
     if seconds is None:
         return found
     limit = work.limit(dtype, peaks)

@@ -43,7 +43,7 @@ def record(result: Result, results: Mapping[Row, Result], times: int = 1) -> dic
     found |= fields.record(row.provider, row.dtype, settings.get("layout", ""), backends, *measured)
     if result.status in ("absent", "failed"):
         return found
-    found |= {"top1": "{}/{}".format(*result.top1), "settings": settings}
+    found |= {"match": result.status != "wrong", "top1": "{}/{}".format(*result.top1), "settings": settings}
     if not timed:
         return found
     found |= {
