@@ -194,6 +194,7 @@ def test_memory_is_that_of_a_steady_call(tmp_path: Path) -> None:
     assert packed > 2 * live + rest and call <= 2 * live + rest, (call, live, packed)
 
 
+@pytest.mark.slow
 def test_every_record_has_the_fields() -> None:
     """Of each file of rows, on something tiny."""
     results = ROOT / "benchmarks" / "results"
