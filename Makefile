@@ -4,8 +4,9 @@
 #   VENV=.venv                where it is made; empty: use PYTHON and the packages it has, and download nothing
 #   TORCH=torch==2.13.0       another torch
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    the small CPU build of torch (PyPI's is the CUDA build: gigabytes)
-#   ARGS="-k depthwise"       more arguments for pytest: options, or the files to run
+#   ARGS="-k depthwise"       more arguments for pytest: options, or the files to run; make bench: ARGS="--providers all"
 #   CMX_BENCH=full            make bench: every provider, batch size and operator (hours; else about five minutes)
+#   TORCHES="2.11.0 2.13.0"   make wheel-test: the torches under which one and the same wheel is tried
 #   PART=correct|ops|product|network|training    a part of make gpu-check; all of them if it is not given
 
 PYTHON ?= python3
@@ -14,13 +15,15 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
 PART ?= all
+TORCHES ?= 2.11.0 2.13.0
 
 SOURCES := setup.py pyproject.toml cmx_kernels/_build_info.py $(shell find csrc -type f)
 # not compiled: Python compiles what is imported, and all of torch and triton would take half a minute
 INSTALL := -m pip install --no-compile
 BUILD := -m pip install --no-build-isolation --no-deps --verbose -e .
+INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: test bench gpu-check wheel lint clean
+.PHONY: test bench gpu-check wheel wheel-test install-test lint clean
 .DELETE_ON_ERROR:
 
 ifeq ($(strip $(VENV)),)
@@ -50,7 +53,25 @@ gpu-check: $(READY)
 	$(RUN) -m benchmarks.gpu.check --part $(PART) --since $(BEGAN) $(ARGS)
 
 wheel: $(READY)
+	rm -rf dist
 	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# the wheel, built once, in an environment of its own for each torch; run outside of the sources
+wheel-test: $(TORCHES:%=wheel-under-torch-%)
+wheel-under-torch-%: wheel
+	$(PYTHON) -m venv --clear build/torch-$*
+	build/torch-$*/bin/python $(INSTALL) $(INDEX) torch==$* numpy
+	build/torch-$*/bin/python $(INSTALL) --no-deps dist/*.whl
+	cd build/torch-$* && bin/python ../../tests/smoke.py
+
+# as a user installs it: in isolation, against the torch that is there; then editable
+install-test:
+	$(PYTHON) -m venv --clear build/install
+	build/install/bin/python $(INSTALL) $(INDEX) "$(TORCH)" numpy
+	build/install/bin/python $(INSTALL) .
+	cd build/install && bin/python ../../tests/smoke.py
+	build/install/bin/python $(INSTALL) -e .
+	cd build/install && bin/python ../../tests/smoke.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -65,7 +86,7 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	@test -n "$(TORCH_INDEX)" || command -v nvidia-smi >/dev/null || \
 	  echo "No GPU here: TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the CPU build of torch, which is smaller."
-	$(RUN) $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(RUN) $(INSTALL) $(INDEX) "$(TORCH)"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch requirements/test.txt

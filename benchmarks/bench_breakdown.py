@@ -7,42 +7,54 @@ a block; what is left of the whole are stem, pool, head, Python and waiting for 
 import statistics
 import time
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import photos
-from benchmarks.networks import DTYPES, RELEASED, SPECS, plain
+from benchmarks import fields, machine, memory, photos, reference
+from benchmarks.networks import DTYPES, QUICK_DTYPES, RELEASED, SPECS, plain
+from benchmarks.peers import fused as fused_peer
 from benchmarks.recording import CLOCK
-from cmx_kernels import ConvMixer, registry
+from cmx_kernels import registry
 
 PARTS = ("depthwise", "pointwise", "activation", "BatchNorm", "stem, pool, head, rest")
 
 
 @pytest.mark.skipif(registry.C is None, reason="no native kernels, whose halves could be timed")
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model", RELEASED)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES)
+@pytest.mark.parametrize("model", [*RELEASED, "tiny"])
 @torch.no_grad()
 def bench_parts(benchmark: Any, model: str, dtype: str, keep: Any, say: Any) -> None:
     spec = SPECS[model]
     x = photos.photographs(spec.image_size)[:1].to(DTYPES[dtype])
     torch.manual_seed(0)
     network = plain(spec)
-    size = (spec.dim, spec.depth, spec.kernel_size, spec.patch_size, spec.classes)
-    fused = ConvMixer(*size, act_layer=spec.act, fused=True).eval().requires_grad_(False)
+    fused = fused_peer.network(spec).eval().requires_grad_(False)
     fused.load_state_dict(network.state_dict())
-    parts = {"eager": _plain(network.to(DTYPES[dtype]), x), "fused": _fused(fused.to(DTYPES[dtype]), x)}
-    for provider, found in parts.items():
+    exact = network.double()(x.double())
+    networks = {"eager": network.to(DTYPES[dtype]), "fused": fused.to(DTYPES[dtype])}
+    logits = {provider: net(x) for provider, net in networks.items()}
+    parts = {"eager": _plain, "fused": _fused}
+    for provider, net in networks.items():
+        error, allowed = reference.rule(exact, logits["eager"], logits[provider])
+        assert error <= allowed, f"{model} {dtype} {provider} is wrong: error {error:.2g}, allowed are {allowed:.2g}"
+        used = memory.of_steady_call(partial(net, x)) | memory.of_model(net)
+        backends = {"network": "torch"} if provider == "eager" else fields.backends_of(net, x)
+        found = parts[provider](net, x)
+        work = spec.work(1, DTYPES[dtype].itemsize)
+        measured = (error, allowed, used, work, sum(found.values()), machine.peaks())
         milliseconds = {part: found.get(part, 0.0) * 1e3 for part in PARTS}
-        record = {"model": model, "batch": 1, "dtype": dtype, "provider": provider, "ms": milliseconds}
+        record = {"model": model, "batch": 1, "ms": milliseconds}
+        record |= fields.record(provider, dtype, "NCHW", backends, *measured)
         keep("breakdown", record)
-        benchmark.extra_info[provider] = milliseconds
+        benchmark.extra_info[provider] = record
         say(None, f"{model} {dtype} {provider}: " + ", ".join(f"{k} {v:.1f} ms" for k, v in milliseconds.items() if v))
     benchmark.group = f"breakdown {model} {dtype}"
-    CLOCK.into(benchmark, [sum(parts["fused"].values())])
+    CLOCK.into(benchmark, [sum(found.values())])
 
 
 def _plain(network: nn.Module, x: Tensor) -> dict[str, float]:

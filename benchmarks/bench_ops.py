@@ -6,17 +6,18 @@ fused operator loses either way by more than noise. Both run in this process, in
 """
 
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.networks import DTYPES
+from benchmarks import fields, machine, memory, reference
+from benchmarks.layers import Layer, Shape
+from benchmarks.networks import DTYPES, QUICK_DTYPES
 from benchmarks.recording import CLOCK
 from cmx_kernels.bench import in_turns
 
@@ -27,101 +28,28 @@ PLANES = (
     *((768, 32, 32), (1024, 16, 16), (1536, 32, 32), (96, 7, 7), (96, 14, 14), (1536, 7, 7), (1536, 14, 14)),
 )
 BATCHES = (1, 8, 32)
+SWEPT = [("pointwise_block", 1), *product(("depthwise_block", "depthwise_layer"), KERNELS)]
+# ends of a network and training steps: at the sizes of the networks; op, k, (C, H, W)
+OTHERS = [
+    *(("patch_embed", k, plane) for k, plane in ((7, (768, 32, 32)), (14, (1024, 16, 16)), (2, (256, 16, 16)))),
+    *(("pool_head", 1, plane) for plane in ((768, 32, 32), (1024, 16, 16))),
+    *(("depthwise_block_train", k, p) for k, p in ((7, (768, 32, 32)), (9, (1024, 16, 16)), (5, (256, 16, 16)))),
+]
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 _MOST_FLOP, _MOST_ELEMENTS = 5e9, 2**24  # beyond, plain PyTorch takes seconds
 _SECONDS, _ROUNDS = 0.15, (3, 30)  # of each shape
 _NOISE = 0.05  # of a ratio of two medians on a quiet machine
 
 
-class Shape(NamedTuple):
-    op: str
-    k: int
-    batch: int
-    c: int
-    h: int
-    w: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.op}-k{self.k}-n{self.batch}-c{self.c}-{self.h}x{self.w}-{self.dtype}"
-
-    @property
-    def flop(self) -> int:
-        return 2 * self.batch * self.c * self.h * self.w * (self.c if self.op == "pointwise_block" else self.k**2)
-
-    @property
-    def bytes(self) -> int:
-        """x, y and the weight, each moved once."""
-        weight = self.c * (self.c if self.op == "pointwise_block" else self.k**2)
-        return (2 * self.batch * self.c * self.h * self.w + weight) * DTYPES[self.dtype].itemsize
-
-    @property
-    def quick(self) -> bool:
-        """Part of every run: one plane under all kernel sizes."""
-        return (self.batch, self.c, self.h, self.w) == (1, 768, 32, 32) and self.op != "depthwise_layer"
+def quick(s: Shape) -> bool:
+    """Part of every run: one plane under all kernel sizes."""
+    return (s.batch, s.c, s.h, s.w) == (1, 768, 32, 32) and s.op != "depthwise_layer"
 
 
 def _shapes() -> list[Shape]:
-    kinds = [("pointwise_block", 1)] + [(op, k) for op in ("depthwise_block", "depthwise_layer") for k in KERNELS]
-    every = (Shape(op, k, n, *plane, dtype) for op, k in kinds for plane in PLANES for n in BATCHES for dtype in DTYPES)
-    return [s for s in every if s.flop <= _MOST_FLOP and s.batch * s.c * s.h * s.w <= _MOST_ELEMENTS]
-
-
-@dataclass
-class Layer:
-    """A layer in plain PyTorch, in one dtype; its BatchNorm in float32 at least, as under autocast."""
-
-    shape: Shape
-    weight: Tensor
-    bias: Tensor
-    norm: tuple[Tensor, ...]  # mean, variance, weight, bias
-
-    @staticmethod
-    def random(s: Shape) -> "Layer":
-        torch.manual_seed(0)
-        inputs = s.c if s.op == "pointwise_block" else 1
-        weight = torch.randn(s.c, inputs, s.k, s.k) / (inputs * s.k**2) ** 0.5
-        norm = (torch.randn(s.c) / 4, torch.rand(s.c) + 0.5, torch.rand(s.c) + 0.5, torch.randn(s.c) / 4)
-        return Layer(s, weight, torch.randn(s.c) / 4, norm).to(DTYPES[s.dtype])
-
-    def to(self, dtype: torch.dtype) -> "Layer":
-        norm = tuple(t.to(torch.promote_types(torch.float32, dtype)) for t in self.norm)
-        return Layer(self.shape, self.weight.to(dtype), self.bias.to(dtype), norm)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        op = self.shape.op
-        groups = 1 if op == "pointwise_block" else x.shape[1]
-        y = F.conv2d(x, self.weight, self.bias, padding="same", groups=groups)
-        if op == "depthwise_layer":
-            return y
-        y = F.batch_norm(F.gelu(y), *self.norm)
-        return x + y if op == "depthwise_block" else y
-
-
-def _fused(layer: Layer) -> Callable[[Tensor], Tensor]:
-    from cmx_kernels import LargeKernelDepthwiseConv2d, ops
-
-    s = layer.shape
-    if s.op == "depthwise_layer":
-        return _with_weights_of(layer, LargeKernelDepthwiseConv2d(s.c, s.k))
-    mean, variance, gamma, beta = layer.norm
-    scale = gamma / (variance + 1e-5).sqrt()  # the folding that fuse() does once
-    shift = beta - mean * scale
-    op = getattr(ops, s.op)
-    return lambda x: op(x, layer.weight, layer.bias, scale, shift)
-
-
-def _plain(layer: Layer) -> Callable[[Tensor], Tensor]:
-    """A module against a module: both have the same way to their convolution."""
-    s = layer.shape
-    if s.op != "depthwise_layer":
-        return layer
-    return _with_weights_of(layer, torch.nn.Conv2d(s.c, s.c, s.k, groups=s.c, padding="same"))
-
-
-def _with_weights_of(layer: Layer, module: torch.nn.Module) -> torch.nn.Module:
-    module.to(layer.weight.dtype).load_state_dict({"weight": layer.weight, "bias": layer.bias})
-    return module.requires_grad_(False)
+    layers = [*((*kind, plane) for kind, plane in product(SWEPT, PLANES)), *OTHERS]
+    every = [Shape(op, k, n, *plane, d) for (op, k, plane), n, d in product(layers, BATCHES, QUICK_DTYPES)]
+    return [s for s in every if s.work.flop <= _MOST_FLOP and s.batch * s.c * s.h * s.w <= _MOST_ELEMENTS]
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -129,34 +57,35 @@ def _with_weights_of(layer: Layer, module: torch.nn.Module) -> torch.nn.Module:
 @torch.no_grad()
 def bench_op(benchmark: Any, shape: Shape, record_op: Callable[[dict[str, Any]], None]) -> None:
     layer = Layer.random(shape)
-    plain, fused = _plain(layer), _fused(layer)
-    x = torch.randn(shape.batch, shape.c, shape.h, shape.w).to(DTYPES[shape.dtype])
+    plain, fused = layer.plain(), layer.fused()
+    x = torch.randn(shape.input).to(DTYPES[shape.dtype])
     inputs = {name: x.contiguous(memory_format=layout) for name, layout in LAYOUTS.items()}
-    errors = {f"error_{name}": _error(layer, fused, x[:1]) for name, x in inputs.items()}
+    errors = {name: _error(layer, x[:1]) for name, x in inputs.items()}
     providers = {"fused": fused, "plain": plain}
     calls = {(who, name): partial(run, inputs[name]) for who, run in providers.items() for name in LAYOUTS}
     times = in_turns(calls, _SECONDS, _ROUNDS)
-    record = {**shape._asdict(), **errors, **_compared({key: statistics.median(t) for key, t in times.items()})}
-    record |= {"flop": shape.flop, "bytes": shape.bytes, **_rates(record)}
+    seconds = {key: statistics.median(t) for key, t in times.items()}
+    best = min(LAYOUTS, key=lambda name: seconds["fused", name])
+    used = memory.of_steady_call(calls["fused", best])
+    backends = fields.backends_of(layer.fused_module() if shape.op == "depthwise_layer" else shape.op, inputs[best])
+    of_best = (*max(errors.values()), used, shape.work, seconds["fused", best], machine.peaks())
+    record = {**shape._asdict(), "flop": shape.work.flop, "bytes": shape.work.bytes, **_compared(seconds)}
+    record |= {f"error_{name}": error for name, (error, _) in errors.items()}
+    record |= fields.record("fused", shape.dtype, best, backends, *of_best)
     record_op(record)
     benchmark.group = f"{shape.op} {shape.dtype}"
     benchmark.extra_info.update(record)
-    CLOCK.into(benchmark, min((times["fused", name] for name in LAYOUTS), key=statistics.median))
+    CLOCK.into(benchmark, times["fused", best])
 
 
-def _error(plain: Layer, fused: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """The rule: |out - ref| <= 2 max|plain - ref| + eps, ref in float64 from the same rounded weights."""
-    ref = plain.to(torch.float64)(x.double())
-    error, of_plain = ((run(x).double() - ref).abs().max().item() for run in (fused, plain))
-    allowed = 2 * of_plain + 4 * torch.finfo(x.dtype).eps * ref.abs().max().item()
-    assert error <= allowed, f"{plain.shape} is wrong: error {error:.2g}, allowed are {allowed:.2g}"
-    return error
-
-
-def _rates(record: dict[str, Any]) -> dict[str, Any]:
-    """Of the fused operator, in its better layout."""
-    shape, ms = Shape(*(record[name] for name in Shape._fields)), min(record[f"ms_fused_{name}"] for name in LAYOUTS)
-    return {"gflops": shape.flop / ms / 1e6, "gb_per_s": shape.bytes / ms / 1e6}
+def _error(layer: Layer, x: Tensor) -> tuple[float, float]:
+    """The largest error, and what is allowed, of the result that is nearest to it; all are checked."""
+    exact = layer.to(torch.float64).plain()(x.double())
+    results: Sequence[Sequence[Tensor]] = (exact, layer.plain()(x), layer.fused()(x))
+    found = [reference.rule(*tensors, roundings=8) for tensors in zip(*results, strict=True)]
+    for error, allowed in found:
+        assert error <= allowed, f"{layer.shape} is wrong: error {error:.2g}, allowed are {allowed:.2g}"
+    return max(found, key=lambda pair: pair[0] / pair[1])
 
 
 def _compared(seconds: dict[Any, float]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from benchmarks.race import Row
 from benchmarks.recording import CLOCK
 from benchmarks.training import PROVIDERS, Trainings
 
-SIZES = {"convmixer_256_8_ks5_p2": (16, 64, 128), "convmixer_768_32": (2, 4)}
+SIZES = {"convmixer_256_8_ks5_p2": (16, 64, 128), "convmixer_768_32": (2, 4), "tiny": (2,)}
 QUICK = ("convmixer_256_8_ks5_p2", (16,), "fp32")  # inductor compiles for minutes
 ROWS = [
     Row(model, batch, dtype, provider)
@@ -31,7 +31,7 @@ def quick(row: Row) -> bool:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"training-{row}".replace(" ", "-"))
 def bench_step(benchmark: Any, trainings: Trainings, row: Row, keep: Any) -> None:
     result = trainings.result(row)
-    record = report.record(result, trainings.results, work=3)  # backward: two products for each of the forward
+    record = report.record(result, trainings.results, times=3)
     keep("training", record)
     if result.status != "timed":
         end = pytest.fail if row.provider == "fused" else pytest.xfail

@@ -51,6 +51,7 @@ def header(about: Mapping[str, Any]) -> list[str]:
     ]
 
 
+@cache
 def ceilings(seconds: float = 0.1) -> dict[str, float]:
     """GFLOP/s of all threads on registers alone, by dtype, and GB/s of a copy (read and written); medians of three."""
     from cmx_kernels import registry
@@ -69,6 +70,11 @@ def ceilings(seconds: float = 0.1) -> dict[str, float]:
         target.copy_(source)
         times.append(time.perf_counter() - start)
     return {**found, "copy": 2 * source.nbytes / statistics.median(times) / 1e9}
+
+
+def peaks() -> dict[str, float]:
+    """The same in FLOP/s and bytes/s."""
+    return {name: 1e9 * value for name, value in ceilings().items()}
 
 
 def commit() -> str:

@@ -55,6 +55,12 @@ def of_model(model: nn.Module) -> dict[str, float]:
     return found
 
 
+def of_steady_call(run: Any) -> dict[str, float]:
+    """Of a call that finds no free memory left by the ones before it."""
+    give_back()
+    return of_call(run)
+
+
 def of_call(run: Any) -> dict[str, float]:
     """What the process holds at most while it runs, all included; and how much of that the call itself took."""
     reset_peak()

@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from benchmarks.fields import Work
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUICK_DTYPES = ("fp32", "bf16")  # plain PyTorch takes seconds to minutes for a float16 convolution on a CPU
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class Spec:
         """If every operator (stem, two a block, pool) moved its input, output and weight once."""
         image = 3 * self.image_size**2
         return itemsize * (batch * (image + 2 * self.activations) + self.parameters)
+
+    def work(self, batch: int, itemsize: int, times: int = 1) -> Work:
+        """times: 3 for a training step, whose backward has two products for each of the forward."""
+        flop = (times * batch * flop for flop in (self.depthwise_flop, self.matrix_flop))
+        return Work(batch, *flop, times * self.bytes(batch, itemsize))
 
 
 SPECS = {

@@ -40,6 +40,11 @@ class Row(NamedTuple):
         return f"{self.model} b{self.batch} {self.dtype} {self.provider}"
 
 
+def crawls(row: Row) -> bool:
+    """Plain PyTorch in float16 takes minutes for an image: one call is all it gets, its check is its time."""
+    return row.dtype == "fp16" and PROVIDERS[row.provider].kind == "eager"
+
+
 @dataclass(frozen=True)
 class Budget:
     """How long to measure."""
@@ -53,6 +58,8 @@ class Budget:
 
     def wants(self, turn: int, result: "Result") -> bool:
         """Whether this row takes part in this turn."""
+        if crawls(result.row):
+            return False
         if turn == 0 or result.status != "timed":
             return result.status == "timed"
         once = PROVIDERS[result.row.provider].kind == "eager" and result.median > self.once
@@ -145,11 +152,12 @@ class Arena:
         for result in results:
             self._check(result)
         self.results.update(zip(rows, results, strict=True))
-        take_turns(results, {row: self._lanes[row.provider, row.dtype] for row in self._present(rows)}, self._peaks,
-                   self.budget)  # fmt: skip
+        lanes = {row: self._lanes[row.provider, row.dtype] for row in self._present(rows)}
+        take_turns(results, lanes, self._peaks, self.budget)
         for result in results:
             self._done += self._turns_work(result.row)
             if result.status == "timed":
+                result.memory |= lanes[result.row].ask("memory_of_call")
                 rate, ms = result.row.batch / result.median, result.median * 1e3
                 calls = f"{ms:.1f} ms a call, spread {result.spread:.1%}, {len(result.seconds)} calls"
                 self._tell(f"{result.row}: {rate:.2f} images/s ({calls})")
@@ -165,49 +173,53 @@ class Arena:
             self._lanes[provider, dtype] = Lane(provider, dtype, self.threads)
         self._exact = [Lane("eager", "fp32", 1)]
         if self.peak and self._lanes:
-            for dtype in ("fp32", "bf16"):  # any process can measure it
+            for dtype in {"fp32", "bf16"} | {row.dtype for row in self.rows}:  # any process can measure it
                 self._peaks[dtype] = self._lanes.get(("fused", dtype)) or Lane("fused", dtype, self.threads)
 
     def _build(self, results: Sequence[Result], ref: Reference) -> None:
         """Converting a model keeps one core busy, so providers build side by side, and nothing is timed meanwhile.
-        So does the float64 reference, if it is not known yet.
+        So does the float64 reference, if it is not known yet. Where several forms were built, one is chosen alone.
 
-        The dtypes of one provider build one after the other: they share the file it converted the model to.
+        The dtypes of one provider build one after the other, if they share the file it converted the model to.
         """
         for result in results:
             absent = PROVIDERS[result.row.provider].load().why_absent()
             if absent is not None:
                 result.status, result.note = "absent", absent
 
+        def ask(result: Result, *request: Any) -> Any:
+            try:
+                return self._lanes[result.row.provider, result.row.dtype].ask(*request)
+            except Failed as failure:
+                result.status, result.note = "failed", str(failure)
+
         def build(group: Sequence[Result]) -> None:
             for result in group:
-                row = result.row
-                try:
-                    photos = ref.photos[torch.arange(row.batch) % len(ref.photos)]
-                    lane = self._lanes[row.provider, row.dtype]
-                    result.settings = lane.ask("build", row.model, ref.weights, photos)
-                except Failed as failure:
-                    result.status, result.note = "failed", str(failure)
+                ask(result, "build", ref.model, ref.weights, photos)
 
-        # openvino and onnxruntime first, which take the longest
-        there = sorted((r for r in results if r.status != "absent"), key=lambda r: r.row.provider, reverse=True)
-        groups = [list(group) for _, group in groupby(there, key=lambda r: r.row.provider)]
-        alone = [group for group in groups if PROVIDERS[group[0].row.provider].alone]
+        def files(result: Result) -> tuple[str, str]:
+            return result.row.provider, "" if PROVIDERS[result.row.provider].files else result.row.dtype
+
+        photos = ref.photos[torch.arange(results[0].row.batch) % len(ref.photos)]
+        # openvino, onnxruntime and inductor first, which take the longest
+        there = sorted((r for r in results if r.status != "absent"), key=files, reverse=True)
+        groups = [list(group) for _, group in groupby(there, key=files)]
         with ThreadPoolExecutor(max(1, self.threads) + 1) as pool:
             request = ("exact", ref.model, ref.weights, ref.photos[: self.budget.exact])
             exact = None if len(ref.ref) else pool.submit(self._exact[0].ask, *request)
-            list(pool.map(build, [group for group in groups if group not in alone]))
+            list(pool.map(build, groups))
         if exact is not None:
             ref.ref = torch.from_numpy(exact.result())
-        for group in alone:
-            build(group)
+        for result in there:
+            if result.status == "timed":
+                result.settings = ask(result, "choose", photos) or {}
 
     def _check(self, result: Result) -> None:
         row, ref = result.row, self._references[result.row.model]
         try:
             if result.status != "timed":
                 return
-            answer = self._lanes[row.provider, row.dtype].ask("check", self._photos(ref, row.batch), row.batch)
+            answer = self._lanes[row.provider, row.dtype].ask("check", self._photos(ref, row), row.batch)
         except Failed as failure:
             result.status, result.note = "failed", str(failure)
             self._tell(f"{row}: failed: {result.note.splitlines()[0]}")
@@ -219,17 +231,20 @@ class Arena:
             ref.learn_plain(row.dtype, logits)
         for dtype in {row.dtype, "fp32"} - ref.plain.keys():  # eager was not asked for
             ref.learn_plain(dtype, reference.plain_logits(ref, dtype))
+        if crawls(row):
+            result.seconds = [answer["seconds"]]
         result.memory = answer["memory"]
-        result.error, result.allowed, result.top1 = ref.error(logits), ref.allowed(row.dtype), ref.agreement(logits)
+        result.error, result.allowed = ref.error(logits, row.dtype), ref.allowed(row.dtype)
+        result.top1 = ref.agreement(logits)
         wrong = ref.wrong(logits, row.dtype)
         if wrong is not None:
             result.status, result.note = "wrong", wrong
         checked = f"error {result.error:.1e} of {result.allowed:.1e} allowed, class {result.top1[0]}/{result.top1[1]}"
         self._tell(f"{row}: WRONG, {wrong}" if wrong else f"{row}: right ({checked})")
 
-    def _photos(self, ref: Reference, batch: int) -> Tensor:
+    def _photos(self, ref: Reference, row: Row) -> Tensor:
         """For the check; as many as whole batches hold, some twice if the batch is large."""
-        count = -(-max(self.budget.photos, batch) // batch) * batch
+        count = row.batch if crawls(row) else -(-max(self.budget.photos, row.batch) // row.batch) * row.batch
         return ref.photos[torch.arange(count) % len(ref.photos)]
 
     def _reference(self, model: str) -> Reference:

@@ -1,14 +1,13 @@
 """What was measured, as records (flat dictionaries), as JSON and as Markdown."""
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_ops, tables, timm_csv
-from benchmarks.machine import about, header
+from benchmarks import fields, report_ops, tables, timm_csv
+from benchmarks.machine import header
 from benchmarks.networks import DTYPES, SPECS
 from benchmarks.peers import PROVIDERS
 from benchmarks.race import Result, Row
@@ -33,46 +32,28 @@ def records(results: Mapping[Row, Result]) -> list[dict[str, Any]]:
     return [{**record(result, results), "seconds": result.seconds} for result in results.values()]
 
 
-def limit_seconds(row: Row, peaks: Mapping[str, float]) -> float | None:
-    """Of one image, if the products ran at the peak of the dtype and the depthwise convolutions at float32's."""
-    spec = SPECS[row.model]
-    if not {"fp32", row.dtype} <= peaks.keys():
-        return None
-    return spec.depthwise_flop / peaks["fp32"] + spec.matrix_flop / peaks[row.dtype]
-
-
-def record(result: Result, results: Mapping[Row, Result], work: int = 1) -> dict[str, Any]:
-    """work: how many times the arithmetic of a forward."""
-    row, spec = result.row, SPECS[result.row.model]
+def record(result: Result, results: Mapping[Row, Result], times: int = 1) -> dict[str, Any]:
+    """times: how many times the arithmetic of a forward."""
+    row, settings, timed = result.row, result.settings, result.status == "timed"
     found: dict[str, Any] = {**row._asdict(), "kind": PROVIDERS[row.provider].kind}
-    found |= {"status": result.status, "note": result.note, "backend": result.settings.get("backend", "")}
-    found |= {"versions": about()["versions"], "commit": about()["commit"]}
+    found |= {"status": result.status, "note": result.note, "backend": settings.get("backend", "")}
+    peaks = {dtype: statistics.median(rounds) for dtype, rounds in result.peaks.items() if rounds}
+    backends = settings.get("backends", {"network": row.provider})
+    work = SPECS[row.model].work(row.batch, DTYPES[row.dtype].itemsize, times)
+    measured = (result.error, result.allowed, result.memory, work, result.median if timed else None, peaks)
+    found |= fields.record(row.provider, row.dtype, settings.get("layout", ""), backends, *measured)
     if result.status in ("absent", "failed"):
         return found
-    found |= {
-        "match": result.status != "wrong",
-        "error": result.error if math.isfinite(result.error) else None,
-        "allowed": result.allowed,
-        "top1": "{}/{}".format(*result.top1),
-    }
-    found |= {"layout": result.settings.get("layout", ""), "settings": result.settings}
-    if result.status != "timed":
+    found |= {"match": result.status != "wrong", "top1": "{}/{}".format(*result.top1), "settings": settings}
+    if not timed:
         return found
-    seconds = result.median / row.batch
     found |= {
-        "images_per_s": 1 / seconds,
         "ms": result.median * 1e3,
-        "ms_per_image": seconds * 1e3,
+        "ms_per_image": result.median / row.batch * 1e3,
         "spread": result.spread if len(result.seconds) > 1 else None,
         "calls": len(result.seconds),
-        "gflops": work * spec.flop / seconds / 1e9,
-        "gb_per_s": work * spec.bytes(row.batch, DTYPES[row.dtype].itemsize) / result.median / 1e9,
-        "memory": result.memory,
         "peak_gflops": {dtype: [peak / 1e9 for peak in found] for dtype, found in result.peaks.items()},
     }
-    limit = limit_seconds(row, {dtype: statistics.median(found) for dtype, found in result.peaks.items() if found})
-    if limit is not None:
-        found |= {"limit_images_per_s": 1 / limit / work, "percent_of_limit": 100 * work * limit / seconds}
     for key, kind in (("speedup", "eager"), ("over_peers", "peer")):
         best = _best(row, kind, results)
         if best is not None:

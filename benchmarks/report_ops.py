@@ -12,7 +12,7 @@ def summary(ops: Sequence[Mapping[str, Any]]) -> list[str]:
     if not ops:
         return []
     title = (
-        f"{'operator':16} {'k':>2} {'dtype':5} {'shapes':>6}  x plain, best layout of each: geometric mean, least, most"
+        f"{'operator':21} {'k':>2} {'dtype':5} {'shapes':>6}  x plain, best layout of each: geometric mean, least, most"
     )
     lines = [title, *_means(ops)]
     slower = sorted((op for op in ops if op["slower"]), key=_worst)
@@ -31,7 +31,7 @@ def _means(ops: Iterable[Mapping[str, Any]]) -> list[str]:
     for (name, dtype, k), group in groupby(sorted(ops, key=key), key):
         ratios = [op["x_best"] for op in group]
         numbers = f"{statistics.geometric_mean(ratios):5.2f} {min(ratios):5.2f} {max(ratios):6.2f}"
-        lines.append(f"{name:16} {k:2} {dtype:5} {len(ratios):6}  {numbers}")
+        lines.append(f"{name:21} {k:2} {dtype:5} {len(ratios):6}  {numbers}")
     return lines
 
 

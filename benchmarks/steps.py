@@ -9,19 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import memory
+from benchmarks.fields import backends_of
 from benchmarks.networks import Spec, plain
-from benchmarks.peers import Runner
+from benchmarks.peers import Runner, fused
 
 
 def network(spec: Spec, weights: Path, provider: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """The network in training mode, and the same as its user calls it."""
-    if provider.startswith("fused"):
-        from cmx_kernels import ConvMixer
-
-        size = (spec.dim, spec.depth, spec.kernel_size, spec.patch_size, spec.classes)
-        model: nn.Module = ConvMixer(*size, act_layer=spec.act, fused=True)
-    else:
-        model = plain(spec)
+    model = fused.network(spec) if provider.startswith("fused") else plain(spec)
     model.load_state_dict(torch.load(weights, weights_only=True))
     if provider == "eager channels_last":
         model = model.to(memory_format=torch.channels_last)
@@ -50,7 +45,12 @@ def runner(spec: Spec, weights: Path, provider: str, dtype: str, device: str = "
         optimizer.step()
         return loss
 
-    settings = {"layout": "NHWC" if layout == torch.channels_last else "NCHW", "optimizer": "AdamW"}
+    settings: dict[str, Any] = {"layout": "NHWC" if layout == torch.channels_last else "NCHW", "optimizer": "AdamW"}
+    if provider.startswith("fused"):
+        image = torch.empty(1, 3, spec.image_size, spec.image_size, device=device)
+        with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
+            backends = backends_of(model, image)
+        settings |= {"backend": " + ".join(sorted({*backends.values()} - {"torch"})), "backends": backends}
     return Runner(feed=lambda x: x, run=step, model=model, settings=settings)
 
 
@@ -65,5 +65,4 @@ def check(spec: Spec, weights: Path, provider: str, dtype: str, images: Tensor, 
 def measured(step: Callable[[], Any]) -> dict[str, float]:
     """Memory of the second step: the first one also allocates the optimizer's state."""
     step()
-    memory.give_back()
-    return memory.of_call(step)
+    return memory.of_steady_call(step)

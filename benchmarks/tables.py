@@ -111,7 +111,8 @@ LEGEND = (
     "fused float32 networks need an eighth fewer in their products (Strassen), and may pass it",
     "largest error: against float64; allowed: twice that of plain PyTorch in the same dtype, and rounding",
     "top-1: photographs whose class is that of plain float32",
-    "MiB: the most that the provider's process held, used parts of libraries included; call: what one call added;",
+    "MiB: the most that the provider's process held in a call after the first, used parts of libraries included;",
+    "call: what that call added to what the process keeps from one call to the next;",
     "weights, packed: the model's tensors, and their copy in the kernels' layout",
 )
 

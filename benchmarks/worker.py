@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import memory, reference, steps
 from benchmarks.networks import DTYPES, SPECS
-from benchmarks.peers import PROVIDERS, Runner
+from benchmarks.peers import PROVIDERS, Runner, fastest
 
 _COLD = 0.25  # seconds; a longer call reads its weights from memory anyway, and does not notice empty caches
 _CALLS = 20  # in a turn at most
@@ -26,27 +26,35 @@ class Worker:
     def __init__(self, provider: str, dtype: str, threads: int) -> None:
         self.module, self.provider, self.dtype, self.threads = PROVIDERS[provider].load(), provider, dtype, threads
         self.runner: Runner | None = None
+        self.choices: list[Runner] = []
         self.feed: Any = None
         self.last = 0.0  # seconds of the last call
+        self.used: dict[str, float] | None = None  # memory of a call that is not the first
 
-    def build(self, model: str, weights: Path, photos: Tensor) -> dict[str, Any]:
-        """Build for the shape of ``photos``. Returns the settings."""
-        self.runner = self.feed = None
+    def build(self, model: str, weights: Path, photos: Tensor) -> None:
+        """Build for the shape of ``photos``."""
+        self.runner = self.feed = self.used = None
         memory.give_back()
-        self.runner = self.module.build(SPECS[model], weights, self.dtype, photos)
+        built = self.module.build(SPECS[model], weights, self.dtype, photos)
+        self.choices = built if isinstance(built, list) else [built]
+
+    def choose(self, photos: Tensor) -> dict[str, Any]:
+        """The fastest of what was built, timed while nothing else runs. Returns its settings."""
+        several = len(self.choices) > 1
+        self.runner, self.choices = fastest(self.choices, photos) if several else self.choices[0], []
         return self.runner.settings
 
     def check(self, photos: Tensor, batch: int) -> dict[str, Any]:
-        """Run over all photographs: the logits, the warm-up, and the memory of a call."""
+        """Run over all photographs: the logits, the warm-up, and the seconds of the last call."""
         assert self.runner is not None
-        logits, used = [], {}
+        logits = []
         for i in range(0, len(photos), batch):
             self.feed = self.runner.feed(photos[i : i + batch])
-            used = memory.of_call(lambda: logits.append(self.runner.read(self._timed()[1])))
-        if self.runner.model is not None:
-            used |= memory.of_model(self.runner.model)
+            logits.append(self.runner.read(self._timed()[1]))
         # numpy: a tensor would travel in shared memory, which containers keep small
-        return {"logits": torch.cat(logits).numpy(), "memory": used}
+        model = self.runner.model
+        used = {} if model is None else memory.of_model(model)
+        return {"logits": torch.cat(logits).numpy(), "seconds": self.last, "memory": used}
 
     def exact(self, model: str, weights: Path, photos: Tensor) -> Any:
         return reference.exact_logits(model, weights, photos).numpy()
@@ -60,18 +68,33 @@ class Worker:
         memory.give_back()
         self.runner = steps.runner(SPECS[model], weights, self.provider, self.dtype)
         self.feed = feed
-        used = steps.measured(self._timed)
-        return {"settings": self.runner.settings, "memory": used}
+        self.used = steps.measured(self._timed)
+        return {"settings": self.runner.settings, "memory": self.used}
 
     def turn(self, seconds: float) -> list[float]:
-        """Seconds of each call, as many as fill the turn."""
+        """Seconds of each call, as many as fill the turn.
+
+        The first call after the check shows the memory: in the check itself weights were packed. A call of its own for
+        that would make a run a minute longer.
+        """
         times: list[float] = []
         if self.last < _COLD:
-            self._timed()  # not counted: the others emptied the caches
+            self._seconds()  # not counted: the others emptied the caches
         start = time.perf_counter()
         while not times or (time.perf_counter() - start < seconds and len(times) < _CALLS):
-            times.append(self._timed()[0])
+            times.append(self._seconds())
         return times
+
+    def memory_of_call(self) -> dict[str, float]:
+        """Known once there was a turn."""
+        return self.used or {}
+
+    def _seconds(self) -> float:
+        if self.used is None:
+            self.used = memory.of_steady_call(self._timed)
+        else:
+            self._timed()
+        return self.last
 
     def _timed(self) -> tuple[float, Any]:
         assert self.runner is not None

@@ -181,6 +181,66 @@ def test_named_networks_are_all_that_is_trained() -> None:
     assert "convmixer_768_32" in found and "convmixer_256_8" not in found
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell a process its peak")
+def test_memory_is_that_of_a_steady_call(tmp_path: Path) -> None:
+    """A fused call adds two live activations at most, and no weights: those were packed in the call before."""
+    import torch
+
+    from benchmarks.lanes import Lane
+    from benchmarks.networks import SPECS, plain
+    from cmx_kernels import registry
+
+    if registry.C is None:
+        pytest.skip(str(registry.WHY_NO_C))
+    spec, batch = SPECS["convmixer_256_8_ks5_p2"], 2
+    weights = tmp_path / "weights.pt"
+    torch.save(plain(spec).state_dict(), weights)
+    photos = torch.randn(batch, 3, spec.image_size, spec.image_size)
+    lane = Lane("fused", "fp32", 2)
+    lane.ask("build", spec.name, weights, photos)
+    lane.ask("choose", photos)
+    packed = lane.ask("check", photos, batch)["memory"]["packed"]
+    lane.ask("turn", 0.1)
+    call = lane.ask("memory_of_call")["call"]
+    lane.stop()
+    live = 4 * batch * spec.pixels * spec.dim / 2**20
+    rest = 1.0  # MiB: logits, and what the allocators round up to
+    assert packed > 2 * live + rest and call <= 2 * live + rest, (call, live, packed)
+
+
+@pytest.mark.slow
+def test_every_record_has_the_fields() -> None:
+    """Of each file of rows, on something tiny."""
+    results = ROOT / "benchmarks" / "results"
+    shapes = ("c1024-16x16 and (depthwise_block-k9 or patch or pool)", "c96-7x7 and (pointwise or depthwise_layer-k3-)")
+    shapes = (*shapes, "depthwise_block_train-k5")
+    rows = f"fp16 or fp32 and (tiny and not inductor or n1 and ({' or '.join(shapes)}))"
+    files = [f"benchmarks/bench_{name}.py" for name in ("ops", "models", "training", "rivals", "breakdown")]
+    command = ["-m", "pytest", *files, "--benchmark-only", "-k", rows, "--models", "tiny", "--batches", "1"]
+    command += ["--dtypes", "fp32,fp16", "--providers", "eager,fused", "--results", "latest-fields"]
+    done = _run(*command, "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout[-30000:] + done.stderr[-3000:]
+    found = json.loads((results / "latest-fields.json").read_text())
+    found.pop("machine")
+    counts = {section: len(records) for section, records in found.items()}
+    assert counts == {"ops": 6, "models": 4, "training": 3, "rivals": 1, "breakdown": 2}
+    assert {row["op"] for row in found["ops"]} == {
+        *("depthwise_block", "depthwise_layer", "pointwise_block", "patch_embed", "pool_head"),
+        "depthwise_block_train",
+    }
+    wanted = {"images_per_s", "gflops", "gb_per_s", "percent_of_limit", "memory", "dtype", "layout", "provider"}
+    wanted |= {"backends", "versions", "commit", "match", "error"}
+    for section, records in found.items():
+        for row in records:
+            assert wanted <= row.keys(), (section, wanted - row.keys())
+            assert row["match"] is True and row["error"] <= row["allowed"] and row["percent_of_limit"] > 0
+            assert row["backends"] and "torch" in row["versions"]
+            if row["provider"] == "fused":
+                assert "cpu" in row["backends"].values(), row["backends"]
+            assert "process" in row["memory"] or row["dtype"] == "fp16", "plain float16 has one call only"
+    assert {row["provider"] for row in found["models"] if row["dtype"] == "fp16"} == {"eager", "fused"}
+
+
 def test_a_run_is_stored_and_compared(tmp_path: Path) -> None:
     """JSON, table and timm's columns; --benchmark-compare-fail passes against itself and fails against a faster run."""
     results = ROOT / "benchmarks" / "results"

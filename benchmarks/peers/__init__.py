@@ -3,12 +3,13 @@
 A module has
     why_absent() -> str | None                                  what is missing, in words
     build(spec, weights, dtype, photos) -> Runner               ready to be timed at the shape of ``photos``
+    build(spec, weights, dtype, photos) -> list[Runner]         or several, where settings have no one best choice
 and uses the settings that someone who knows the tool would choose; Runner.settings names them.
 """
 
 import importlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +27,8 @@ class Runner:
     model: nn.Module | None = None  # if it is one: its tensors are counted
 
 
-def fastest(runners: Iterable[Runner], photos: Tensor) -> Runner:
-    """Where settings have no one best choice: the one whose better of two calls, after a first, is the quickest."""
+def fastest(runners: Sequence[Runner], photos: Tensor) -> Runner:
+    """The one whose better of two calls, after a first, is the quickest."""
 
     def seconds(runner: Runner) -> float:
         feed, times = runner.feed(photos), []
@@ -47,8 +48,8 @@ class Provider:
     module: str
     dtypes: tuple[str, ...]
     kind: str  # "fused", "eager" or "peer"
-    only_full: bool = False  # compiling takes minutes
-    alone: bool = False  # building it times something
+    by_default: bool = True  # False: compiling takes minutes
+    files: bool = True  # it converts the model to a file, which its dtypes share
 
     def load(self) -> Any:
         return importlib.import_module(f"benchmarks.peers.{self.module}")
@@ -58,11 +59,11 @@ class Provider:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("eager", "eager", ("fp32", "bf16"), "eager"),
+        Provider("eager", "eager", ("fp32", "bf16", "fp16"), "eager"),
         Provider("eager channels_last", "eager_channels_last", ("fp32", "bf16"), "eager"),
-        Provider("inductor", "inductor", ("fp32", "bf16"), "peer", only_full=True, alone=True),
+        Provider("inductor", "inductor", ("fp32", "bf16"), "peer", by_default=False, files=False),
         Provider("onnxruntime", "onnx_runtime", ("fp32",), "peer"),
         Provider("openvino", "openvino_runtime", ("fp32", "bf16"), "peer"),
-        Provider("fused", "fused", ("fp32", "bf16"), "fused"),
+        Provider("fused", "fused", ("fp32", "bf16", "fp16"), "fused"),
     )
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.fields import backends_of
 from benchmarks.networks import DTYPES, RELEASED, Spec
 from benchmarks.peers import Runner
 
@@ -19,19 +20,19 @@ def why_absent() -> str | None:
 
 def build(spec: Spec, weights: Path, dtype: str, photos: Tensor) -> Runner:
     with torch.device("meta"):
-        model = _model(spec)
+        model = network(spec)
     model.load_state_dict(torch.load(weights, weights_only=True, mmap=True), assign=True)
     model = model.to(DTYPES[dtype]).eval().requires_grad_(False)
     x = photos.to(DTYPES[dtype])
     return Runner(
         feed=lambda x: x.to(DTYPES[dtype]),
         run=model,
-        settings={"layout": "NCHW", "backend": _backend(model, x)},
+        settings={"layout": "NCHW", "backend": _backend(model, x), "backends": backends_of(model, x)},
         model=model,
     )
 
 
-def _model(spec: Spec) -> nn.Module:
+def network(spec: Spec) -> nn.Module:
     import cmx_kernels
 
     if spec.name in RELEASED:
