@@ -7,10 +7,38 @@ namespace cmx::CMX_ISA {
 
 constexpr int kChains = 8;  // independent sums: as accurate as pairwise halves, and no chain of dependent additions
 
+CMX_INLINE vf total_of(vf (&sums)[kChains]) {
+  for (int half = kChains / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+  return sums[0];
+}
+
+// The sum of one channel whose neighbouring pixels are vectors already
+template <class T>
+static float plane_sum(const View& in, int64_t n, int64_t c) {
+  const View rows = as_one_row(in);
+  vf sums[kChains] = {};
+  for (int64_t y = 0; y < rows.h; y++) {
+    const T* row = address<const T>(rows, n, c, y, 0);
+    for (int64_t x = 0; x < rows.w; x += VL)
+      sums[x / VL % kChains] += x + VL <= rows.w ? load(row + x) : load_some(row + x, 1, rows.w - x);
+  }
+  const vf lanes = total_of(sums);
+  float total = 0;
+  for (int64_t l = 0; l < VL; l++) total += lanes[l];
+  return total;
+}
+
 // pooled[n][channel] = mean over the pixels, for one block of VL channels
 static void pool_block(const PoolHead& p, int64_t n, int64_t block) {
   const View& in = p.in;
   const int64_t pixels = in.h * in.w;
+  if (!in.blocked && in.sw == 1) {
+    for (int64_t c = block * VL; c < least((block + 1) * VL, in.c); c++)
+      p.pooled[n * in.c + c] =
+          with_dtype(in.dtype, [&](auto t) { return plane_sum<decltype(t)>(in, n, c); }) / (float)pixels;
+    return;
+  }
   vf sums[kChains] = {};
   auto add = [&](const auto* from, int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; i++) sums[(first + i) % kChains] += load(from + i * VL);
@@ -36,9 +64,7 @@ static void pool_block(const PoolHead& p, int64_t n, int64_t block) {
       }
     });
   }
-  for (int half = kChains / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) sums[i] += sums[i + half];
-  store_some(p.pooled + n * in.c + block * VL, 1, least(VL, in.c - block * VL), sums[0] / all((float)pixels));
+  store_some(p.pooled + n * in.c + block * VL, 1, least(VL, in.c - block * VL), total_of(sums) / all((float)pixels));
 }
 
 // out[n][class] = sum_c pooled[n][c] weight[class][c] + bias[class]

@@ -24,6 +24,9 @@ cudaError_t depthwise_fwd_mma(const DepthwiseForward&, const MmaPlan& plan, cuda
 cudaError_t depthwise_fwd_mma_plane(const DepthwiseForward&, const MmaPlan& plan, cudaStream_t) {
   return called(2, plan.blocks);
 }
+cudaError_t depthwise_fwd_mma_last(const DepthwiseForward&, const MmaPlan& plan, cudaStream_t) {
+  return called(3, plan.blocks);
+}
 cudaError_t depthwise_bwd_ffma(const DepthwiseGradients&, const BackwardPlan& plan, cudaStream_t) {
   return called(0, plan.tile.blocks);
 }
