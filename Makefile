@@ -57,7 +57,7 @@ wheel: $(READY)
 	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 # the wheel, built once, in an environment of its own for each torch; run outside of the sources
-wheel-test: $(TORCHES:%=wheel-under-torch-%)
+wheel-test: wheel $(TORCHES:%=wheel-under-torch-%)
 wheel-under-torch-%: wheel
 	$(PYTHON) -m venv --clear build/torch-$*
 	build/torch-$*/bin/python $(INSTALL) $(INDEX) torch==$* numpy

@@ -83,7 +83,7 @@ def _network(item: Any) -> str | None:
     asked = item.callspec.params
     if "network" in asked:
         return asked["network"].name
-    return asked["row"].model if "row" in asked else asked.get("model")
+    return getattr(asked["row"], "model", None) if "row" in asked else asked.get("model")  # no row: NOTSET
 
 
 def _quick(item: Any, networks_only: bool) -> bool:

@@ -236,7 +236,9 @@ def _listed(op: str, x: Tensor, act: str) -> str:
 
 
 def fall_back(what: str, reason: str) -> None:
-    """Say once that ``what`` runs in plain PyTorch; where kernels are forced it may not: RuntimeError."""
+    """Say once that ``what`` runs in plain PyTorch, unless that is forced; RuntimeError where kernels are."""
+    if _forced == "reference":
+        return
     if kernels_are_forced():
         raise RuntimeError(
             f"{what}: the forced backend {_forced!r} refuses: {reason}; plain PyTorch runs it where no backend is "

@@ -127,15 +127,23 @@ inline void run(int64_t tasks, int64_t scratch_bytes, const F& f, Tasks how = Ta
   const Scratch memory(Scratch::workers, workers * piece);
   char* const scratch = memory.data();
   const auto first_of = [&](int64_t worker) { return tasks * worker / workers; };
-  std::vector<std::atomic<int64_t>> next(workers);
-  for (int64_t worker = 0; worker < workers; worker++) next[worker] = first_of(worker);
-  const int64_t shares = how == Tasks::then_others ? workers : 1;
+  struct alignas(64) Share {  // a cache line each
+    std::atomic<int64_t> next;
+  };
+  std::vector<Share> shares(how == Tasks::then_others ? workers : 0);
+  for (size_t i = 0; i < shares.size(); i++) shares[i].next = first_of(i);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; worker++)
-      for (int64_t i = 0; i < shares; i++) {
-        const int64_t share = (worker + i) % workers;
-        for (int64_t task; (task = next[share]++) < first_of(share + 1);) f(task, scratch + worker * piece);
+    for (int64_t worker = begin; worker < end; worker++) {
+      char* const mine = scratch + worker * piece;
+      if (shares.empty())
+        for (int64_t task = first_of(worker); task < first_of(worker + 1); task++) f(task, mine);
+      for (size_t i = 0; i < shares.size(); i++) {
+        const int64_t share = (worker + i) % workers, last = first_of(share + 1);
+        std::atomic<int64_t>& next = shares[share].next;
+        while (next < last)
+          if (const int64_t task = next++; task < last) f(task, mine);
       }
+    }
   });
 }
 

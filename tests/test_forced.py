@@ -87,6 +87,21 @@ def test_networks(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> Non
         run(fused)
 
 
+@pytest.mark.parametrize("model", FUSED)
+@pytest.mark.parametrize("part", (stem_of, block_of))
+def test_a_hook_that_is_gone(part: Callable[[nn.Module], nn.Module], model: str) -> None:
+    """What stood against a part stands no more: it is fused again."""
+    fused, plain = fused_and_plain(model)
+    inner = part(fused) if part is stem_of else part(fused)[2]
+    hook = inner.register_forward_hook(lambda module, args, y: None)
+    with use("cpu"), pytest.raises(RuntimeError, match="a hook is attached"):
+        call(fused)
+    hook.remove()
+    with use("cpu"):
+        torch.testing.assert_close(call(fused), call(plain), rtol=1e-4, atol=1e-5)
+    assert not explain(fused, X).refusals
+
+
 LAYERS: dict[str, tuple[dict[str, Any], Call, str]] = {
     "stride": ({"stride": 2, "padding": 2}, lambda m: m(X), r"stride \(2, 2\)"),
     "padding mode": ({"padding_mode": "reflect"}, lambda m: m(X), "padding_mode is 'reflect'"),

@@ -187,6 +187,7 @@ def race(
         except Exception as failure:  # the others are still timed
             if device.broken:
                 raise
+            record["match"] = record["match"] and not name.startswith("fused")
             record["note"] += f"{name}: {reason(failure)}. "
             del calls[name]
             continue

@@ -149,6 +149,18 @@ class FusedSequence(FusedNetwork, nn.Sequential):
             y = module(y)
         return y
 
+    def stem_before(self, first: int) -> tuple[Unit | None, str | None]:
+        """What the three modules before a block are as a stem, or why these, which are one, cannot run as that."""
+        try:
+            stem = stem_unit(children(self)[first - 3 : first])
+        except Refusal:  # something else stands before the blocks
+            return None, None
+        try:
+            check_unit(stem)
+        except Refusal as reason:
+            return None, reason.args[0]
+        return stem, None
+
     def parts(self) -> Parts:
         modules = children(self)
         first, last = longest_run(modules)
@@ -162,7 +174,7 @@ class FusedSequence(FusedNetwork, nn.Sequential):
             bypassed.append(before)
             stem, first = before.checked_unit(), first - 1
         elif first >= 3:
-            stem, refusal = _stem_of(modules[first - 3 : first])
+            stem, refusal = self.stem_before(first)
             first -= 3 if stem else 0
         pool = _averages(modules[last : last + 2])
         if pool:
@@ -189,19 +201,6 @@ def _parts(
     for module in bypassed:
         check_bypass(module)
     return Parts(stem, units, bypassed, pool, span)
-
-
-def _stem_of(modules: Sequence[nn.Module]) -> tuple[Unit | None, str | None]:
-    """What three modules before a block are as a stem, or why these, which are one, cannot run as that."""
-    try:
-        stem = stem_unit(modules)
-    except Refusal:  # something else stands before the blocks
-        return None, None
-    try:
-        check_unit(stem)
-    except Refusal as reason:
-        return None, reason.args[0]
-    return stem, None
 
 
 def longest_run(modules: Sequence[nn.Module]) -> tuple[int, int]:

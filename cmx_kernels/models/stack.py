@@ -149,6 +149,8 @@ def current(owner: Any) -> tuple[Units, list[Tensor]]:
         units = Units(owner, owner.parts())
         return units, units.all_tensors()
     stack: Stack | None = owner.__dict__.get(STATE)
+    if stack is not None and stack.stem_refusal is not None and owner.stem_before(stack.span[0])[0] is not None:
+        stack = None  # what stood against the stem is gone
     tensors = None if stack is None else stack.tensors(owner)
     if stack is None or tensors is None:
         stack = owner.__dict__[STATE] = Stack(owner, owner.parts())

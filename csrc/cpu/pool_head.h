@@ -5,38 +5,38 @@
 
 namespace cmx::CMX_ISA {
 
-constexpr int kChains = 8;  // independent sums: as accurate as pairwise halves, and no chain of dependent additions
+constexpr int kChains = 16;  // independent sums: as accurate as pairwise halves, and no chain of dependent additions
 
-CMX_INLINE vf total_of(vf (&sums)[kChains]) {
+template <class V>
+CMX_INLINE V total_of(V (&sums)[kChains]) {
   for (int half = kChains / 2; half; half /= 2)
     for (int i = 0; i < half; i++) sums[i] += sums[i + half];
   return sums[0];
 }
 
-// The sum of one channel whose neighbouring pixels are vectors already
+// The sum of one channel whose pixels follow one another, in the same order as that of a block of channels
 template <class T>
-static float plane_sum(const View& in, int64_t n, int64_t c) {
-  const View rows = as_one_row(in);
-  vf sums[kChains] = {};
-  for (int64_t y = 0; y < rows.h; y++) {
-    const T* row = address<const T>(rows, n, c, y, 0);
-    for (int64_t x = 0; x < rows.w; x += VL)
-      sums[x / VL % kChains] += x + VL <= rows.w ? load(row + x) : load_some(row + x, 1, rows.w - x);
-  }
-  const vf lanes = total_of(sums);
-  float total = 0;
-  for (int64_t l = 0; l < VL; l++) total += lanes[l];
-  return total;
+static float plane_sum(const T* plane, int64_t pixels) {
+  constexpr int64_t kVectors = kChains / VL;
+  vf sums[kVectors] = {};
+  int64_t i = 0;
+  for (; i + kChains <= pixels; i += kChains)
+    for (int64_t v = 0; v < kVectors; v++) sums[v] += load(plane + i + v * VL);
+  for (; i < pixels; i += VL) sums[i / VL % kVectors] += load_some(plane + i, 1, least(VL, pixels - i));
+  float lanes[kChains];
+  for (int64_t v = 0; v < kVectors; v++) store(lanes + v * VL, sums[v]);
+  return total_of(lanes);
 }
 
 // pooled[n][channel] = mean over the pixels, for one block of VL channels
 static void pool_block(const PoolHead& p, int64_t n, int64_t block) {
   const View& in = p.in;
   const int64_t pixels = in.h * in.w;
-  if (!in.blocked && in.sw == 1) {
-    for (int64_t c = block * VL; c < least((block + 1) * VL, in.c); c++)
-      p.pooled[n * in.c + c] =
-          with_dtype(in.dtype, [&](auto t) { return plane_sum<decltype(t)>(in, n, c); }) / (float)pixels;
+  if (const View plane = as_one_row(in); plane.h == 1 && plane.sw == 1 && !in.blocked) {
+    with_dtype(in.dtype, [&](auto t) {
+      for (int64_t c = block * VL; c < least((block + 1) * VL, in.c); c++)
+        p.pooled[n * in.c + c] = plane_sum(address<const decltype(t)>(in, n, c, 0, 0), pixels) / (float)pixels;
+    });
     return;
   }
   vf sums[kChains] = {};
@@ -67,23 +67,55 @@ static void pool_block(const PoolHead& p, int64_t n, int64_t block) {
   store_some(p.pooled + n * in.c + block * VL, 1, least(VL, in.c - block * VL), total_of(sums) / all((float)pixels));
 }
 
-// out[n][class] = sum_c pooled[n][c] weight[class][c] + bias[class]
+// out[n][class] = sum_c pooled[n][c] weight[class][c] + bias[class], M images by R classes in registers. Every output sums
+// its channels in the same order, whatever the tiling.
+template <int M, int R, class T>
+static void classify_tile(const PoolHead& p, int64_t n, int64_t k) {
+  const int64_t c = p.in.c;
+  const float* x = p.pooled + n * c;
+  const T* w = (const T*)p.weight + k * c;
+  vf sums[M][R] = {};
+  // one loop with its end in it: behind a loop of their own, compilers round the last products in some tilings only
+  auto read = [&](const auto* at, int64_t i)
+                  __attribute__((always_inline)) { return i + VL <= c ? load(at + i) : load_some(at + i, 1, c - i); };
+  for (int64_t i = 0; i < c; i += VL) {
+    vf wv[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) wv[r] = read(w + r * c, i);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+      const vf xv = read(x + m * c, i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sums[m][r] += xv * wv[r];
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    float totals[VL] = {};
+    for (int r = 0; r < R; r++) {
+      float lanes[VL];
+      store(lanes, sums[m][r]);
+      totals[r] = p.bias ? p.bias[k + r] : 0.f;
+      for (int64_t l = 0; l < VL; l++) totals[r] += lanes[l];
+    }
+    store_some((T*)p.out + (n + m) * p.classes + k, 1, R, load(totals));
+  }
+}
+
 static void classify(const PoolHead& p, int64_t class_begin, int64_t class_end) {
+  constexpr int kTile = VL == 16 ? 4 : 2;  // 16 sums of 32 registers, 4 of 16
   with_dtype(p.in.dtype, [&](auto t) {
     typedef decltype(t) T;
-    const int64_t c = p.in.c, whole = c / VL * VL;
-    for (int64_t k = class_begin; k < class_end; k++) {
-      const T* w = (const T*)p.weight + k * c;
-      for (int64_t n = 0; n < p.in.n; n++) {
-        const float* x = p.pooled + n * c;
-        vf sum[2] = {};
-        for (int64_t i = 0; i < whole; i += VL) sum[i / VL % 2] += load(x + i) * load(w + i);
-        if (whole < c) sum[0] += load_some(x + whole, 1, c - whole) * load_some(w + whole, 1, c - whole);
-        const vf lanes = sum[0] + sum[1];
-        float total = p.bias ? p.bias[k] : 0.f;
-        for (int64_t l = 0; l < VL; l++) total += lanes[l];
-        store_some((T*)p.out + n * p.classes + k, 1, 1, all(total));
+    for (int64_t k = class_begin; k < class_end;) {
+      const bool wide = k + kTile <= class_end;
+      for (int64_t n = 0; n < p.in.n;) {
+        const bool high = n + kTile <= p.in.n;
+        if (high)
+          wide ? classify_tile<kTile, kTile, T>(p, n, k) : classify_tile<kTile, 1, T>(p, n, k);
+        else
+          wide ? classify_tile<1, kTile, T>(p, n, k) : classify_tile<1, 1, T>(p, n, k);
+        n += high ? kTile : 1;
       }
+      k += wide ? kTile : 1;
     }
   });
 }

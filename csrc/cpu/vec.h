@@ -80,7 +80,8 @@ CMX_INLINE vf widen_fp16(vh h) {
 
 CMX_INLINE vh narrow_fp16(vf v) {
 #if defined(__AVX512F__)
-  return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  // all lanes: the form without a mask has an undefined operand, of which GCC 12 warns
+  return (vh)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__AVX2__)
   return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
