@@ -157,7 +157,7 @@ def test_pictures_of_what_was_measured_and_no_others(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plots are an extra: pip install '.[plots]'")
     from benchmarks.plots import draw
 
-    (stored,) = (ROOT / "benchmarks" / "results").glob("epyc-zen4-2-cores.json")
+    (stored,) = (ROOT / "benchmarks" / "results").glob("epyc-zen5-2-cores.json")
     networks, operators = tmp_path / "networks.json", tmp_path / "operators.json"
     result = json.loads(stored.read_text())
     networks.write_text(json.dumps({part: result[part] for part in ("machine", "models")}))

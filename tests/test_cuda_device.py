@@ -80,7 +80,7 @@ def test_instruction_models(program: str, tmp_path: Path) -> None:
     hardware, model = _lines(binary), _lines(emulated.build("program", _source(program)))
     assert hardware.keys() == model.keys()
     for name, words in model.items():
-        if name.startswith("cp.async"):
+        if name.startswith(("cp.async", "prmt")):
             assert hardware[name] == words, name
             continue
         got, wanted = (
@@ -118,6 +118,8 @@ def test_every_kernel_size(k: int, dtype: torch.dtype) -> None:
         for size in ((1, 18, 9, 14), (5, 3, 36, 33)):
             args, expected = cases.problem("depthwise_block", (*size, *kernel), dtype)
             check(run(args), expected, f"{size} {kernel}")
+            last = args[0].contiguous(memory_format=torch.channels_last)
+            check(run((last, *args[1:])), expected, f"{size} {kernel}, channels_last")
 
 
 @on_gpu
@@ -185,16 +187,21 @@ def on_device(operator: Callable[..., tuple], args: tuple) -> list[Tensor]:
 
 @on_gpu
 @pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=cases.name)
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
 @pytest.mark.parametrize("shape", [(7, 40, 32, 32, 9, 9), (7, 40, 16, 16, 7, 7), (2, 19, 9, 11, 5, 4)], ids=cases.name)
-def test_depthwise_training(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_depthwise_training(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype) -> None:
     """Forward without an affine, so that no kernel rounds X; backward with one. Twice the same bits."""
-    args = problems.depthwise_inputs(shape, dtype, affine=False)
+    x, *rest = problems.depthwise_inputs(shape, dtype, affine=False)
+    args = (x.contiguous(memory_format=layout), *rest)
     a, moments = on_device(training.depthwise_train, args)
     check(a, problems.expect_pre_activation(args))
     check(moments, problems.expect_moments(a, "gelu"), "moments")
     back = problems.backward_inputs(problems.depthwise_inputs(shape, dtype), a)
+    images = [i for i, t in enumerate(back) if isinstance(t, Tensor) and t.shape == x.shape]
+    back = tuple(t.contiguous(memory_format=layout) if i in images else t for i, t in enumerate(back))
     found = on_device(training.depthwise_backward, back)
-    wanted = problems.expect_gradients(back, rounded=dtype != torch.float32)  # where the tensor cores do it
+    tensor_cores = dtype != torch.float32 and layout is torch.contiguous_format  # which round what they multiply
+    wanted = problems.expect_gradients(back, rounded=tensor_cores)
     for expected, out, what in zip(wanted, found, ("dx", "dweight", "dbias"), strict=False):
         check(out, expected, what)
     check(found[3], problems.expect_sums(found[0], back[3], back[4], "gelu"), "sums")

@@ -39,12 +39,14 @@ def nowhere(t: Tensor, channels_last: bool = False) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "dtype"), (("ffma", torch.float32), ("ffma", BF16), ("mma", BF16), ("mma_plane", BF16)), ids=cases.name
+    ("kernel", "dtype"),
+    (("ffma", torch.float32), *((kernel, BF16) for kernel in ("ffma", "mma", "mma_plane", "mma_last"))),
+    ids=cases.name,
 )
 def test_depthwise(kernel: str, dtype: torch.dtype) -> None:
     for shape in ((3, 4, 16, 16, 7, 7), *([(2, 3, 9, 40, 5, 4)] if kernel != "mma_plane" else [])):
         x, *rest = args = cases.inputs("depthwise_block", shape, dtype, "gelu", F32S)
-        for last in (False, True) if kernel == "ffma" else (False,):
+        for last in (False, True) if kernel == "ffma" else (kernel == "mma_last",):
             out = emulated.depthwise(kernel, far_apart(x, last), *rest, out=nowhere(x, last))
             check(out, cases.expect("depthwise_block", args), f"{shape}, channels_last {last}")
 
