@@ -24,6 +24,7 @@ from benchmarks.timm_models import NETWORKS, Network
 from cmx_kernels.bench import in_turns
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+BATCH = 4
 SOURCE = "timm results-imagenet.csv"
 
 
@@ -33,8 +34,8 @@ TINY = Network("tiny", "", 0.0)  # to try the benchmark itself
 def _work(network: Network, dtype: str) -> Work:
     """Of a rival all multiply-adds count as products, and the bytes of its operators are not counted."""
     if network.name in SPECS:
-        return SPECS[network.name].work(network.batch, DTYPES[dtype].itemsize)
-    return Work(network.batch, 0, 2e9 * network.gmac * network.batch)
+        return SPECS[network.name].work(BATCH, DTYPES[dtype].itemsize)
+    return Work(BATCH, 0, 2e9 * network.gmac * BATCH)
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -45,7 +46,7 @@ def bench_network(benchmark: Any, network: Network, dtype: str, keep: Any, say: 
     absent = timm_models.why_absent()
     if absent is not None:
         pytest.skip(absent)
-    x = photos.photographs(224)[: network.batch].to(DTYPES[dtype])
+    x = photos.photographs(224)[:BATCH].to(DTYPES[dtype])
     contiguous = plain(SPECS["tiny"]) if network.name == "tiny" else timm_models.create(network.name)
     error, allowed, fused = _checked(network, contiguous, x[:1])
     networks = {"NCHW": contiguous, "NHWC": copy.deepcopy(contiguous).to(memory_format=torch.channels_last)}
@@ -53,7 +54,7 @@ def bench_network(benchmark: Any, network: Network, dtype: str, keep: Any, say: 
     if fused is not None:
         calls["fused"] = partial(fused, x)
     seconds = {name: statistics.median(times) for name, times in in_turns(calls, 0.5, (3, 15)).items()}
-    rates = {name: network.batch / value for name, value in seconds.items()}
+    rates = {name: BATCH / value for name, value in seconds.items()}
     best = min(LAYOUTS, key=seconds.__getitem__) if fused is None else "fused"
     used = memory.of_steady_call(calls[best]) | memory.of_model(fused or networks[best])
     measured = (error, allowed, used, _work(network, dtype), seconds[best], machine.peaks())
@@ -62,8 +63,8 @@ def bench_network(benchmark: Any, network: Network, dtype: str, keep: Any, say: 
         "top1": network.top1,
         "source": f"{SOURCE}, {network.weights}",
         "parameters_m": sum(p.numel() for p in contiguous.parameters()) / 1e6,
-        "gmac": _work(network, dtype).flop / 2e9 / network.batch,
-        "batch": network.batch,
+        "gmac": _work(network, dtype).flop / 2e9 / BATCH,
+        "batch": BATCH,
         "plain": {name: rates[name] for name in LAYOUTS},
     }
     if fused is None:

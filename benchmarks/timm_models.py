@@ -11,16 +11,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Network:
-    """timm's name; top-1 of ``weights`` at 224 x 224 in percent; timm's count of multiply-adds, unless we have one.
-
-    batch: images of a call on a CPU.
-    """
+    """timm's name; top-1 of ``weights`` at 224 x 224 in percent; timm's count of multiply-adds, unless we have one."""
 
     name: str
     weights: str
     top1: float
     gmac: float = 0.0
-    batch: int = 4
 
 
 NETWORKS = (
@@ -31,7 +27,7 @@ NETWORKS = (
     Network("deit_base_patch16_224", "fb_in1k", 81.980, 17.58),
     Network("mixer_b16_224", "goog_in21k_ft_in1k", 76.616, 12.62),
     Network("convnext_base", "fb_in1k", 83.838, 15.38),
-    Network("resmlp_big_24_224", "fb_in1k", 81.034, 100.23, batch=1),
+    Network("resmlp_big_24_224", "fb_in1k", 81.034, 100.23),
 )
 
 
