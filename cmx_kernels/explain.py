@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from cmx_kernels import backends, cost_model, ops, registry
+from cmx_kernels.activations import name_of
 from cmx_kernels.layers import LargeKernelDepthwiseConv2d, is_depthwise, unswap, why_not_swap
 from cmx_kernels.models.conversion import revert
 from cmx_kernels.models.fused import Fused, Stem
 from cmx_kernels.models.networks import FusedConvMixer, FusedNetwork
 from cmx_kernels.models.obstacles import check_call, plain_is_wanted
 from cmx_kernels.models.stack import Stack, current
-from cmx_kernels.models.structure import Refusal, children
+from cmx_kernels.models.structure import Refusal, children, why_not_size
+from cmx_kernels.ops.batchnorm import why_not_fold
 from cmx_kernels.ops.checks import autocast
 
 PLAIN = "torch"
@@ -185,15 +187,17 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
 def _in_parts(rows: Iterator[Row], part: FusedNetwork, stack: Stack, x: Tensor) -> Iterator[Row]:
     """Rows of a network whose operators run one by one, perhaps a few images at a time through all of them."""
     x, listed = autocast(x)[0], list(rows)
+    if stack.stem is not None and not (why_not_size(stack.stem.conv) or why_not_fold(stack.stem.norm)):
+        for i in range(stack.span[0], min(stack.span[0] + 3, stack.span[1])):
+            if listed[i].backend == PLAIN:  # one of three modules that are no Stem
+                act, weights = name_of(stack.stem.act) or "", [stack.stem.conv.weight]
+                listed[i] = _op_row(listed[i].part, ["patch_embed"], x, act, listed[i].note, weights)
     found = None if stack.trains(x, stack.tensors(part) or []) else stack.micro_batch_of(x)
-    stem = backends.select("patch_embed", x, stack.act, quiet=True) if found and stack.stem else PLAIN
-    if found is None or any("reference" in backend for backend in (stem, *(row.backend for row in listed))):
+    if found is None or any("reference" in row.backend for row in listed):
         yield from listed
         return
     note = f"{found[0]} images at a time through all blocks" if found[0] < len(x) else ""
-    for i, row in enumerate(listed):
-        if stack.stem and row.backend == PLAIN and stack.span[0] <= i < stack.span[0] + 3 <= stack.span[1]:
-            row = Row(row.part, stem, "patch_embed")  # of three modules that are no Stem
+    for row in listed:
         yield row if row.backend == PLAIN else replace(row, note="; ".join(filter(None, (row.note, note))))
 
 

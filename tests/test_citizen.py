@@ -10,7 +10,7 @@ import torch
 from plain_models import FUSED, NATIVE, check_against, counted, fused_and_plain, needs_kernels, paper, timms, trained
 from torch import Tensor, nn
 
-from cmx_kernels import ConvMixer, LargeKernelDepthwiseConv2d, fuse, use
+from cmx_kernels import ConvMixer, LargeKernelDepthwiseConv2d, explain, fuse, use
 
 pytestmark = pytest.mark.filterwarnings("ignore:cmx_kernels", "ignore::DeprecationWarning", "ignore::FutureWarning")
 X = torch.randn(2, 3, 28, 35, generator=torch.Generator().manual_seed(2))
@@ -34,8 +34,7 @@ def test_export_keeps_a_forced_backend(name: str, strict: bool) -> None:
     fused, plain = fused_and_plain(name)
     with use("cpu"):
         program = torch.export.export(fused, (X,), dynamic_shapes=BATCHES, strict=strict)
-    stem = [] if isinstance(fused, nn.Sequential) else ["patch_embed"]  # whose modules the paper leaves side by side
-    assert _called(program) == stem + 3 * ["depthwise_block", "pointwise_block"]
+    assert _called(program) == ["patch_embed", *3 * ["depthwise_block", "pointwise_block"]]
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -43,6 +42,25 @@ def test_export_keeps_a_forced_backend(name: str, strict: bool) -> None:
     check_against(torch.export.load(file).module()(x), plain, x)
     with use("reference"):
         assert not _called(torch.export.export(fused, (X,), strict=strict))
+
+
+@needs_kernels
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_a_stem_side_by_side_is_one_operator(compiled: bool) -> None:
+    """The paper's first three modules, where no single call takes the network: in a graph, or of another activation."""
+    plain = trained(paper(32, 3, 5, 7, 10))
+    if not compiled:
+        plain[1] = nn.ReLU()
+    fused = fuse(copy.deepcopy(plain))
+    assert [row.backend for row in explain(fused, X)][:6] == ["cpu"] * 6
+    run = torch.compile(fused, backend="eager", fullgraph=True) if compiled else fused
+    run(X)
+    with torch.profiler.profile() as profile:
+        out = run(X)
+    check_against(out, plain, X)
+    names = [event.key for event in profile.key_averages()]
+    assert ("cmx::patch_embed" in names, "aten::conv2d" in names) == (True, False)
 
 
 def _layers() -> tuple[nn.Module, nn.Module, Tensor, list[str]]:

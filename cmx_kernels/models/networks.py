@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cmx_kernels import backends, checkpoints
-from cmx_kernels.models.fused import Block, Fused, Stem
+from cmx_kernels.models.fused import Block, Fused, Stem, run_unit
 from cmx_kernels.models.obstacles import check_bypass, check_call, check_unit, plain_is_wanted
 from cmx_kernels.models.stack import current
-from cmx_kernels.models.structure import Refusal, Unit, children, stem_unit
+from cmx_kernels.models.structure import Refusal, Unit, children, stem_unit, why_not_size
 from cmx_kernels.models.training import recomputed
 from cmx_kernels.models.units import Parts, Units
+from cmx_kernels.ops.batchnorm import why_not_fold
 
 _FORWARDS = ("forward", "forward_features", "forward_head")
 _POOLS = ("cmx_kernels.models.pooling", "timm.layers.adaptive_avgmax_pool")
@@ -134,7 +135,8 @@ class FusedSequence(FusedNetwork, nn.Sequential):
     def _forward(self, x: Tensor) -> Tensor:
         found = self.ready(x)
         if found is None:
-            return nn.Sequential.forward(self, x)
+            traced = torch.compiler.is_compiling() and not (plain_is_wanted(x) or backends.transformed())
+            return self._in_turn(x) if traced else nn.Sequential.forward(self, x)
         stack, tensors = found
         if stack.stem_refusal is not None:
             backends.fall_back("the stem of the model", stack.stem_refusal)
@@ -144,10 +146,23 @@ class FusedSequence(FusedNetwork, nn.Sequential):
             x = module(x)
         y = stack.run(x, tensors, stack.pool)
         if y is None:
-            y, last = x, first
+            return self._in_turn(x, first)
         for module in modules[last:]:
             y = module(y)
         return y
+
+    def _in_turn(self, x: Tensor, begin: int = 0) -> Tensor:
+        """The children one by one, the three before the blocks as one operator where they are a stem."""
+        modules = children(self)
+        at, _ = longest_run(modules)
+        stem = self.stem_before(at)[0] if at >= begin + 3 else None
+        if stem is not None and not (why_not_size(stem.conv) or why_not_fold(stem.norm)):
+            for module in modules[begin : at - 3]:
+                x = module(x)
+            x, begin = run_unit("patch_embed", stem, x), at
+        for module in modules[begin:]:
+            x = module(x)
+        return x
 
     def stem_before(self, first: int) -> tuple[Unit | None, str | None]:
         """What the three modules before a block are as a stem, or why these, which are one, cannot run as that."""
