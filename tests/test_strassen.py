@@ -106,15 +106,20 @@ def test_memory_is_not_reused(isa: str) -> None:
     check_equal(stack.block_stack(x, packed), wanted)
 
 
-@pytest.mark.parametrize("value", (torch.inf, torch.nan), ids=str)
-def test_nonfinite_values_reach_the_pair(isa: str, value: float) -> None:
-    """docs/numerics.md: the pixel that eager poisons and its partner, no others."""
-    case = ((1, WIDE, 5, 7), WIDE, 1, (1, 1), None)
-    x = torch.randn(case[0])
-    x[0, -1].view(-1)[17] = value  # with pixel 16; of the first half of the channels it would reach 17 alone
-    strassen, plain = (~torch.isfinite(y).all(1).view(-1) for y in _both(x, _layers(case, F32), "relu"))
-    assert plain.nonzero().flatten().tolist() == [17]
-    assert strassen.nonzero().flatten().tolist() == [16, 17]
+@pytest.mark.parametrize("value", (torch.inf, -torch.inf, torch.nan, 1e25), ids=str)
+def test_nonfinite_values_stay_in_their_pixel(isa: str, value: float) -> None:
+    """As in eager, and not in the other pixel of a pair: first, second, the one without a partner; both halves."""
+    case = ((3, WIDE, 5, 7), WIDE, 1, (1, 1), None)
+    x, layers = torch.randn(case[0]), _layers(case, F32)
+    wanted, _ = _both(x, layers, "relu")
+    x[0, 3].view(-1)[16] = x[1, -1].view(-1)[17] = x[2, 3].view(-1)[34] = value
+    (strassen, plain), there = _both(x, layers, "relu"), torch.zeros(3, 5 * 7, dtype=torch.bool)
+    there[0, 16] = there[1, 17] = there[2, 34] = True
+    assert torch.equal(plain.flatten(2).isfinite().all(1), ~there) == (value != 1e25)
+    same = lambda y: torch.nan_to_num(y.flatten(2).movedim(1, 2)[there], 0.0, 1e30, -1e30)  # noqa: E731
+    torch.testing.assert_close(same(strassen), same(plain), rtol=1e-4, atol=0.0 if value != 1e25 else 1e20)
+    rest = strassen.flatten(2).movedim(1, 2)[~there]
+    torch.testing.assert_close(rest, wanted.flatten(2).movedim(1, 2)[~there], rtol=1e-5, atol=1e-4)
 
 
 def test_other_weights_are_refused(isa: str) -> None:

@@ -76,6 +76,16 @@ static void pack_strassen(const View& weight, int64_t panel, void* out) {
   }
 }
 
+// False also from 1e19 on: slow, not wrong
+static bool all_finite(const float* even, const float* odd, int64_t channels) {
+  vf squares{};
+  for (int64_t k = 0; k < channels; k += VL)
+    squares += load(even + k) * load(even + k) + load(odd + k) * load(odd + k);
+  float sum = 0;
+  for (int64_t i = 0; i < VL; i++) sum += squares[i];
+  return sum - sum == 0;
+}
+
 static __attribute__((noinline)) void sums_of_pair(float* even, float* odd, int64_t half) {
   for (int64_t k = 0; k < half; k += VL) {
     const vf u11 = load(even + k), u12 = load(even + half + k), u21 = load(odd + k), u22 = load(odd + half + k);
@@ -105,6 +115,23 @@ static __attribute__((noinline)) void add_product(float* sums, int64_t pairs, fl
     }
 }
 
+// One of the four products of eight that make a pixel, for NR blocks of output channels: row [2 * half] -> acc[NR][count][VL].
+// high: for the second half of the output channels. weight: of this panel in the first of the seven matrices.
+static __attribute__((noinline)) void exact_results(const float* row, int64_t half, const float* weight, int64_t matrix,
+                                                    bool high, float* acc, int64_t count) {
+  for (int64_t j = 0; j < NR; j++) {
+    vf first{}, second{};
+    for (int64_t k = 0; k < half; k++) {
+      const float* const at = weight + (k * NR + j) * VL;
+      // W11 and W21 - W11; high: W22 and W12 - W22
+      const vf w = load(at + (high ? 4 : 1) * matrix), sum = w + load(at + (high ? 2 : 3) * matrix);
+      first += broadcast(row + k) * (high ? sum : w);
+      second += broadcast(row + half + k) * (high ? w : sum);
+    }
+    store(acc + j * count * VL, first + second);
+  }
+}
+
 CMX_INLINE int64_t strassen_sums(int64_t part) { return kQuarters * NR * VL * ceil_div(part, 2); }
 
 // As product() with all pixels as one part, on rows of 2 * channels elements; sums has strassen_sums(pixels) floats.
@@ -113,7 +140,14 @@ CMX_INLINE void strassen_product(float* panel, int64_t pitch, int64_t pixels, in
                                  const Pointwise& p, float* sums, F f, Done done) {
   const int64_t half = channels / 2, blocks = c_out / 2 / VL, matrix = c_out / 2 * half, pairs = ceil_div(pixels, 2);
   if (pixels % 2) memset(panel + pixels * pitch, 0, channels * sizeof(float));
-  for (int64_t i = 0; i < pairs; i++) sums_of_pair(panel + 2 * i * pitch, panel + (2 * i + 1) * pitch, half);
+  bool finite = true;
+  for (int64_t i = 0; i < pairs; i++) {
+    float *const even = panel + 2 * i * pitch, *const odd = even + pitch;
+    const bool sums = all_finite(even, odd, channels);
+    odd[3 * half] = sums;  // where no sum is
+    if (sums) sums_of_pair(even, odd, half);
+    finite &= sums;
+  }
   for (int64_t block = 0; block < blocks; block += NR) {
     const float* const weight = (const float*)p.weight + block * VL * half;
     auto multiply = [&](auto index) __attribute__((always_inline)) {
@@ -128,6 +162,11 @@ CMX_INLINE void strassen_product(float* panel, int64_t pitch, int64_t pixels, in
               for (int64_t q = 0; q < kQuarters; q++) {
                 if (I != kEnds[q]) continue;
                 const int64_t pixel = 2 * m + q / 2, there = least(count, ceil_div(pixels - pixel, 2));
+                for (int64_t i = 0; !finite && i < there; i++) {  // sums would carry it to the partner
+                  const float* const even = panel + 2 * (m + i) * pitch;
+                  if (!even[pitch + 3 * half])
+                    exact_results(even + q / 2 * pitch, half, weight, matrix, q % 2, acc + i * VL, count);
+                }
                 for (int64_t j = 0; j < NR; j++) f(pixel, 2, there, block + q % 2 * blocks + j, acc + j * count * VL);
               }
             });
