@@ -79,8 +79,7 @@ static void pack_strassen(const View& weight, int64_t panel, void* out) {
 // False also from 1e19 on: slow, not wrong
 static bool all_finite(const float* even, const float* odd, int64_t channels) {
   vf squares{};
-  for (int64_t k = 0; k < channels; k += VL)
-    squares += load(even + k) * load(even + k) + load(odd + k) * load(odd + k);
+  for (int64_t k = 0; k < channels; k += VL) squares += load(even + k) * load(even + k) + load(odd + k) * load(odd + k);
   float sum = 0;
   for (int64_t i = 0; i < VL; i++) sum += squares[i];
   return sum - sum == 0;
