@@ -106,7 +106,7 @@ def test_memory_is_not_reused(isa: str) -> None:
     check_equal(stack.block_stack(x, packed), wanted)
 
 
-@pytest.mark.parametrize("value", (torch.inf, -torch.inf, torch.nan, 1e25), ids=str)
+@pytest.mark.parametrize("value", (torch.inf, -torch.inf, torch.nan), ids=str)
 def test_nonfinite_values_stay_in_their_pixel(isa: str, value: float) -> None:
     """As in eager, and not in the other pixel of a pair: first, second, the one without a partner; both halves."""
     case = ((3, WIDE, 5, 7), WIDE, 1, (1, 1), None)
@@ -115,9 +115,9 @@ def test_nonfinite_values_stay_in_their_pixel(isa: str, value: float) -> None:
     x[0, 3].view(-1)[16] = x[1, -1].view(-1)[17] = x[2, 3].view(-1)[34] = value
     (strassen, plain), there = _both(x, layers, "relu"), torch.zeros(3, 5 * 7, dtype=torch.bool)
     there[0, 16] = there[1, 17] = there[2, 34] = True
-    assert torch.equal(plain.flatten(2).isfinite().all(1), ~there) == (value != 1e25)
+    assert torch.equal(plain.flatten(2).isfinite().all(1), ~there)
     same = lambda y: torch.nan_to_num(y.flatten(2).movedim(1, 2)[there], 0.0, 1e30, -1e30)  # noqa: E731
-    torch.testing.assert_close(same(strassen), same(plain), rtol=1e-4, atol=0.0 if value != 1e25 else 1e20)
+    torch.testing.assert_close(same(strassen), same(plain), rtol=0.0, atol=0.0)
     rest = strassen.flatten(2).movedim(1, 2)[~there]
     torch.testing.assert_close(rest, wanted.flatten(2).movedim(1, 2)[~there], rtol=1e-5, atol=1e-4)
 

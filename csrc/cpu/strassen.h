@@ -76,15 +76,6 @@ static void pack_strassen(const View& weight, int64_t panel, void* out) {
   }
 }
 
-// False also from 1e19 on: slow, not wrong
-static bool all_finite(const float* even, const float* odd, int64_t channels) {
-  vf squares{};
-  for (int64_t k = 0; k < channels; k += VL) squares += load(even + k) * load(even + k) + load(odd + k) * load(odd + k);
-  float sum = 0;
-  for (int64_t i = 0; i < VL; i++) sum += squares[i];
-  return sum - sum == 0;
-}
-
 static __attribute__((noinline)) void sums_of_pair(float* even, float* odd, int64_t half) {
   for (int64_t k = 0; k < half; k += VL) {
     const vf u11 = load(even + k), u12 = load(even + half + k), u21 = load(odd + k), u22 = load(odd + half + k);
@@ -94,6 +85,15 @@ static __attribute__((noinline)) void sums_of_pair(float* even, float* odd, int6
     store(odd + k, u21 - u11);
     store(odd + 2 * half + k, u11 + u12);
   }
+}
+
+// Whether the pair had no infinity or NaN: of its sums, U12 - U22 and U21 - U11 have met every value.
+static bool is_finite(const float* even, const float* odd, int64_t half) {
+  vf zero{};
+  for (int64_t k = 0; k < half; k += VL) zero += vf{} * (load(even + half + k) + load(odd + k));
+  float sum = 0;
+  for (int64_t i = 0; i < VL; i++) sum += zero[i];
+  return sum == 0;
 }
 
 // sums[quarter][NR][pairs][VL] += acc[NR][count][VL] with the signs of product I. A quarter that it completes goes to acc.
@@ -114,20 +114,34 @@ static __attribute__((noinline)) void add_product(float* sums, int64_t pairs, fl
     }
 }
 
-// One of the four products of eight that make a pixel, for NR blocks of output channels: row [2 * half] -> acc[NR][count][VL].
-// high: for the second half of the output channels. weight: of this panel in the first of the seven matrices.
-static __attribute__((noinline)) void exact_results(const float* row, int64_t half, const float* weight, int64_t matrix,
-                                                    bool high, float* acc, int64_t count) {
+// acc[NR][count][VL] = results of one pixel by products of eight, on values and weights taken out of the sums again.
+// high: of the second half of the output channels. weight: this panel in the first of the seven matrices.
+static void exact_results(const float* even, const float* odd, bool is_odd, bool high, int64_t half,
+                          const float* weight, int64_t matrix, float* acc, int64_t count) {
   for (int64_t j = 0; j < NR; j++) {
     vf first{}, second{};
     for (int64_t k = 0; k < half; k++) {
+      const float u11 = even[k], u22 = odd[half + k];
+      const bool known = u22 - u22 == 0;  // else by U11, which is then finite or poisons the even pixel by itself
+      const float u12 = known ? even[half + k] + u22 : odd[2 * half + k] - u11;
+      const float u21 = known ? even[3 * half + k] - u22 : odd[k] + u11;
       const float* const at = weight + (k * NR + j) * VL;
       // W11 and W21 - W11; high: W22 and W12 - W22
       const vf w = load(at + (high ? 4 : 1) * matrix), sum = w + load(at + (high ? 2 : 3) * matrix);
-      first += broadcast(row + k) * (high ? sum : w);
-      second += broadcast(row + half + k) * (high ? w : sum);
+      first += all(is_odd ? u21 : u11) * (high ? sum : w);
+      second += all(is_odd ? u22 : u12) * (high ? w : sum);
     }
     store(acc + j * count * VL, first + second);
+  }
+}
+
+// Results of quarter q, acc[NR][count][VL], of the first pairs: those that have an infinity or NaN, without the partner's.
+static __attribute__((noinline)) void separate(const float* panel, int64_t pitch, int64_t pairs, int64_t half,
+                                               int64_t q, const float* weight, int64_t matrix, float* acc,
+                                               int64_t count) {
+  for (int64_t i = 0; i < pairs; i++) {
+    const float *const even = panel + 2 * i * pitch, *const odd = even + pitch;
+    if (!is_finite(even, odd, half)) exact_results(even, odd, q / 2, q % 2, half, weight, matrix, acc + i * VL, count);
   }
 }
 
@@ -142,10 +156,8 @@ CMX_INLINE void strassen_product(float* panel, int64_t pitch, int64_t pixels, in
   bool finite = true;
   for (int64_t i = 0; i < pairs; i++) {
     float *const even = panel + 2 * i * pitch, *const odd = even + pitch;
-    const bool sums = all_finite(even, odd, channels);
-    odd[3 * half] = sums;  // where no sum is
-    if (sums) sums_of_pair(even, odd, half);
-    finite &= sums;
+    sums_of_pair(even, odd, half);
+    finite &= is_finite(even, odd, half);
   }
   for (int64_t block = 0; block < blocks; block += NR) {
     const float* const weight = (const float*)p.weight + block * VL * half;
@@ -161,11 +173,7 @@ CMX_INLINE void strassen_product(float* panel, int64_t pitch, int64_t pixels, in
               for (int64_t q = 0; q < kQuarters; q++) {
                 if (I != kEnds[q]) continue;
                 const int64_t pixel = 2 * m + q / 2, there = least(count, ceil_div(pixels - pixel, 2));
-                for (int64_t i = 0; !finite && i < there; i++) {  // sums would carry it to the partner
-                  const float* const even = panel + 2 * (m + i) * pitch;
-                  if (!even[pitch + 3 * half])
-                    exact_results(even + q / 2 * pitch, half, weight, matrix, q % 2, acc + i * VL, count);
-                }
+                if (!finite) separate(panel + 2 * m * pitch, pitch, there, half, q, weight, matrix, acc, count);
                 for (int64_t j = 0; j < NR; j++) f(pixel, 2, there, block + q % 2 * blocks + j, acc + j * count * VL);
               }
             });
