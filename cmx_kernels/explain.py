@@ -16,7 +16,7 @@ from cmx_kernels.models.conversion import revert
 from cmx_kernels.models.fused import Fused, Stem
 from cmx_kernels.models.networks import FusedConvMixer, FusedNetwork
 from cmx_kernels.models.obstacles import check_call, plain_is_wanted
-from cmx_kernels.models.stack import Stack, current
+from cmx_kernels.models.stack import Stack, current, linear_of
 from cmx_kernels.models.structure import Refusal, children, why_not_size
 from cmx_kernels.ops.batchnorm import why_not_fold
 from cmx_kernels.ops.checks import autocast
@@ -232,6 +232,8 @@ def _network_rows(name: str, net: FusedNetwork, x: Tensor, stack: Stack | None) 
     else:
         pieces = list(net.named_children())
         first, last = stack.span if stack is not None else (0, 0)
+    if stack is not None and _takes_head(stack, net, x):
+        last += 1
     for i, (key, piece) in enumerate(pieces):
         label = _join(name, key)
         if stack is not None and first <= i < last:
@@ -242,6 +244,13 @@ def _network_rows(name: str, net: FusedNetwork, x: Tensor, stack: Stack | None) 
             yield Row(label, PLAIN, type(piece).__name__)
         if isinstance(piece, (Stem, nn.Conv2d)):
             x = after_patches(x, piece if isinstance(piece, nn.Conv2d) else children(piece)[0])
+
+
+def _takes_head(stack: Stack, net: FusedNetwork, x: Tensor) -> bool:
+    head = net.last_layer(stack)
+    if head is None or stack.trains(x, stack.tensors(net) or []):
+        return False
+    return linear_of(head, autocast(x)[0]) is not None
 
 
 def after_patches(x: Tensor, conv: nn.Module) -> Tensor:

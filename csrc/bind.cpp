@@ -209,10 +209,20 @@ void pool(const PoolHead& p) {
   run(p.in.n * blocks, 0, [&](int64_t task, char*) { k.pool_block(p, task / blocks, task % blocks); });
 }
 
+void classify(const PoolHead& p) {
+  const int64_t step = 8;  // classes a task
+  run(ceil_div(p.classes, step), 0,
+      [&](int64_t task, char*) { cpu_kernels().classify(p, task * step, std::min((task + 1) * step, p.classes)); });
+}
+
+void check_head(const Tensor& x, const Tensor& weight, int64_t channels) {
+  check_weight(x, weight, weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) == channels, "[classes, C]");
+}
+
 Tensor pool_head(const Tensor& x, const Tensor& weight, const Optional& bias) {
   check_activations(x);
   STD_TORCH_CHECK(x.size(2) * x.size(3) > 0, "x: got shape ", shape_of(x), ", wanted at least one pixel to average");
-  check_weight(x, weight, weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) == x.size(1), "[classes, C]");
+  check_head(x, weight, x.size(1));
   const Tensor w = dense(weight);
   Tensor y = torch::stable::empty({x.size(0), w.size(0)}, x.scalar_type());
   const std::vector<double> b = values(bias, "bias", w.size(0), 0);
@@ -234,9 +244,7 @@ Tensor pool_head(const Tensor& x, const Tensor& weight, const Optional& bias) {
   std::vector<float> pooled(x.size(0) * x.size(1));
   const PoolHead p{view_of(x, "x"), pooled.data(), w.const_data_ptr(), bias32.data(), w.size(0), y.mutable_data_ptr()};
   pool(p);
-  const int64_t step = 8;  // classes a task
-  run(ceil_div(p.classes, step), 0,
-      [&](int64_t task, char*) { cpu_kernels().classify(p, task * step, std::min((task + 1) * step, p.classes)); });
+  classify(p);
   return y;
 }
 
@@ -291,9 +299,13 @@ View images(View v, int64_t first, int64_t count) {
 }
 
 Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels, std::vector<int64_t> patch,
-                   std::vector<int64_t> kernel, std::string act_name, bool want_pool) {
+                   std::vector<int64_t> kernel, std::string act_name, bool want_pool, const Optional& head,
+                   const Optional& head_bias) {
   const CpuKernels& k = cpu_kernels();
   check_activations(x);
+  STD_TORCH_CHECK(want_pool || !head, "head: got a weight with pool=False, wanted pool=True: it takes pooled channels");
+  STD_TORCH_CHECK(head || !head_bias, "head_bias: got a tensor without a head, wanted both");
+  if (head) check_head(x, *head, channels);
   const View in = view_of(x, "x");
   const Act act = act_of(act_name);
   const bool stem = !patch.empty();
@@ -366,7 +378,16 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
     }
     if (want_pool) pool({from, (float*)y.mutable_data_ptr() + n * channels, nullptr, nullptr, 0, nullptr});
   }
-  return want_pool && in.dtype != Dtype::float32 ? torch::stable::to(y, x.scalar_type()) : y;
+  if (!head) return want_pool && in.dtype != Dtype::float32 ? torch::stable::to(y, x.scalar_type()) : y;
+  const Tensor weight = dense(*head);
+  const int64_t classes = weight.size(0);
+  Tensor logits = torch::stable::empty({in.n, classes}, x.scalar_type());
+  const std::vector<double> b = values(head_bias, "head_bias", classes, 0);
+  const std::vector<float> bias(b.begin(), b.end());
+  const View pooled = blocked(nullptr, in.dtype, in.n, channels, 1, 1, false);
+  classify(
+      {pooled, (float*)y.mutable_data_ptr(), weight.const_data_ptr(), bias.data(), classes, logits.mutable_data_ptr()});
+  return logits;
 }
 
 }  // namespace

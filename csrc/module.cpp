@@ -60,6 +60,35 @@ class Samples {
   std::string was_;
 };
 
+// Where some Python objects and PyTorch's structures behind them lie in memory. Asked for together before they are read,
+// they come at once instead of one after the other; a line whose owner is gone is asked for in vain.
+class Lines {
+ public:
+  Lines(const py::list& objects, const std::vector<std::pair<uintptr_t, size_t>>& structures) {
+    for (const auto& [address, size] : structures) add(address, size);
+    for (const py::handle object : objects) {
+      add((uintptr_t)object.ptr(), Py_TYPE(object.ptr())->tp_basicsize);
+      if (!PyDict_Check(object.ptr())) continue;
+      const auto* dict = (const PyDictObject*)object.ptr();
+      constexpr size_t kHeader = 64, kEntry = 3 * sizeof(PyObject*);
+      if (dict->ma_values)  // an instance's; the keys are its class's
+        add((uintptr_t)dict->ma_values, dict->ma_used * sizeof(PyObject*));
+      else if (dict->ma_used)
+        add((uintptr_t)dict->ma_keys, kHeader + dict->ma_used * kEntry);
+    }
+  }
+  void fetch() const {
+    for (const uintptr_t line : lines_) __builtin_prefetch((const char*)line);
+  }
+
+ private:
+  void add(uintptr_t address, size_t size) {
+    constexpr size_t kLine = 64;
+    for (uintptr_t line = address / kLine * kLine; line < address + size; line += kLine) lines_.push_back(line);
+  }
+  std::vector<uintptr_t> lines_;
+};
+
 static std::map<std::string, double> stage_seconds() {
   std::map<std::string, double> found;
   auto add = [&](const char* name, int64_t nanoseconds) { found[name] += 1e-9 * nanoseconds; };
@@ -89,6 +118,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("time_stages", time_stages, py::arg("wanted"), "begin to count the time of the parts of a stack, or stop");
   m.def("stage_seconds", stage_seconds,
         "seconds of all workers since then in the stem, depthwise and pointwise halves");
+  py::class_<Lines>(m, "Lines", "memory of Python objects, and structures at (address, bytes)")
+      .def(py::init<const py::list&, const std::vector<std::pair<uintptr_t, size_t>>&>(), py::arg("objects"),
+           py::arg("structures"))
+      .def("fetch", &Lines::fetch, "ask for all of it, without waiting");
   py::class_<Samples>(m, "Samples", "Bytes at addresses, as they were; whoever holds it keeps that memory alive")
       .def(py::init<std::vector<std::pair<uintptr_t, size_t>>>(), py::arg("places"), "pairs (address, bytes)")
       .def("unchanged", &Samples::unchanged);

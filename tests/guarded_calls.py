@@ -74,6 +74,10 @@ def stacks() -> None:
                     held = packed._replace(tensors=[guarded(t, at_end) for t in packed.tensors])
                     out = stack.block_stack(guarded(x, at_end), held, pool)
                     assert torch.equal(out, stack.block_stack(x, packed, pool))
+                    if pool:
+                        head = torch.randn(7, channels).to(dtype), torch.randn(7).to(dtype)
+                        out = stack.block_stack(x, packed, True, *(guarded(t, at_end) for t in head))
+                        assert torch.equal(out, stack.block_stack(x, packed, True, *head))
 
 
 if __name__ == "__main__":

@@ -164,14 +164,14 @@ def check_step(
 
 
 @contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Collects one entry, ``pool``, for each call of the whole-stack kernel."""
+def counted(monkeypatch: pytest.MonkeyPatch, heads: bool = False) -> Iterator[list[bool]]:
+    """Collects one entry for each call of the whole-stack kernel: ``pool``, or whether it had the last layer."""
     calls: list[bool] = []
     real = block_stack.block_stack
 
-    def counting(x: Tensor, packed: Any, pool: bool = False) -> Tensor:
-        calls.append(pool)
-        return real(x, packed, pool)
+    def counting(x: Tensor, packed: Any, pool: bool = False, *head: Tensor | None) -> Tensor:
+        calls.append(bool(head) if heads else pool)
+        return real(x, packed, pool, *head)
 
     with monkeypatch.context() as patch:
         patch.setattr(block_stack, "block_stack", counting)

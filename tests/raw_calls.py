@@ -114,11 +114,11 @@ def _shifted(t: Tensor) -> Tensor:
 def stacks(refused: Calls, either: Calls) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, packed = _stack(dtype)
-        good = {**packed._asdict(), "packed": packed.tensors, "x": x, "pool": False}
+        good = {**packed._asdict(), "packed": packed.tensors, "x": x, "pool": False, "head": None, "head_bias": None}
 
         def add(what: str, calls: Calls = refused, good: dict[str, Any] = good, **changes: object) -> None:
             args = {**good, **changes}
-            order = ("x", "packed", "channels", "patch", "kernel", "act", "pool")
+            order = ("x", "packed", "channels", "patch", "kernel", "act", "pool", "head", "head_bias")
             dtype = cases.name(good["x"].dtype)
             calls[f"block_stack {dtype}: {what}"] = lambda: OPS.block_stack(*(args[name] for name in order))
 
@@ -148,6 +148,18 @@ def stacks(refused: Calls, either: Calls) -> None:
         for patch in ([2], [2, 2, 2], [0, 2], [2, 0], [-2, 2], [3, 2], [2**31, 2**31], [2**62, 4]):
             add(f"patch {patch}", patch=patch)
         add("no patch for a stem", patch=[])
+        head = {"pool": True, "head": _zeros(7, 19, dtype=dtype), "head_bias": _zeros(7, dtype=dtype)}
+        add("a head without pool", **head | {"pool": False})
+        add("a bias without a head", **head | {"head": None})
+        for part, sizes in (
+            ("head", ((7, 18), (7, 20), (0, 19), (7,), (7, 19, 1))),
+            ("head_bias", ((6,), (8,), (7, 1))),
+        ):
+            for size in sizes:
+                add(f"a {part} of {size}", **head | {part: _zeros(*size, dtype=dtype)})
+            add(f"a {part} on meta", either, **head | {part: head[part].to("meta")})
+            add(f"a {part} sparse", **head | {part: head[part].to_sparse()})
+        add("a head of another dtype", **head | {"head": _zeros(7, 19, dtype=torch.float16)})
         for kernel in ([], [5], [5, 5, 5], [0, 5], [5, 0], [-5, -5], [33, 5], [5, 33], [7, 7], [2**31, 5], [2**62, 4]):
             add(f"kernel {kernel}", kernel=kernel)
         add("kernel 1x25, as large as 5x5", either, kernel=[1, 25])

@@ -43,17 +43,22 @@ def test_opcheck_dtypes(op: str, dtype: torch.dtype) -> None:
         assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("name", ("block_stack", "depthwise_packed", "pack_depthwise", "pack_pointwise"))
+@pytest.mark.parametrize(
+    "name", ("block_stack", "block_stack with a head", "depthwise_packed", "pack_depthwise", "pack_pointwise")
+)
 def test_opcheck_of_the_stack(isa: str, name: str) -> None:
     weights = (torch.randn(19, 1, 3, 3), torch.randn(19, 19, 1, 1))
     blocks = [tuple(stack.ConvParams(w, torch.randn(19), None, None) for w in weights)]
     packed = stack.pack(None, blocks, "gelu", F32)
+    head = (torch.randn(7, 19), torch.randn(7))
     args = {
         "block_stack": (torch.randn(2, 19, 5, 7), packed.tensors, 19, [], [3, 3], "gelu", False),
+        "block_stack with a head": (torch.randn(2, 19, 5, 7), packed.tensors, 19, [], [3, 3], "gelu", True, *head),
         "depthwise_packed": (torch.randn(2, 19, 5, 7), *packed.tensors[:2], [3, 3], "gelu", True),
         "pack_depthwise": (weights[0],),
         "pack_pointwise": (weights[1].flatten(1),),
     }[name]
+    name = name.split()[0]
     result = torch.library.opcheck(_op(name), args, test_utils=("test_schema", "test_autograd_registration"))
     assert set(result.values()) == {"SUCCESS"}
     if not name.startswith("pack"):

@@ -53,11 +53,12 @@ def test_number_of_threads(isa: str, op: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.name)
 def test_number_of_threads_of_a_stack(isa: str, dtype: torch.dtype, pool: bool) -> None:
     x, packed = torch.randn(5, 3, 60, 52).to(dtype), _stack(dtype)
+    head = [torch.randn(21, packed.channels).to(dtype)] if pool else []
     torch.set_num_threads(1)
-    alone = stack.block_stack(x, packed, pool)
+    alone = stack.block_stack(x, packed, pool, *head)
     for threads in (2, 3, 4, 7):
         torch.set_num_threads(threads)
-        check_equal(stack.block_stack(x, packed, pool), alone, f"{threads} threads")
+        check_equal(stack.block_stack(x, packed, pool, *head), alone, f"{threads} threads")
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
@@ -76,10 +77,10 @@ def test_batch_invariance(isa: str, op: str, dtype: torch.dtype, layout: str) ->
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.name)
 def test_batch_invariance_of_a_stack(isa: str, dtype: torch.dtype) -> None:
     x, packed = torch.randn(23, 3, 28, 32).to(dtype), _stack(dtype)
-    for pool in (False, True):
-        together = stack.block_stack(x, packed, pool)
+    for head in ((False,), (True,), (True, torch.randn(21, packed.channels).to(dtype))):
+        together = stack.block_stack(x, packed, *head)
         for i in (0, 1, 7, 22):
-            check_equal(together[i], stack.block_stack(x[i : i + 1], packed, pool)[0], f"image {i}")
+            check_equal(together[i], stack.block_stack(x[i : i + 1], packed, *head)[0], f"image {i}")
 
 
 def test_python_threads(isa: str) -> None:

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from cmx_kernels import backends, checkpoints
 from cmx_kernels.models.fused import Block, Fused, Stem, run_unit
-from cmx_kernels.models.obstacles import check_bypass, check_call, check_unit, plain_is_wanted
+from cmx_kernels.models.obstacles import bypassable, check_bypass, check_call, check_unit, plain_is_wanted
 from cmx_kernels.models.stack import current
-from cmx_kernels.models.structure import Refusal, Unit, children, stem_unit, why_not_size
+from cmx_kernels.models.structure import Refusal, Unit, averages, children, stem_unit, why_not_size
 from cmx_kernels.models.training import recomputed
 from cmx_kernels.models.units import Parts, Units
 from cmx_kernels.ops.batchnorm import why_not_fold
 
 _FORWARDS = ("forward", "forward_features", "forward_head")
+_DROPS = (nn.Dropout, nn.Identity)
 _POOLS = ("cmx_kernels.models.pooling", "timm.layers.adaptive_avgmax_pool")
 
 
@@ -49,6 +50,10 @@ class FusedNetwork(Fused):
     def checkpoints(self) -> bool:
         """Whether blocks keep no activations, and so have to be called one by one outside of a graph."""
         return getattr(self, "grad_checkpointing", False) and torch.is_grad_enabled()
+
+    def last_layer(self, stack: Units) -> nn.Module | None:
+        """What is called on the pooled channels, if they reach it as they are."""
+        raise NotImplementedError
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's; takes the keys of timm and of the paper, ``module.`` prefixes and training wrappers too."""
@@ -91,10 +96,12 @@ class FusedConvMixer(FusedNetwork):
         found = None if "forward_features" in self.__dict__ else self.ready(x)
         if found is not None:
             stack, tensors = found
-            pool = stack.pool and "forward_head" not in self.__dict__
-            y = stack.run(x, tensors, pool)
-            if y is not None:
+            head, pool = self.last_layer(stack), stack.pool and "forward_head" not in self.__dict__
+            y = stack.run(x, tensors, pool, head)
+            if y is not None and head is None:
                 return self.head(self.head_drop(y)) if pool else self.forward_head(y)
+            if y is not None:
+                return y
         return self._plain_forward(x)
 
     def _forward_features(self, x: Tensor) -> Tensor:
@@ -109,12 +116,18 @@ class FusedConvMixer(FusedNetwork):
             return x
         return self._plain_forward_features(x)
 
+    def last_layer(self, stack: Units) -> nn.Module | None:
+        drop = self.head_drop
+        if not stack.pool or "forward_head" in self.__dict__:
+            return None
+        return self.head if type(drop) in _DROPS and not drop.training and bypassable(drop) else None
+
     def parts(self) -> Parts:
         if type(self.stem) is not Stem or not len(self.blocks):
             raise Refusal("it has no fused stem, or no blocks")
         if getattr(type(self.blocks), "forward", None) not in (nn.Sequential.forward, FusedSequence.forward):
             raise Refusal(f"its blocks are in a {type(self.blocks).__name__} with a forward of its own")
-        pool = _known(type(self.global_pool), *_POOLS) and _averages(children(self.global_pool))
+        pool = _known(type(self.global_pool), *_POOLS) and averages(children(self.global_pool))
         bypassed: list[nn.Module] = [self.stem, self.blocks]
         if pool:
             bypassed += [self.global_pool, *children(self.global_pool)]
@@ -144,12 +157,16 @@ class FusedSequence(FusedNetwork, nn.Sequential):
         modules = children(self)
         for module in modules[:first]:
             x = module(x)
-        y = stack.run(x, tensors, stack.pool)
+        head = self.last_layer(stack)
+        y = stack.run(x, tensors, stack.pool, head)
         if y is None:
             return self._in_turn(x, first)
-        for module in modules[last:]:
+        for module in modules[last + (head is not None) :]:
             y = module(y)
         return y
+
+    def last_layer(self, stack: Units) -> nn.Module | None:
+        return dict(enumerate(children(self))).get(stack.span[1]) if stack.pool else None
 
     def _in_turn(self, x: Tensor, begin: int = 0) -> Tensor:
         """The children one by one, the three before the blocks as one operator where they are a stem."""
@@ -191,7 +208,7 @@ class FusedSequence(FusedNetwork, nn.Sequential):
         elif first >= 3:
             stem, refusal = self.stem_before(first)
             first -= 3 if stem else 0
-        pool = _averages(modules[last : last + 2])
+        pool = averages(modules[last : last + 2])
         if pool:
             bypassed += modules[last : last + 2]
             last += 2
@@ -226,14 +243,6 @@ def longest_run(modules: Sequence[nn.Module]) -> tuple[int, int]:
         if run[1] - run[0] > best[1] - best[0]:
             best = run
     return best
-
-
-def _averages(modules: Sequence[nn.Module]) -> bool:
-    """Whether these are the average over all pixels and a flatten: [N, C, H, W] -> [N, C]."""
-    if [type(module) for module in modules] != [nn.AdaptiveAvgPool2d, nn.Flatten]:
-        return False
-    pool, flatten = modules
-    return pool.output_size in (1, (1, 1)) and (flatten.start_dim, flatten.end_dim) == (1, -1)
 
 
 def _known(kind: type, *places: str) -> bool:

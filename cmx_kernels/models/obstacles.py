@@ -14,7 +14,10 @@ from cmx_kernels.ops.checks import check_activations
 PLAIN = frozenset((Tensor, nn.Parameter))
 _AFFINE, _STATISTICS = frozenset(("weight", "bias")), frozenset(("running_mean", "running_var"))
 _OF_TORCH = (
-    *((kind, "forward") for kind in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GELU, nn.ReLU, nn.Sequential)),
+    *(
+        (kind, "forward")
+        for kind in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GELU, nn.ReLU, nn.Linear, nn.Sequential)
+    ),
     (nn.Conv2d, "_conv_forward"),
 )
 _found = [getattr(kind, name) for kind, name in _OF_TORCH]
@@ -71,6 +74,14 @@ def check_bypass(module: nn.Module) -> None:
     for name in methods(type(module)):
         if name in module.__dict__:
             raise Refusal(f"the {name} of its {type(module).__name__} was replaced")
+
+
+def bypassable(module: nn.Module) -> bool:
+    try:
+        check_bypass(module)
+    except Refusal:
+        return False
+    return True
 
 
 def check_unit(unit: Unit) -> None:

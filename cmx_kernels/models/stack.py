@@ -1,6 +1,7 @@
 """The fused form of a stem and a run of blocks, and what must not have changed since it was made for it to be used."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import contains, itemgetter
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmx_kernels import backends
-from cmx_kernels.models.obstacles import HOOKS, PLAIN, methods
+from cmx_kernels import backends, registry
+from cmx_kernels.models.obstacles import HOOKS, PLAIN, bypassable, methods
 from cmx_kernels.models.parameters import Parameters
 from cmx_kernels.models.structure import Refusal
 from cmx_kernels.models.units import Parts, Units
@@ -20,7 +21,8 @@ from cmx_kernels.ops.checks import autocast, memory_format
 
 STATE = "_cmx"  # the one entry a fused module has in its __dict__
 _statistics = itemgetter("running_mean", "running_var")
-_LEAVES = frozenset((nn.ReLU, nn.Identity))
+_hooks = itemgetter(*HOOKS)
+_DICTS = frozenset((dict, OrderedDict))
 _SETTINGS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: ("eps",),  # and its mode, which is asked for in every call
@@ -49,13 +51,18 @@ class Stack(Units):
         self.always_batch = any(norm.running_mean is None or norm.running_var is None for norm in norms)
         self.count = len(self.all_tensors())
         self.cache = PackedCache()
+        self.lines = _lines(self.watched, self.all_tensors())
 
     def tensors(self, owner: nn.Module) -> list[Tensor] | None:
         """Parameters and running statistics; None unless the modules are still the same, plain and in the same mode."""
+        if self.lines is not None:
+            self.lines.fetch()
         if owner.__dict__["_modules"] != self.children or _settings(owner) != self.settings:
             return None
         for modules, kinds, states, replaceable, read, expected in self.watched:
             if list(map(type, modules)) != kinds or list(map(read, states)) != expected:
+                return None
+            if any(map(any, map(_hooks, states))):
                 return None
             if any(any(map(contains, states, repeat(name))) for name in replaceable):
                 return None
@@ -76,18 +83,27 @@ class Stack(Units):
     def batch_decides(self) -> bool:
         return self.always_batch or any(norm["training"] for _, norm in self.stores)
 
-    def run(self, x: Tensor, tensors: Sequence[Tensor], pool: bool = False) -> Tensor | None:
+    def run(
+        self, x: Tensor, tensors: Sequence[Tensor], pool: bool = False, head: nn.Module | None = None
+    ) -> Tensor | None:
         """The whole stack in one call; None where its operators have to be called one by one.
 
-        x: [N, Cin, H, W] -> [N, C, H', W'], or [N, C] with ``pool``; the dtype of autocast, if that is on.
+        x: [N, Cin, H, W] -> [N, C, H', W'], or [N, C] with ``pool``, or what ``head``, which is called on that or is
+        part of the call, makes of it; the dtype of autocast, if that is on.
         """
         (x,) = autocast(x)
         trains = self.trains(x, tensors)
         if self.obstacle(x, trains) is not None:
             y = None if trains else self._depth_first(x)
-            return nn.functional.adaptive_avg_pool2d(y, 1).flatten(1) if pool and y is not None else y
-        if trains:
-            return self.train(x, pool)
+            y = nn.functional.adaptive_avg_pool2d(y, 1).flatten(1) if pool and y is not None else y
+        elif trains:
+            y = self.train(x, pool)
+        else:
+            linear = None if head is None else linear_of(head, x)
+            y, head = self._whole(x, tensors, pool, *(linear or ())), None if linear else head
+        return y if y is None or head is None else head(y)
+
+    def _whole(self, x: Tensor, tensors: Sequence[Tensor], pool: bool, *head: Tensor | None) -> Tensor | None:
         mixed = torch.is_autocast_enabled(x.device.type)
         # Strides, because a transposed view may have the address and the version of what it shows
         key = (x.dtype, mixed, [conv["_parameters"]["weight"].stride() for conv, _ in self.stores])
@@ -101,7 +117,7 @@ class Stack(Units):
                 "weights are packed again in every call. Build the model outside of it"
             )
             packed = self._pack(x, mixed)
-        return None if packed is None else block_stack.block_stack(x, packed, pool)
+        return None if packed is None else block_stack.block_stack(x, packed, pool, *head)
 
     def micro_batch_of(self, x: Tensor) -> tuple[int, Tensor] | None:
         """Images that pass all blocks together, and a tensor for the results; None where blocks run one by one."""
@@ -139,6 +155,17 @@ class Stack(Units):
         return type(None), ()  # a copy of the owner makes its own
 
 
+def linear_of(head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a last layer that can join the call on ``x``; None where it has to be called."""
+    if type(head) is not nn.Linear or not bypassable(head):
+        return None
+    found = [t for t in head._parameters.values() if t is not None]
+    if not PLAIN.issuperset(map(type, found)) or any(t.dtype != x.dtype or t.device != x.device for t in found):
+        return None
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in found)
+    return None if wanted or not head.weight.is_contiguous() else (head.weight, head.bias)
+
+
 def _settings(owner: nn.Module) -> tuple[bool, int | None]:
     return getattr(owner, "recompute_depthwise", False), getattr(owner, "micro_batch", None)
 
@@ -161,14 +188,31 @@ def current(owner: Any) -> tuple[Units, list[Tensor]]:
 
 
 def _watch(modules: Iterable[nn.Module]) -> list[tuple[Any, ...]]:
-    """For each class: the modules, their classes, their __dict__, methods, a reader of the __dict__, what it reads."""
+    """For each class: modules, their classes, their __dict__, methods, a reader of the __dict__, what it reads."""
     kinds: dict[type, list[nn.Module]] = {}
     for module in modules:
         kinds.setdefault(type(module), []).append(module)
     watched = []
     for kind, alike in kinds.items():
-        names = (*HOOKS, *_SETTINGS.get(kind, () if kind in _LEAVES else ("_modules",)))
+        read = itemgetter(*_SETTINGS.get(kind, ("_modules",)))
         states = [module.__dict__ for module in alike]
-        expected = [tuple({} if n in HOOKS else copy.copy(state[n]) for n in names) for state in states]
-        watched.append((alike, [kind] * len(alike), states, methods(kind), itemgetter(*names), expected))
+        expected = list(map(copy.copy, map(read, states)))
+        watched.append((alike, [kind] * len(alike), states, methods(kind), read, expected))
     return watched
+
+
+def _lines(watched: list[tuple[Any, ...]], tensors: Sequence[Tensor]) -> Any:
+    """Where a call's checks look: behind a network, which has filled the caches, that is a third of their time."""
+    if registry.C is None:
+        return None
+    objects: list[Any] = list(tensors)
+    for modules, _, states, *_ in watched:
+        objects += [
+            *modules,
+            *states,
+            *(value for state in states for value in state.values() if type(value) in _DICTS),
+        ]
+    # at::TensorImpl and c10::StorageImpl, as far as data_ptr() and _version read them
+    structures = [(tensor._cdata, 256) for tensor in tensors]
+    structures += [(tensor.untyped_storage()._cdata, 128) for tensor in tensors if tensor.device.type == "cpu"]
+    return registry.C.Lines(objects, structures)

@@ -123,6 +123,14 @@ def _why_not_pointwise(conv: nn.Conv2d) -> str | None:
     return None if conv.padding in ((0, 0), "same", "valid") else f"pads a 1x1 kernel by {conv.padding}"
 
 
+def averages(modules: Sequence[nn.Module]) -> bool:
+    """Whether these are the average over all pixels and a flatten: [N, C, H, W] -> [N, C]."""
+    if [type(module) for module in modules] != [nn.AdaptiveAvgPool2d, nn.Flatten]:
+        return False
+    pool, flatten = modules
+    return pool.output_size in (1, (1, 1)) and (flatten.start_dim, flatten.end_dim) == (1, -1)
+
+
 def why_not_size(conv: nn.Conv2d) -> str | None:
     """A sentence if a weight is not of the size from which the settings of its convolution were judged."""
     size = conv.weight.shape[2:]

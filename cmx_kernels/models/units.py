@@ -79,15 +79,19 @@ class Units:
             return True
         return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
 
-    def run(self, x: Tensor, tensors: Sequence[Tensor], pool: bool = False) -> Tensor | None:
+    def run(
+        self, x: Tensor, tensors: Sequence[Tensor], pool: bool = False, head: nn.Module | None = None
+    ) -> Tensor | None:
         """All units in one call; None where their operators have to be called one by one, as a graph's inference does.
 
-        x: [N, Cin, H, W] -> [N, C, H', W'], or [N, C] with ``pool``; the dtype of autocast, if that is on.
+        x: [N, Cin, H, W] -> [N, C, H', W'], or [N, C] with ``pool``, or what ``head`` makes of that; the dtype of
+        autocast, if that is on.
         """
         (x,) = autocast(x)
         if backends.exporting() or not self.trains(x, tensors) or self.obstacle(x, True) is not None:
             return None
-        return self.train(x, pool)
+        y = self.train(x, pool)
+        return y if y is None or head is None else head(y)
 
     def train(self, x: Tensor, pool: bool) -> Tensor | None:
         return training.run(self.stem, self.blocks, x, self.act, self.recompute, pool)

@@ -3,6 +3,7 @@
     x = patch_embed(image)                          if the stack has a stem
     x = pointwise_block(depthwise_block(x))         for every block
     y = mean_hw(x)                                  if pool
+    y = y @ head.T + head_bias                      if there is a head
 
 Between the first and the last kernel the activations stay in the kernels' own layout. The packed layout belongs to the
 backend and to its instruction set: it is made on the machine that uses it and never stored.
@@ -50,9 +51,11 @@ def _fake(
     kernel: Sequence[int],
     act: str,
     pool: bool,
+    head: Tensor | None = None,
+    head_bias: Tensor | None = None,
 ) -> Tensor:
     if pool:
-        return x.new_empty((x.shape[0], channels))
+        return x.new_empty((x.shape[0], channels if head is None else head.shape[0]))
     p, q = patch or (1, 1)
     shape = (x.shape[0], channels, x.shape[2] // p, x.shape[3] // q)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
@@ -66,18 +69,22 @@ def _flops(
     kernel: Sequence[int],
     act: str,
     pool: bool,
+    head: Sequence[int] | None = None,
+    head_bias: Sequence[int] | None = None,
+    *,
     out_shape: Sequence[int],
 ) -> int:
-    """Of the unpacked convolutions: packing may pad channels."""
+    """Of the unpacked convolutions and the head: packing may pad channels."""
     p, q = patch or (1, 1)
     depth = (len(packed) // 2 - bool(patch)) // 2
     taps = (x[1] * p * q if patch else 0) + depth * (prod(kernel) + channels)
-    return 2 * x[0] * channels * (x[2] // p) * (x[3] // q) * taps
+    return 2 * x[0] * channels * ((x[2] // p) * (x[3] // q) * taps + (head[0] if head else 0))
 
 
 _compiled = define(
     "block_stack",
-    "(Tensor x, Tensor[] packed, int channels, int[] patch, int[] kernel, str act, bool pool) -> Tensor",
+    "(Tensor x, Tensor[] packed, int channels, int[] patch, int[] kernel, str act, bool pool, "
+    "Tensor? head=None, Tensor? head_bias=None) -> Tensor",
     _fake,
     None,
     flops=_flops,
@@ -137,16 +144,24 @@ def pack(
     return PackedStack(tensors, (stem or blocks[0][1]).weight.shape[1], first.shape[0], patch, kernel, act)
 
 
-def block_stack(x: Tensor, packed: PackedStack, pool: bool = False) -> Tensor:
+def block_stack(
+    x: Tensor,
+    packed: PackedStack,
+    pool: bool = False,
+    head: Tensor | None = None,
+    head_bias: Tensor | None = None,
+) -> Tensor:
     """Run a packed stack.
 
     Args:
         x: images [N, Cin, H, W] for a stack with a stem, else activations [N, C, H, W]; the dtype it was packed for.
         packed: from :func:`pack`, on this machine.
         pool: return the mean over the pixels.
+        head: [classes, C] in x's dtype, multiplied with the mean, which stays in float32; with ``pool`` alone.
+        head_bias: [classes], added to that.
 
     Returns:
-        [N, C, H // p, W // q], or [N, C] with ``pool``, in x's dtype; channels_last if x is.
+        [N, C, H // p, W // q], or [N, C] with ``pool``, or [N, classes], in x's dtype; channels_last if x is.
     """
     check_activations(x)
     if x.shape[1] != packed.in_channels:
@@ -154,7 +169,7 @@ def block_stack(x: Tensor, packed: PackedStack, pool: bool = False) -> Tensor:
             f"x: got {x.shape[1]} channels, wanted {packed.in_channels}, which the weights were packed for"
         )
     backend = backends.select("block_stack", x, packed.act, quiet=True) if profiler._is_profiler_enabled else ""
-    arguments = (packed.tensors, packed.channels, packed.patch, packed.kernel, packed.act, pool)
+    arguments = (packed.tensors, packed.channels, packed.patch, packed.kernel, packed.act, pool, head, head_bias)
     return profiling.call(_compiled, "block_stack", backend, x, *arguments)
 
 

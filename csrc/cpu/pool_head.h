@@ -81,7 +81,10 @@ static void classify_tile(const PoolHead& p, int64_t n, int64_t k) {
   for (int64_t i = 0; i < c; i += VL) {
     vf wv[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) wv[r] = read(w + r * c, i);
+    for (int r = 0; r < R; r++) {
+      wv[r] = read(w + r * c, i);
+      __builtin_prefetch(w + (R + r) * c + i);  // of the next classes: behind a network they come from memory
+    }
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++) {
       const vf xv = read(x + m * c, i);
