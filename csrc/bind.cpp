@@ -337,18 +337,24 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
     return Pointwise{packed[i].const_data_ptr(), constants[i / 2].get(), packed[next].const_data_ptr(),
                      uses_strassen(in.dtype, channels, inputs_of(i))};
   };
-  if (stem) {
+  auto stage = [&](int64_t i) {  // pointwise i, and then the next block's depthwise weights, or those of the head
     Stage s{};
+    s.pointwise = pointwise(i);
+    const Tensor* const after = i + 2 < (int64_t)packed.size() ? &packed[i + 2] : head ? &*head : nullptr;
+    if (after) s.after = (const char*)after->const_data_ptr();
+    if (after) s.after_bytes = after->numel() * after->element_size();
+    return s;
+  };
+  if (stem) {
+    Stage s = stage(0);
     s.producer = Stage::Producer::patches;
     s.ph = ph, s.pw = pw;
-    s.pointwise = pointwise(0);
     stages.push_back(s);
   }
   for (int64_t i = first; i < (int64_t)packed.size(); i += 4) {
-    Stage s{};
+    Stage s = stage(i + 2);
     s.producer = Stage::Producer::depthwise;
     s.depthwise = {packed[i].const_data_ptr(), constants[i / 2].get(), kernel[0], kernel[1], true};
-    s.pointwise = pointwise(i + 2);
     stages.push_back(s);
   }
 

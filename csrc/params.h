@@ -60,6 +60,8 @@ struct Stage {
   Act act;
   int64_t rows;       // output rows of a band
   int64_t part;       // pixels of the panel that one sweep over the weights takes: they stay in L2
+  const char* after;  // what is read after this stage's weights: asked for during the product
+  int64_t after_bytes;
   StageTimes* times;  // null: not asked for
 };
 

@@ -151,7 +151,13 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
     const bool high = s.pointwise.strassen && block >= out.c / 2 / VL;
     return lines + (block % NR + high * NR) * plan.part * VL;
   };
+  const int64_t pixels = rows * out.w;
+  // in equal pieces, one for each of the calls below
+  constexpr int64_t kLine = 64;
+  const int64_t ahead = ceil_div(s.after_bytes, kLine * ceil_div(pixels, MR) * ceil_div(out.c, VL));
+  const char *after = s.after, *const after_end = s.after + s.after_bytes;
   auto finish = [&](int64_t m, int64_t step, int64_t count, int64_t block, const float* acc) {
+    for (int64_t i = 0; i < ahead && after < after_end; i++, after += kLine) __builtin_prefetch(after);
     const Constants& constants = s.pointwise.constants;
     if (out.blocked) {
       T* to = block_of<T>(out, n, block) + (y0 * out.w + m) * VL;
@@ -179,7 +185,6 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
       }
     if (block + blocks == ceil_div(out.c, VL)) part_begin = m1;
   };
-  const int64_t pixels = rows * out.w;
   const Timer timer(s.times ? &s.times->product : nullptr);
   if constexpr (sizeof(P) == sizeof(float))
     if (s.pointwise.strassen)
