@@ -15,6 +15,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the pages and their results are not in this checkout", allow_module_level=True)
 
 from benchmarks import pages  # noqa: E402
+from benchmarks.networks import SPECS  # noqa: E402
 
 Row = Mapping[str, Any]
 NETWORKS, TRAINING = "epyc-zen5-2-cores", "epyc-zen5-2-cores-training"
@@ -161,13 +162,17 @@ def test_figures_in_sentences(page: str) -> None:
 
 
 def test_what_the_readme_says_of_every_row() -> None:
-    """Errors and classes; the columns of ratios against the best of all others in this dtype or float32; no GPU."""
+    """Errors and classes; ratios against the best of all others in this dtype or float32; depthwise convolutions."""
     for name in (NETWORKS, TRAINING):
         results = pages.stored(name)
         assert "cuda" not in json.dumps(results["machine"]).lower()
         for row in [*results.get("models", ()), *results["training"]]:
             right, images = row["top1"].split("/")
             assert row["status"] == "timed" and row["error"] <= row["allowed"] and right == images, row
+    peak = pages.stored(NETWORKS)["machine"]["ceilings"]["fp32"]
+    for row in pages.stored(NETWORKS)["breakdown"]:
+        rate = SPECS[row["model"]].depthwise_flop * row["batch"] / row["ms"]["depthwise"] / 1e6
+        assert row["provider"] == "fused" or rate < 0.4 * peak
     races = pages.by_race(pages.stored(NETWORKS)["models"], "model", "batch", "dtype")
     for (model, batch, dtype), race in races.items():
         others = [row for key in {dtype, "fp32"} for row in races[model, batch, key].values() if row["kind"] != "fused"]
