@@ -5,6 +5,7 @@
 #   TORCH=torch==2.13.0       another torch
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    the small CPU build of torch (PyPI's is the CUDA build: gigabytes)
 #   ARGS="-k depthwise"       more arguments for pytest: options, or the files to run; make bench: ARGS="--providers all"
+#   CMX_CIFAR10=FOLDER        make test: a CIFAR-10, on whose test images the shipped weights are tried too
 #   CMX_BENCH=full            make bench: every provider, batch size and operator (hours; else about five minutes)
 #   TORCHES="2.11.0 2.13.0"   make wheel-test: the torches under which one and the same wheel is tried
 #   PART=correct|ops|product|network|training    a part of make gpu-check; all of them if it is not given

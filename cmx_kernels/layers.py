@@ -130,7 +130,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
             cache = self.__dict__[STATE] = PackedCache()
         tensors = (weight,) if bias is None else (weight, bias)
         found: PackedDepthwise = cache.get(
-            tensors, (x.dtype, weight.stride()), lambda: pack(ConvParams(weight, bias, None, None), x.dtype)
+            tensors, x.dtype, lambda: pack(ConvParams(weight, bias, None, None), x.dtype)
         )
         return found
 

@@ -71,6 +71,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "a training step": train_a_step,
     "data replaced": lambda m: setattr(m.blocks[0][1].weight, "data", other().blocks[0][1].weight.data.clone()),
     "data transposed": lambda m: setattr(m.blocks[0][1].weight, "data", m.blocks[0][1].weight.data.transpose(0, 1)),
+    "data expanded": lambda m: setattr(m.blocks[1][3].bias, "data", m.blocks[1][3].bias.data[:1].expand(24)),
     "data written": lambda m: m.blocks[0][1].weight.data.copy_(other().blocks[0][1].weight),
     "norm data written": lambda m: m.blocks[0][3].weight.data.fill_(0.25),
     "moving average": average,

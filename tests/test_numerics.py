@@ -252,7 +252,7 @@ def _layer_by_layer(op: str, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any
     scale, shift, act, *residual = rest
     conv = F.conv2d(x, weight, bias) if op == "pointwise_block" else cases.conv(op, x, weight, bias)
     a = activation(act)(conv)
-    y = F.batch_norm(a, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 0.0)
+    y = F.batch_norm(a, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 1e-12)
     return y + x if residual == [True] else y
 
 

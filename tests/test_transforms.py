@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import cases
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from cmx_kernels import ConvMixer, backends, ops, use
+from cmx_kernels import ConvMixer, backends, ops, unfuse, use
 
 pytestmark = pytest.mark.filterwarnings("ignore:cmx_kernels", "ignore::DeprecationWarning")
 X = torch.randn(2, 3, 28, 35, generator=torch.Generator().manual_seed(2))
@@ -63,6 +64,76 @@ def test_forced_kernels_refuse_transforms() -> None:
     assert not backends.transformed()
 
 
+TRAINED = ("patch_embed", "depthwise_block", "pointwise_block")
+
+
+def _dual(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda f, x: torch.func.grad(lambda v: f(v).square().sum())(x),
+    "vmap": lambda f, x: torch.vmap(f)(torch.stack([x, -x])),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "forward mode": _dual,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("op", TRAINED)
+def test_training_forms_refuse_transforms(op: str, transform: str) -> None:
+    """In a sentence, whose way out gives the same values and takes the transform."""
+    x, weight, bias, gamma, beta, *_ = cases.inputs(op, RAGGED[op])
+    train = getattr(ops, f"{op}_train")
+    residual = {"residual": False} if op == "depthwise_block" else {}
+    with pytest.raises(RuntimeError, match=f"^{op}_train: a torch.func transform .*batch_norm"):
+        TRANSFORMS[transform](lambda v: train(v, weight, bias, gamma, beta)[0], x)
+
+    def way_out(v: Tensor) -> Tensor:
+        a = getattr(ops, op)(v, weight, bias, **residual)
+        return torch.nn.functional.batch_norm(a, None, None, gamma, beta, training=True)
+
+    torch.testing.assert_close(way_out(x), train(x, weight, bias, gamma, beta, **residual)[0], rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(TRANSFORMS[transform](way_out, x)).all()
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_batches_of_gradients_of_operators(op: str) -> None:
+    x, *rest = cases.inputs(op, RAGGED[op])
+    y = getattr(ops, op)(x.requires_grad_(), *rest)
+    grads = torch.stack([torch.ones_like(y), y.detach()])
+    (got,) = torch.autograd.grad(y, x, grads, retain_graph=True, is_grads_batched=True)
+    wanted = [torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads]
+    torch.testing.assert_close(got, torch.stack(wanted))
+
+
+@needs_kernels
+@pytest.mark.parametrize("training", [False, True])
+def test_fused_models_refuse_what_their_gradients_cannot(training: bool) -> None:
+    """Batches of gradients, tangents of gradients, second derivatives; none is silently zero. Plain modules can."""
+    model = ConvMixer(16, 1, 3, 7, 4).train(training)
+    x = X.clone().requires_grad_()
+    y = model(x)
+
+    def vjp(grad: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+
+    several = torch.stack([torch.ones_like(y), y.detach()])
+    for call in (
+        lambda: torch.autograd.grad(y, x, several, retain_graph=True, is_grads_batched=True),
+        lambda: torch.vmap(vjp)(several),
+        lambda: _dual(vjp, torch.ones_like(y)),
+        lambda: torch.autograd.functional.hvp(lambda v: model(v).square().sum(), X, X),
+    ):
+        with pytest.raises(RuntimeError, match=r"^grad: got a .*unfuse\(model\) trains in plain PyTorch"):
+            call()
+    plain = unfuse(model)
+    y = plain(x)
+    assert torch.isfinite(_dual(vjp, torch.ones_like(y))).all()
+    assert torch.autograd.functional.hvp(lambda v: plain(v).square().sum(), X, X)[1].abs().max() > 0
+
+
 def _flops(call: object, *args: object) -> int:
     with FlopCounterMode(display=False) as counter:
         call(*args)
@@ -98,7 +169,7 @@ def test_flops_of_the_stack_are_those_of_the_plain_model(name: str, monkeypatch:
 
 
 @needs_kernels
-@pytest.mark.parametrize("op", ["patch_embed", "depthwise_block", "pointwise_block"])
+@pytest.mark.parametrize("op", TRAINED)
 @pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)])
 @torch.no_grad()
 def test_flops_of_training(op: str, need: tuple[bool, bool]) -> None:

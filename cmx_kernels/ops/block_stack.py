@@ -176,10 +176,10 @@ def block_stack(
 class PackedCache:
     """The packed form of some parameters, made again when one of them, or the key, has changed.
 
-    Identity is (address, version): every in-place operation that PyTorch counts is seen. It counts neither writes
-    through ``.data`` nor the steps of optimizers with fused=True; on the CPU these are seen where they change one of
-    the values sampled at the beginning, in the middle and at the end of each tensor. Holding the tensors keeps an
-    address from being given to another one meanwhile.
+    Identity is (address, version, strides): every in-place operation that PyTorch counts is seen, and another view of
+    the same memory. It counts neither writes through ``.data`` nor the steps of optimizers with fused=True; on the CPU
+    these are seen where they change one of the values sampled at the beginning, in the middle and at the end of each
+    tensor. Holding the tensors keeps an address from being given to another one meanwhile.
     """
 
     def __init__(self) -> None:
@@ -187,7 +187,8 @@ class PackedCache:
 
     def get(self, tensors: Sequence[Tensor], key: Hashable, build: Callable[[], Any]) -> Any:
         """``build()``, or what it returned last time; RuntimeError if a tensor comes from torch.inference_mode()."""
-        now = (key, registry.packing(), list(map(Tensor.data_ptr, tensors)), list(map(_version, tensors)))
+        identity = (list(map(of, tensors)) for of in (Tensor.data_ptr, _version, Tensor.stride))
+        now = (key, registry.packing(), *identity)
         state = self._state
         if state is None or state[0] != now or not state[1].unchanged():
             samples = registry.C.Samples([place for tensor in tensors for place in _places(tensor)])

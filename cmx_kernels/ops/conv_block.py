@@ -39,6 +39,8 @@ class Geometry(NamedTuple):
         return F.pad(x, self.padding) if any(self.padding) else x
 
     def unpad(self, x: Tensor) -> Tensor:
+        if not any(self.padding):
+            return x  # a slice of everything is no operation under torch's older vmap, of is_grads_batched
         left, right, top, bottom = self.padding
         return x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
 
@@ -149,7 +151,8 @@ def run(op: ConvOp, x: Tensor, weight: Tensor, bias: Any, scale: Any, shift: Any
     if backend == "reference":  # what tune() compared with a model's modules is no news about our reference
         backend = backends.select(op.name, x, act)
     args = x, weight, bias, scale, shift, act, *extra
-    alone = op.name == "depthwise_block" and args[3:] == (None, None, "none", False)
+    # Not as one tuple: torch 2.11 compiles no comparison of tuples that hold tensors
+    alone = op.name == "depthwise_block" and scale is None and shift is None and act == "none" and extra == (False,)
     if alone and backend == "cpu" and (bias is None or bias.dtype == x.dtype) and backends.plain_is_faster(x, weight):
         return in_format(F.conv2d(x, weight, bias, padding="same", groups=x.shape[1]), memory_format(x))
     call = backends.function(backend, op.name, op.reference, op.compiled)

@@ -47,11 +47,14 @@ def _wanted(grad: Tensor, want: bool) -> Tensor | None:
 
 
 class _Final(Function):
-    """Gradients as they are, with an error where they are differentiated again: without it they would be constants."""
+    """The first ``count`` tensors, gradients, as they are, with an error where they are differentiated again.
+
+    The others are what they depend on: without them they would be constants, and second derivatives zero.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> Gradients:
-        return grads
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Gradients:
+        return tensors[:count]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
@@ -61,19 +64,28 @@ class _Final(Function):
         )
 
 
+# Private, so a torch without it takes each gradient as one
+_has_values: Callable[[Tensor], bool] = getattr(torch._C, "_has_storage", lambda grad: True)
+
+
 def _once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """A backward that is run without recording; what it returns under create_graph=True refuses to be differentiated.
 
     torch's once_differentiable lets it pass as a constant where the incoming gradient needs no gradient itself.
+    ``backward`` is given the saved tensors: under gradient checkpointing they can be had once.
     """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Gradients:
+        if not torch.compiler.is_compiling() and (backends.transformed() or not all(map(_has_values, grads))):
+            raise RuntimeError(
+                "grad: got a batch of gradients (torch.vmap, is_grads_batched), or one with a tangent, which the "
+                "kernels of fused training do not follow; cmx_kernels.unfuse(model) trains in plain PyTorch, which does"
+            )
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
-        return _Final.apply(torch.zeros((), requires_grad=True), *found)
+            found = backward(ctx, saved, *grads)
+        return _Final.apply(len(found), *found, *saved, *grads) if torch.is_grad_enabled() else found
 
     return run
 
@@ -102,8 +114,8 @@ class Unit(Function):
 
     @staticmethod
     @_once
-    def backward(ctx: Any, grad: Tensor, row_grads: Tensor, _: Tensor) -> Gradients:
-        x, weight, bias, gamma, beta, a, rows, rstd = ctx.saved_tensors
+    def backward(ctx: Any, saved: Any, grad: Tensor, row_grads: Tensor, _: Tensor) -> Gradients:
+        x, weight, bias, gamma, beta, a, rows, rstd = saved
         need = ctx.needs_input_grad
         sums = row_grads[:2]
         k = batchnorm.coefficients(sums, rows, rstd, ctx.count, ctx.norm)
@@ -159,8 +171,8 @@ class Block(Function):
 
     @staticmethod
     @_once
-    def backward(ctx: Any, grad: Tensor, row_grads: Tensor, *_: Tensor) -> Gradients:
-        x, x_rows, weight1, bias1, gamma1, beta1, weight2, bias2, gamma2, beta2, *rest = ctx.saved_tensors
+    def backward(ctx: Any, saved: Any, grad: Tensor, row_grads: Tensor, *_: Tensor) -> Gradients:
+        x, x_rows, weight1, bias1, gamma1, beta1, weight2, bias2, gamma2, beta2, *rest = saved
         a1, rows1, rstd1, a2, rows2, rstd2 = rest
         need = ctx.needs_input_grad
         if a1 is None:
@@ -203,8 +215,8 @@ class Value(Function):
 
     @staticmethod
     @_once
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        a, rows = ctx.saved_tensors
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> Gradients:
+        a, rows = saved
         grad = _incoming(grad, a)
         return grad, _as_rows(training.affine_sums(grad, a, rows, ctx.act), rows), None
 
@@ -225,8 +237,8 @@ class Pooled(Function):
 
     @staticmethod
     @_once
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        centred, rows = ctx.saved_tensors
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> Gradients:
+        centred, rows = saved
         shape, dtype, layout = ctx.like
         grad = grad.to(rows.dtype)
         sums = torch.stack((grad.sum(0), (grad * centred).sum(0)))

@@ -67,6 +67,11 @@ def _run(name: str, x: Tensor, weight: Tensor, vectors: tuple[Any, Any, Any], ac
         x, weight = autocast(x, weight)
         with torch.autocast(x.device.type, enabled=False):
             return _run(name, x, weight, vectors, act, eps)
+    if backends.transformed():
+        raise RuntimeError(
+            f"{name}_train: {backends.TRANSFORMED}; {name} without scale, shift and residual, and after it "
+            f"torch.nn.functional.batch_norm(training=True), is made of such"
+        )
     check, forward, backward = _OPS[name]
     check(x, weight, *vectors, act)
     backend = backends.select(f"{name}_train", x, act)  # says, or with a forced backend raises, what does not run
@@ -88,6 +93,7 @@ def patch_embed_train(
 
     Raises:
         TypeError, ValueError: as patch_embed; one value per channel has no variance.
+        RuntimeError: under torch.func and forward-mode differentiation; so do the two below.
     """
     return _run("patch_embed", x, weight, (bias, gamma, beta), act, eps)
 

@@ -1,0 +1,199 @@
+"""What the pages say: tables and figures against the stored results, the README's other statements against tests."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the pages and their results are not in this checkout", allow_module_level=True)
+
+from benchmarks import pages  # noqa: E402
+from benchmarks.networks import SPECS  # noqa: E402
+
+Row = Mapping[str, Any]
+NETWORKS, TRAINING = "epyc-zen5-2-cores", "epyc-zen5-2-cores-training"
+
+
+def text_of(page: str) -> str:
+    """In one line, so that a sentence may be broken anywhere."""
+    return " ".join((ROOT / page).read_text().split())
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_tables_are_those_of_the_stored_results(page: str) -> None:
+    """`python -m benchmarks.pages` writes them."""
+    text = (ROOT / page).read_text()
+    assert len(pages.TABLE.findall(text)) == text.count("<!-- table: ") >= 2
+    assert pages.written(text) == text
+    assert pages.written(re.sub(r"\*\*\d", "**9", text)) == text, "a figure that is wrong would stay"
+
+
+def span(values: Sequence[float], form: str = ".2f") -> str:
+    return f"{min(values):{form}} to {max(values):{form}}"
+
+
+def conditions(name: str, packages: Sequence[str]) -> str:
+    machine = pages.stored(name)["machine"]
+    versions = ", ".join(f"{package} {machine['versions'][package]}" for package in packages)
+    return f"{versions}, {machine['date'][:10]}"
+
+
+def asked_for(name: str) -> str:
+    return pages.stored(name)["machine"]["command"].replace("pytest benchmarks --benchmark-only ", "")
+
+
+def of_networks() -> Iterator[str]:
+    """The README's about its first table."""
+    machine, rows = (pages.stored(NETWORKS)[part] for part in ("machine", "models"))
+    packages = ("torch", "onnxruntime", "openvino")
+    yield f"{machine['cores']} cores of an {machine['cpu']} (Zen 5, AVX512-BF16), {conditions(NETWORKS, packages)}. "
+    yield f'Command: `make bench ARGS="{asked_for(NETWORKS)}"`'
+    races = pages.by_race(rows, "model", "batch", "dtype")
+    loud = [row for row in rows if (row["spread"] or 0) > 0.05]
+    (ours,) = (row for row in loud if row["kind"] == "fused")
+    race = races[ours["model"], ours["batch"], ours["dtype"]].values()
+    yield (
+        f"Spreads above 5 %: {len(loud) - 1} rows of others, and fused 1024/20 in {ours['dtype']} at batch "
+        f"{ours['batch']} ({ours['spread']:.1%}), where".replace("%)", " %)")
+        + f" {sum(row in loud for row in race) - 1} of the {len(race) - 1} others were as unsteady."
+    )
+    assert ours["model"] == "convmixer_1024_20_ks9_p14"
+    at_one = [races[model, 1, "fp32"] for model in ("convmixer_1024_20_ks9_p14", "convmixer_1536_20")]
+    shares = [max(row["percent_of_limit"] for row in race.values() if row["kind"] == "eager") for race in at_one]
+    yield f"runs at {span(shares, '.0f')} % of it (1024/20, 1536/20 at batch 1)"
+    best = max(row["percent_of_limit"] for row in rows if row["kind"] == "fused" and row["dtype"] == "fp32")
+    yield f"(Strassen), which is how they come to {best:.0f} %"
+
+
+def of_training() -> Iterator[str]:
+    command = pages.stored(TRAINING)["machine"]["command"]
+    keyword = re.search(r"-k (.*) --results", command)[1]
+    yield f"`{command.replace(keyword, f'{chr(34)}{keyword}{chr(34)}')}`"
+    yield f"Spreads up to {100 * max(row['spread'] for row in pages.stored(TRAINING)['training']):.1f} %."
+
+
+def of_layers() -> Iterator[str]:
+    ops = pages.stored("epyc-zen5-2-cores-layers")["ops"]
+    slower = [op for op in ops if op["slower"]]
+    yield f"{len(ops) - len(slower)} of the {len(ops)} layers are slower than PyTorch's in neither layout by more than"
+    large = [op["x_best"] for op in ops if op["k"] >= 7]
+    assert sum(x <= 1 for x in large) == 2
+    yield f"those from k 7 on are {min(large):.2f} to {max(large):.1f} times as fast, all but two of them faster."
+    worst = [min(op["x_NCHW"], op["x_NHWC"]) for op in slower]
+    assert {op["k"] for op in slower} == {3, 5, 7}
+    yield f"The {len(slower)} others reach {span(worst)} in one layout, with k 3, 5 and 7."
+    torchs = [op for op in slower if op["k"] == 3 or op["backends"] == {"conv2d": "torch"}]
+    assert all(op["x_NHWC"] < op["x_NCHW"] for op in torchs)
+    lost = [1e3 * (op["ms_fused_NHWC"] - op["ms_plain_NHWC"]) for op in torchs]
+    yield f"{len(torchs)} of them are PyTorch's own convolution in channels_last"
+    yield f"what they lose, {span(lost, '.0f')} us,"
+    ours = [op for op in slower if op not in torchs]
+    assert sum(op["dtype"] != "fp32" for op in ours) == 1 and all(op["k"] in (5, 7) for op in ours)
+    last = [op for op in ours if op["x_NHWC"] < op["x_NCHW"]]
+    first = [op for op in ours if op not in last]
+    sizes = [op["batch"] * op["c"] * op["h"] * op["w"] / 1e6 for op in last]
+    yield (
+        f"The other {len(ours)} are float32 but for one: {len(last)} with k 5 and 7 in channels_last on "
+        f"{span(sizes, '.0f')} million values ({span([op['x_NHWC'] for op in last])};"
+    )
+    assert {op["h"] for op in first} == {14}
+    yield (
+        f"and {len(first)} in NCHW on 14 x 14 planes ({span([op['x_NCHW'] for op in first])}, where the other layout "
+        f"is {span([op['x_NHWC'] for op in first])} times as fast)"
+    )
+
+
+def of_rivals() -> Iterator[str]:
+    """And of the README's table on another machine."""
+    yield f"two Zen 5 cores, {conditions('epyc-zen5-2-cores-rivals', ('torch', 'timm'))}; random weights."
+    rows = pages.stored("epyc-zen5-2-cores-rivals")["rivals"]
+    best = {(row["model"], row["dtype"]): row.get("fused", max(row["plain"].values())) for row in rows}
+    for dtype in ("fp32", "bf16"):
+        theirs = max(best[name, dtype] for name in ("deit_base_patch16_224", "convnext_base"))
+        assert min(best[name, dtype] for name in ("convmixer_768_32", "convmixer_1024_20_ks9_p14")) > theirs
+        assert best["convmixer_1536_20", dtype] < theirs
+    yield "With fused kernels 768/32 and 1024/20 pass DeiT-B and ConvNeXt-B in both dtypes; 1536/20, of about three"
+    before = "epyc-zen4-2-cores"
+    yield f"(Zen 4, AVX512-BF16), {conditions(before, ('torch', 'onnxruntime', 'openvino'))}, an earlier commit"
+    yield f'command: `make bench ARGS="{asked_for(before)}"`'
+    assert {row["kind"] for row in pages.stored(before)["models"] if (row["spread"] or 0) > 0.05} == {"eager"}
+    yield "Spreads above 5 %: eager only."
+
+
+def of_the_example() -> Iterator[str]:
+    curves, losses = (json.loads((ROOT / f"examples/cifar10_{n}.json").read_text()) for n in ("curves", "compare"))
+    size = (ROOT / "cmx_kernels/data/convmixer_cifar10.safetensors").stat().st_size / 1e3
+    yield f"{curves['accuracy']:.2%} of".replace("%", " %")
+    yield f"{curves['bfloat16']:.2%} in bfloat16, {size:.0f} KB; {len(curves['test_accuracy'])} epochs".replace(
+        "%", " %"
+    )
+    found = {}
+    for name in ("fused", "plain bf16"):
+        differences = [abs(a - b) for a, b in zip(losses[name], losses["plain"], strict=True)]
+        found[name] = [
+            f"{value:.1e}".replace("e-0", "e-") for value in (sum(differences) / len(differences), max(differences))
+        ]
+    plain = losses["plain"]
+    yield f"In {len(plain)} steps (float32, loss from {plain[0]:.2f} to about {plain[-1]:.1f})"
+    yield "the losses of fused differ from those of plain by {} on average and {} at most".format(*found["fused"])
+    yield "in bfloat16 by {} and {} (".format(*found["plain bf16"])
+
+
+SENTENCES = {
+    "README.md": (of_networks, of_training),
+    "RESULTS.md": (of_layers, of_rivals),
+    "examples/README.md": (of_the_example,),
+}
+
+
+@pytest.mark.parametrize("page", SENTENCES)
+def test_figures_in_sentences(page: str) -> None:
+    """Each is made anew from the stored results, and stands in the page."""
+    text = text_of(page)
+    wrong = [sentence for about in SENTENCES[page] for sentence in about() if sentence not in text]
+    assert not wrong, "the stored results say:\n" + "\n".join(wrong)
+
+
+def test_what_the_readme_says_of_every_row() -> None:
+    """Errors and classes; ratios against the best of all others in this dtype or float32; depthwise convolutions."""
+    for name in (NETWORKS, TRAINING):
+        results = pages.stored(name)
+        assert "cuda" not in json.dumps(results["machine"]).lower()
+        for row in [*results.get("models", ()), *results["training"]]:
+            right, images = row["top1"].split("/")
+            assert row["status"] == "timed" and row["error"] <= row["allowed"] and right == images, row
+    peak = pages.stored(NETWORKS)["machine"]["ceilings"]["fp32"]
+    for row in pages.stored(NETWORKS)["breakdown"]:
+        rate = SPECS[row["model"]].depthwise_flop * row["batch"] / row["ms"]["depthwise"] / 1e6
+        assert row["provider"] == "fused" or rate < 0.4 * peak
+    races = pages.by_race(pages.stored(NETWORKS)["models"], "model", "batch", "dtype")
+    for (model, batch, dtype), race in races.items():
+        others = [row for key in {dtype, "fp32"} for row in races[model, batch, key].values() if row["kind"] != "fused"]
+        eager = max(row["images_per_s"] for row in others if row["kind"] == "eager")
+        ours = race["fused"]["images_per_s"]
+        assert race["fused"]["speedup"] == pytest.approx(ours / eager)
+        assert race["fused"]["over_peers"] == pytest.approx(ours / max(row["images_per_s"] for row in others))
+
+
+@pytest.mark.parametrize(
+    ("command", "rows"),
+    [
+        ("benchmarks/bench_training.py --benchmark-only -k bf16", ("b64-bf16-inductor", "b2-bf16-fused")),
+        (
+            "benchmarks/bench_models.py --benchmark-only --dtypes fp16 --batches 1,8 --providers fused,eager",
+            ("convmixer_768_32-b8-fp16-fused", "convmixer_1536_20-b1-fp16-eager"),
+        ),
+    ],
+)
+def test_documented_commands_choose_their_rows(command: str, rows: Sequence[str]) -> None:
+    assert f"pytest {command}" in text_of("benchmarks/README.md")
+    collect = [sys.executable, "-m", "pytest", *command.split(), "--collect-only", "-q", "-p", "no:cacheprovider"]
+    found = subprocess.run(collect, capture_output=True, text=True, cwd=ROOT).stdout
+    assert all(row in found for row in rows), found[-2000:]
