@@ -1,7 +1,6 @@
 """The fused form of a stem and a run of blocks, and what must not have changed since it was made for it to be used."""
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import contains, itemgetter
@@ -22,7 +21,6 @@ from cmx_kernels.ops.checks import autocast, memory_format
 STATE = "_cmx"  # the one entry a fused module has in its __dict__
 _statistics = itemgetter("running_mean", "running_var")
 _hooks = itemgetter(*HOOKS)
-_DICTS = frozenset((dict, OrderedDict))
 _SETTINGS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: ("eps",),  # and its mode, which is asked for in every call
@@ -206,11 +204,8 @@ def _lines(watched: list[tuple[Any, ...]], tensors: Sequence[Tensor]) -> Any:
         return None
     objects: list[Any] = list(tensors)
     for modules, _, states, *_ in watched:
-        objects += [
-            *modules,
-            *states,
-            *(value for state in states for value in state.values() if type(value) in _DICTS),
-        ]
+        held = (value for state in states for value in state.values() if isinstance(value, dict))
+        objects += [*modules, *states, *held]
     # at::TensorImpl and c10::StorageImpl, as far as data_ptr() and _version read them
     structures = [(tensor._cdata, 256) for tensor in tensors]
     structures += [(tensor.untyped_storage()._cdata, 128) for tensor in tensors if tensor.device.type == "cpu"]

@@ -187,8 +187,9 @@ class PackedCache:
 
     def get(self, tensors: Sequence[Tensor], key: Hashable, build: Callable[[], Any]) -> Any:
         """``build()``, or what it returned last time; RuntimeError if a tensor comes from torch.inference_mode()."""
-        identity = (list(map(of, tensors)) for of in (Tensor.data_ptr, _version, Tensor.stride))
-        now = (key, registry.packing(), *identity)
+        contiguous = all(map(Tensor.is_contiguous, tensors))
+        strides = None if contiguous else list(map(Tensor.stride, tensors))
+        now = (key, registry.packing(), strides, list(map(Tensor.data_ptr, tensors)), list(map(_version, tensors)))
         state = self._state
         if state is None or state[0] != now or not state[1].unchanged():
             samples = registry.C.Samples([place for tensor in tensors for place in _places(tensor)])
