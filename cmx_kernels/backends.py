@@ -198,7 +198,7 @@ def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape 
 
 # Measured with benchmarks/bench_ops.py, see csrc/cpu/NOTES.md: in channels_last, values at least, taps at most
 _PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS = 1 << 18, 9, 25
-_NARROW, _LARGE = 128, 1 << 21  # _MORE_TAPS: with fewer channels in float32, with more values in bfloat16
+_NARROW, _LARGE, _LARGER = 128, 1 << 20, 1 << 21  # _MORE_TAPS: see _plain_taps
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -220,7 +220,10 @@ def plain_is_faster(x: Tensor, weight: Tensor) -> bool:
 
 
 def _plain_taps(x: Tensor) -> int:
-    more = x.shape[1] < _NARROW if x.dtype == torch.float32 else x.numel() > _LARGE
+    if x.dtype == torch.float32:  # few channels, or many values of several images
+        more = x.shape[1] < _NARROW or (x.shape[0] > 1 and x.numel() > _LARGE)
+    else:
+        more = x.numel() > _LARGER
     return _MORE_TAPS if more else _PLAIN_TAPS
 
 

@@ -197,7 +197,7 @@ def test_the_layer_follows_its_parameters() -> None:
 def test_pytorch_runs_what_it_is_faster_at(dtype: torch.dtype, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few taps on a large channels_last tensor with nothing behind them; all else stays on the kernels."""
     monkeypatch.setattr(backends, "_PLAIN_ELEMENTS", 2000)
-    monkeypatch.setattr(backends, "_LARGE", 2000 if k == 5 else 1 << 21)
+    monkeypatch.setattr(backends, "_LARGER", 2000 if k == 5 else 1 << 21)
     monkeypatch.setattr(backends, "STRICT", True)
     ran: list[str] = []
     monkeypatch.setattr(profiling, "call", lambda f, op, backend, *args: ran.append(backend) or f(*args))
@@ -222,6 +222,18 @@ def test_pytorch_runs_what_it_is_faster_at(dtype: torch.dtype, k: int, monkeypat
     assert ran == ["cpu"] * len(kernels)
     row = explain(ours, x).rows[0]
     assert row.backend == "torch" and f"{k * k} taps or fewer" in row.refusals["cpu"]
+
+
+@torch.no_grad()
+def test_several_images_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """25 taps of 128 channels and more in float32: PyTorch's own is faster for several images, not for one."""
+    monkeypatch.setattr(backends, "_PLAIN_ELEMENTS", 2000)
+    monkeypatch.setattr(backends, "_LARGE", 30000)
+    x = torch.randn(3, 128, 9, 11).to(memory_format=torch.channels_last)
+    for k, images, faster in ((5, 3, True), (5, 2, False), (3, 2, True), (7, 3, False)):
+        assert backends.plain_is_faster(x[:images], torch.empty(128, 1, k, k)) == faster
+    one = torch.randn(1, 128, 27, 11).to(memory_format=torch.channels_last)
+    assert not backends.plain_is_faster(one, torch.empty(128, 1, 5, 5))
 
 
 @pytest.mark.parametrize(
