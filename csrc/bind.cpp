@@ -205,8 +205,8 @@ Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bi
 
 void pool(const PoolHead& p) {
   const CpuKernels& k = cpu_kernels();
-  const int64_t blocks = ceil_div(p.in.c, k.lanes);
-  run(p.in.n * blocks, 0, [&](int64_t task, char*) { k.pool_block(p, task / blocks, task % blocks); });
+  const int64_t step = k.pool_blocks_at_once, tasks = ceil_div(ceil_div(p.in.c, k.lanes), step);
+  run(p.in.n * tasks, 0, [&](int64_t task, char*) { k.pool_blocks(p, task / tasks, task % tasks * step); });
 }
 
 void classify(const PoolHead& p) {

@@ -29,7 +29,8 @@ struct CpuKernels {
   void (*stage_band)(const Stage&, int64_t n, int64_t y0, char* scratch);
   int64_t (*depthwise_scratch_bytes)(const DepthwiseStage&);
   void (*depthwise_band)(const DepthwiseStage&, int64_t n, int64_t block, int64_t y0, char* scratch);
-  void (*pool_block)(const PoolHead&, int64_t n, int64_t block);
+  int64_t pool_blocks_at_once;
+  void (*pool_blocks)(const PoolHead&, int64_t n, int64_t first);
   void (*classify)(const PoolHead&, int64_t class_begin, int64_t class_end);
 
   // training

@@ -14,18 +14,44 @@ CMX_INLINE V total_of(V (&sums)[kChains]) {
   return sums[0];
 }
 
-// The sum of one channel whose pixels follow one another, in the same order as that of a block of channels
+// pooled[n][channel] for kPlanes channels whose pixels follow one another, summed in the order of a block of channels
+constexpr int64_t kPlanes = 4;
 template <class T>
-static float plane_sum(const T* plane, int64_t pixels) {
+static void pool_planes(const PoolHead& p, int64_t n, int64_t channel) {
   constexpr int64_t kVectors = kChains / VL;
-  vf sums[kVectors] = {};
-  int64_t i = 0;
-  for (; i + kChains <= pixels; i += kChains)
-    for (int64_t v = 0; v < kVectors; v++) sums[v] += load(plane + i + v * VL);
-  for (; i < pixels; i += VL) sums[i / VL % kVectors] += load_some(plane + i, 1, least(VL, pixels - i));
-  float lanes[kChains];
-  for (int64_t v = 0; v < kVectors; v++) store(lanes + v * VL, sums[v]);
-  return total_of(lanes);
+  const int64_t pixels = p.in.h * p.in.w, planes = least(kPlanes, p.in.c - channel);
+  vf sums[kPlanes] = {};
+  for (int64_t plane = 0; plane < planes; plane++) {
+    const T* const from = address<const T>(p.in, n, channel + plane, 0, 0);
+    vf chains[kVectors] = {};
+    int64_t i = 0;
+    for (; i + kChains <= pixels; i += kChains)
+      for (int64_t v = 0; v < kVectors; v++) chains[v] += load(from + i + v * VL);
+    for (; i < pixels; i += VL)
+      chains[i / VL % kVectors] += i + VL <= pixels ? load(from + i) : load_some(from + i, 1, pixels - i);
+    for (int64_t half = kVectors / 2; half; half /= 2)
+      for (int64_t v = 0; v < half; v++) chains[v] += chains[v + half];
+    sums[plane] = chains[0];
+  }
+  float lanes[VL];
+  store(lanes, totals(sums) / all((float)pixels));
+  for (int64_t i = 0; i < planes; i++) p.pooled[n * p.in.c + channel + i] = lanes[i * VL / kPlanes];
+}
+
+// The same for some blocks of a channels_last image, whose pixels are then read in pieces of as many lines
+template <int64_t kBlocks, class T>
+static void pool_pixels(const PoolHead& p, int64_t n, int64_t block) {
+  const View& in = p.in;
+  vf sums[kBlocks][kChains] = {};
+  int64_t chain = 0;
+  for (int64_t y = 0; y < in.h; y++)
+    for (int64_t x = 0; x < in.w; x++, chain = (chain + 1) % kChains) {
+      const T* const from = address<const T>(in, n, block * VL, y, x);
+#pragma GCC unroll 8
+      for (int64_t b = 0; b < kBlocks; b++) sums[b][chain] += load(from + b * VL);
+    }
+  for (int64_t b = 0; b < kBlocks; b++)
+    store(p.pooled + n * in.c + (block + b) * VL, total_of(sums[b]) / all((float)(in.h * in.w)));
 }
 
 // pooled[n][channel] = mean over the pixels, for one block of VL channels
@@ -34,8 +60,7 @@ static void pool_block(const PoolHead& p, int64_t n, int64_t block) {
   const int64_t pixels = in.h * in.w;
   if (const View plane = as_one_row(in); plane.h == 1 && plane.sw == 1 && !in.blocked) {
     with_dtype(in.dtype, [&](auto t) {
-      for (int64_t c = block * VL; c < least((block + 1) * VL, in.c); c++)
-        p.pooled[n * in.c + c] = plane_sum(address<const decltype(t)>(in, n, c, 0, 0), pixels) / (float)pixels;
+      for (int64_t c = block * VL; c < least((block + 1) * VL, in.c); c += kPlanes) pool_planes<decltype(t)>(p, n, c);
     });
     return;
   }
@@ -67,6 +92,19 @@ static void pool_block(const PoolHead& p, int64_t n, int64_t block) {
   store_some(p.pooled + n * in.c + block * VL, 1, least(VL, in.c - block * VL), total_of(sums) / all((float)pixels));
 }
 
+constexpr int64_t kPoolBlocks = 8;  // a task
+
+static void pool_blocks(const PoolHead& p, int64_t n, int64_t block) {
+  const int64_t blocks = ceil_div(p.in.c, VL), end = least(block + kPoolBlocks, blocks);
+  const int64_t whole = !p.in.blocked && p.in.sc == 1 ? least(end, p.in.c / VL) : 0;
+  with_dtype(p.in.dtype, [&](auto t) {
+    typedef decltype(t) T;
+    for (; block + 8 <= whole; block += 8) pool_pixels<8, T>(p, n, block);
+    for (; block + 2 <= whole; block += 2) pool_pixels<2, T>(p, n, block);
+  });
+  for (; block < end; block++) pool_block(p, n, block);
+}
+
 // out[n][class] = sum_c pooled[n][c] weight[class][c] + bias[class], M images by R classes in registers. Every output sums
 // its channels in the same order, whatever the tiling.
 template <int M, int R, class T>
@@ -93,14 +131,10 @@ static void classify_tile(const PoolHead& p, int64_t n, int64_t k) {
     }
   }
   for (int m = 0; m < M; m++) {
-    float totals[VL] = {};
-    for (int r = 0; r < R; r++) {
-      float lanes[VL];
-      store(lanes, sums[m][r]);
-      totals[r] = p.bias ? p.bias[k + r] : 0.f;
-      for (int64_t l = 0; l < VL; l++) totals[r] += lanes[l];
-    }
-    store_some((T*)p.out + (n + m) * p.classes + k, 1, R, load(totals));
+    float lanes[VL], out[VL] = {};
+    store(lanes, totals(sums[m]));
+    for (int r = 0; r < R; r++) out[r] = lanes[r * VL / R] + (p.bias ? p.bias[k + r] : 0.f);
+    store_some((T*)p.out + (n + m) * p.classes + k, 1, R, load(out));
   }
 }
 

@@ -105,6 +105,15 @@ CMX_INLINE void store(float16* p, vf v) { *(vh*)p = narrow_fp16(v); }
 // `count` < VL elements, `step` apart; the other lanes are zero
 template <class T>
 CMX_INLINE vf load_some(const T* p, int64_t step, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if (step == 1) {  // below, a load waits until all stores are done
+    const __mmask16 mask = (1u << count) - 1;
+    if constexpr (sizeof(T) == 4) return (vf)_mm512_maskz_loadu_ps(mask, p);
+    alignas(32) T some[VL];
+    *(vh*)some = (vh)_mm256_maskz_loadu_epi16(mask, p);
+    return load(some);
+  }
+#endif
   T some[VL] = {};
   for (int64_t i = 0; i < count; i++) some[i] = p[i * step];
   return load(some);
@@ -146,6 +155,16 @@ CMX_INLINE vf interleave_high(vf a, vf b) { return __builtin_shufflevector(a, b,
 CMX_INLINE vf interleave_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
 CMX_INLINE vf interleave_high(vf a, vf b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
 #endif
+
+// Lane r * VL / R is the sum of the lanes of v[r]: halves are added until one lane is left, in the same order for any R.
+template <int R>
+CMX_INLINE vf totals(vf (&v)[R]) {
+  auto halves = [](vf a, vf b) { return interleave_low(a, b) + interleave_high(a, b); };
+  for (int n = R / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) v[i] = halves(v[i], v[i + n]);
+  for (int64_t lanes = R; lanes < VL; lanes *= 2) v[0] = halves(v[0], v[0]);
+  return v[0];
+}
 
 // VL x VL, in place, in log2(VL) rounds of perfect shuffles
 CMX_INLINE void transpose(vf (&v)[VL]) {
