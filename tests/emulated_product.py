@@ -15,6 +15,7 @@ SOURCES = (
     "csrc/cuda/product_wgmma.cu",
     "csrc/cuda/pool_head.cu",
     "csrc/cuda/epilogue_inplace.cu",
+    "csrc/cuda/recast.cu",
     "tests/emulator/product.cpp",
 )
 Int, Long, Pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
