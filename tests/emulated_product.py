@@ -54,6 +54,12 @@ class _Epilogue(ctypes.Structure):
     )
 
 
+class _Kept(ctypes.Structure):
+    """KeptWeight of csrc/cuda/recast.h"""
+
+    _fields_ = (*((name, Pointer) for name in ("from", "to", "samples")), ("count", Long))
+
+
 class _Run(ctypes.Structure):
     """struct Run of tests/emulator/product.cpp"""
 
@@ -125,3 +131,10 @@ def epilogue(
     p = _Epilogue(*_pointers(y, bias, scale, shift), rows, columns, c, ACTS.index(act), last)
     _call("cmx_emulate_epilogue", order, ctypes.byref(p))
     return y
+
+
+def recast(weight: Tensor, copy: Tensor, samples: Tensor, every: bool, *, order: int = 0) -> Tensor:
+    """``copy`` of a weight, brought up to date; with ``every`` whatever the samples say."""
+    kept = _Kept(*_pointers(weight, copy, samples), weight.numel())
+    _call("cmx_emulate_recast", order, ctypes.byref(kept), DTYPES.index(copy.dtype), ctypes.c_bool(every))
+    return copy

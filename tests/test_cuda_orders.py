@@ -114,4 +114,11 @@ def test_product() -> None:
         rest = args[2:]
         epilogue = lambda order, y=y, rest=rest: [emulated_product.epilogue(y.clone(), *rest, order=order)]  # noqa: E731
         every_order(epilogue, cases.expect("pointwise_block", args))
+    for dtype in HALVES:
+        weight, samples = torch.randn(9000), torch.empty(256, dtype=torch.int32)
+        for order in emulated.ORDERS:
+            copy = torch.empty(9000, dtype=dtype)
+            check_equal(emulated_product.recast(weight, copy, samples, True, order=order), weight.to(dtype))
+            weight[8192] += 1  # sampled: the first of the second run
+            check_equal(emulated_product.recast(weight, copy, samples, False, order=order), weight.to(dtype))
     check_library("product")

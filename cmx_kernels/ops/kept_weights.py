@@ -21,7 +21,7 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 
 def reference(weights: Sequence[Tensor], kept: Sequence[Tensor], samples: Sequence[Tensor], all: bool) -> None:
-    torch._foreach_copy_(kept, weights)
+    torch._foreach_copy_(list(kept), list(weights))
 
 
 recast = define(
@@ -91,7 +91,7 @@ def _is_dense(weight: Tensor) -> bool:
 
 def _kept(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     device = weights[0].device
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    stream: Any = torch.cuda.current_stream(device) if device.type == "cuda" else None
     capturing = stream is not None and torch.cuda.is_current_stream_capturing()
     copies = [(_copies.get(w) or {}).get(dtype) for w in weights]
     seen = [(w.data_ptr(), w._version, w.device, w.stride()) for w in weights]

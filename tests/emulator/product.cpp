@@ -3,6 +3,7 @@
 
 #include "cuda/platform.cuh"
 #include "cuda/product.h"
+#include "cuda/recast.h"
 #include "launched.h"
 
 using namespace cmx;
@@ -48,4 +49,10 @@ CMX_EXPORT int cmx_emulate_pool_head(const PoolHeadForward* p, const Run* run) {
 
 CMX_EXPORT int cmx_emulate_epilogue(const EpilogueInplace* p, const Run* run) {
   return emulate(*run, [&] { return epilogue_inplace(*p, Gpu{90, 1, 227 << 10, 1.755, 4.3}, nullptr); });
+}
+
+CMX_EXPORT int cmx_emulate_recast(const KeptWeight* weight, int dtype, bool all, const Run* run) {
+  Recast p{};
+  p.weight[0] = *weight, p.weights = 1, p.dtype = static_cast<Dtype>(dtype), p.all = all;
+  return emulate(*run, [&] { return recast(p, nullptr); });
 }
