@@ -90,6 +90,10 @@ CELLS = [  # what has goals first; a second call with --resume measures what a f
     *_cells(RELEASED, [("bf16", 256), ("bf16-model", 64), ("fp32", 64)], ["inductor"]),
     *_cells(_NETWORKS, [(name, 1) for name in ("fp16", "fp32", "tf32")], LATENCY),
     *_cells(_NETWORKS, [("bf16", 8), ("fp16", 8), ("fp32", 8), ("tf32", 8)], LARGE),
+    *_cells(RELEASED, [("fp16", 64), ("tf32", 64)], ["inductor"]),
+    *_cells([_OTHER], [("bf16-model", 256)], ["inductor"]),
+    *_cells(RIVALS, [("bf16-model", 1)], ["inductor, CUDA graph"]),
+    *_cells(RIVALS, [("bf16-model", 256)], ["inductor, max-autotune"]),
 ]
 DRY = [
     *_cells(["tiny"], [(name, 2) for name in PRECISIONS], LARGE),
