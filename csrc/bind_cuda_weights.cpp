@@ -1,8 +1,10 @@
-// recast on CUDA tensors: see cmx_kernels/ops/kept_weights.py.
+// What a network makes of its parameters: see cmx_kernels/ops/kept_weights.py and batchnorm.py.
 #ifdef CMX_WITH_CUDA
+#include <algorithm>
 #include <vector>
 
 #include "bind_cuda.h"
+#include "cuda/fold.h"
 #include "cuda/recast.h"
 
 namespace cmx {
@@ -42,9 +44,42 @@ void recast_kept(std::vector<Tensor> weights, std::vector<Tensor> kept, std::vec
   }
 }
 
+// vectors: five of each unit, as Fold has them
+Tensor fold_rows(std::vector<Tensor> vectors, double eps) {
+  constexpr size_t kEach = 5;
+  STD_TORCH_CHECK(!vectors.empty() && vectors.size() % kEach == 0, "vectors: got ", vectors.size(),
+                  ", wanted bias, mean, var, gamma and beta of every unit");
+  const Tensor& first = vectors[0];
+  const int device = first.get_device_index();
+  for (const Tensor& v : vectors)
+    STD_TORCH_CHECK(v.is_cuda() && v.get_device_index() == device && v.dim() == 1 && v.is_contiguous() &&
+                        v.size(0) == first.size(0) && v.scalar_type() == first.scalar_type(),
+                    "vectors: got ", shape_of(v), " beside ", shape_of(first),
+                    ", wanted dense vectors [C] of one device");
+  check_runs(device);
+  Fold p{};
+  p.dtype = dtype_of(first, "vectors"), p.eps = static_cast<float>(eps);
+  p.channels = static_cast<int>(first.size(0));
+  const DeviceGuard guard(device);
+  const int64_t units = static_cast<int64_t>(vectors.size() / kEach);
+  Tensor rows = torch::stable::empty({units, 3, first.size(0)}, ScalarType::Float, std::nullopt, first.device());
+  if (!rows.numel()) return rows;
+  for (int64_t done = 0; done < units; done += p.units) {
+    p.units = static_cast<int>(std::min<int64_t>(units - done, Fold::kMost));
+    p.rows = static_cast<float*>(rows.mutable_data_ptr()) + done * 3 * p.channels;
+    for (int i = 0; i < p.units; i++)
+      for (size_t j = 0; j < kEach; j++) p.vector[i][j] = vectors[(done + i) * kEach + j].const_data_ptr();
+    check_cuda(fold(p, current_stream(device)), "fold_rows");
+  }
+  return rows;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cmx, CUDA, m) { m.impl("recast", TORCH_BOX(&recast_kept)); }
+STABLE_TORCH_LIBRARY_IMPL(cmx, CUDA, m) {
+  m.impl("recast", TORCH_BOX(&recast_kept));
+  m.impl("fold_rows", TORCH_BOX(&fold_rows));
+}
 
 }  // namespace cmx
 #endif

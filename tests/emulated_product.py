@@ -16,6 +16,7 @@ SOURCES = (
     "csrc/cuda/pool_head.cu",
     "csrc/cuda/epilogue_inplace.cu",
     "csrc/cuda/recast.cu",
+    "csrc/cuda/fold.cu",
     "tests/emulator/product.cpp",
 )
 Int, Long, Pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
@@ -138,3 +139,12 @@ def recast(weight: Tensor, copy: Tensor, samples: Tensor, every: bool, *, order:
     kept = _Kept(*_pointers(weight, copy, samples), weight.numel())
     _call("cmx_emulate_recast", order, ctypes.byref(kept), DTYPES.index(copy.dtype), ctypes.c_bool(every))
     return copy
+
+
+def fold(vectors: tuple[Tensor, ...], eps: float, *, order: int = 0) -> Tensor:
+    """[3, C] bias, scale and shift of bias, mean, variance, gamma and beta."""
+    rows = torch.full((3, len(vectors[0])), torch.nan)
+    places = (Pointer * 5)(*_pointers(*vectors))
+    numbers = len(vectors[0]), ctypes.c_float(eps), DTYPES.index(vectors[0].dtype)
+    _call("cmx_emulate_fold", order, places, Pointer(rows.data_ptr()), *numbers)
+    return rows

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from cmx_kernels import ConvMixer, LargeKernelDepthwiseConv2d
-from cmx_kernels.ops import block_stack, kept_weights
+from cmx_kernels.ops import batchnorm, block_stack, kept_weights
 
 pytestmark = [emulated.needs(emulated_binding.build), pytest.mark.filterwarnings("ignore:cmx_kernels")]
 X = torch.randn(2, 3, 20, 24, generator=torch.Generator().manual_seed(2))
@@ -27,7 +27,9 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Parameters count as on a GPU, and nothing runs a stack in one call, as on one."""
     emulated_binding.library()
     monkeypatch.setattr(kept_weights, "recast", torch.ops.cmx_emulated.recast.default)
-    monkeypatch.setattr(kept_weights, "_on_gpu", lambda weight: True)
+    monkeypatch.setattr(batchnorm, "_fold_rows", torch.ops.cmx_emulated.fold_rows.default)
+    for module in (kept_weights, batchnorm):
+        monkeypatch.setattr(module, "_on_gpu", lambda weight: True)
     monkeypatch.setattr(block_stack, "why_not", lambda *_: "not here")
     emulated_binding.asked()
     yield
@@ -212,3 +214,23 @@ def test_refusals(wrong: str) -> None:
         samples = [samples[0][1:]]
     with pytest.raises(RuntimeError, match=r"wanted one of each|wanted float16|wanted float32, a copy of its strides"):
         kept_weights.recast(weights, kept, samples, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
+@torch.no_grad()
+def test_constants_in_one_launch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As BatchNorm one by one, but for the order of two operations; of more units than a launch takes two launches."""
+    norms = [trained(nn.BatchNorm2d(300), seed).to(dtype) for seed in range(70)]
+    vectors = [(n.running_mean, n.running_var, n.weight, n.bias) for n in norms]
+    biases, eps = [torch.randn(300).to(dtype) for _ in norms], [n.eps for n in norms]
+    found = batchnorm.constants(biases, vectors, eps)
+    assert emulated_binding.asked().count("stream -1") == 2
+    monkeypatch.setattr(batchnorm, "_on_gpu", lambda weight: False)
+    for out, wanted in zip(found, batchnorm.constants(biases, vectors, eps), strict=True):
+        check_equal(out[0], wanted[0])
+        torch.testing.assert_close(out[1:], wanted[1:], rtol=3e-7, atol=1e-6)
+    with monkeypatch.context() as patch:
+        patch.setattr(batchnorm, "_on_gpu", lambda weight: True)
+        for other in ([None, *biases[1:]], [biases[0].double(), *biases[1:]]):  # no kernel for these
+            assert emulated_binding.asked() == []
+            batchnorm.constants(other, vectors, eps)

@@ -1,6 +1,7 @@
 // The matrix product, pooling and the float32 epilogue on the CPU, for ctypes (tests/emulated_product.py).
 #include <cstdio>
 
+#include "cuda/fold.h"
 #include "cuda/platform.cuh"
 #include "cuda/product.h"
 #include "cuda/recast.h"
@@ -55,4 +56,13 @@ CMX_EXPORT int cmx_emulate_recast(const KeptWeight* weight, int dtype, bool all,
   Recast p{};
   p.weight[0] = *weight, p.weights = 1, p.dtype = static_cast<Dtype>(dtype), p.all = all;
   return emulate(*run, [&] { return recast(p, nullptr); });
+}
+
+// One unit: its vectors, bias, scale and shift of it
+CMX_EXPORT int cmx_emulate_fold(const void* const* vectors, float* rows, int channels, float eps, int dtype,
+                                const Run* run) {
+  Fold p{};
+  for (int i = 0; i < 5; ++i) p.vector[0][i] = vectors[i];
+  p.rows = rows, p.units = 1, p.channels = channels, p.eps = eps, p.dtype = static_cast<Dtype>(dtype);
+  return emulate(*run, [&] { return fold(p, nullptr); });
 }
