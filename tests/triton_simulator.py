@@ -5,6 +5,7 @@ in float32, and lets loads and stores go anywhere. Here:
 
 products    bfloat16 as numbers; "tf32" operands rounded to 10 bits, so that its error shows
 casts       to the nearest even bfloat16; arithmetic on bfloat16, which would be on its bits, raises TypeError
+scalars     are indices with NumPy 2.4 too, which Triton 3.6 does not know
 comparisons of scalars are bools after they are broadcast, too
 addresses   every load, store and atomic must stay inside a tensor of the launch: its own extent, not its storage's
 races       no element is stored to by two programs, nor twice by one, nor loaded by one and stored to by another
@@ -173,6 +174,14 @@ def _called(call: Callable[..., Any]) -> Callable[..., Any]:
     return quick
 
 
+def _scalars(patch: Callable[..., None]) -> Callable[..., None]:
+    def also(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return also
+
+
 def _same_memory(self: GridExecutor, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The tensors themselves: they are on the CPU, and copies would have other addresses."""
     return args, kwargs
@@ -193,6 +202,7 @@ def install() -> None:
         ("create_atomic_rmw", "atomic", 3),
     ):
         setattr(InterpreterBuilder, name, _watched(what, getattr(InterpreterBuilder, name), mask_at))
+    interpreter._patch_lang_tensor = _scalars(interpreter._patch_lang_tensor)
     InterpretedFunction.__call__ = _called(InterpretedFunction.__call__)
     GridExecutor._init_args_hst = _same_memory
     GridExecutor._restore_args_dev = lambda *_: None
