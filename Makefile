@@ -8,6 +8,7 @@
 #   CMX_CIFAR10=FOLDER        make test: a CIFAR-10, on whose test images the shipped weights are tried too
 #   CMX_BENCH=full            make bench: every provider, batch size and operator (hours; else about five minutes)
 #   TORCHES="2.11.0 2.13.0"   make wheel-test: the torches under which one and the same wheel is tried
+#   TRITON=3.6.0              make triton-test: another Triton than the installed one
 #   PART=correct|ops|product|network|training    a part of make gpu-check; all of them if it is not given
 
 PYTHON ?= python3
@@ -17,6 +18,7 @@ TORCH_INDEX ?=
 ARGS ?=
 PART ?= all
 TORCHES ?= 2.11.0 2.13.0
+TRITON ?= 3.6.0
 
 SOURCES := setup.py pyproject.toml cmx_kernels/_build_info.py $(shell find csrc -type f)
 # not compiled: Python compiles what is imported, and all of torch and triton would take half a minute
@@ -24,7 +26,7 @@ INSTALL := -m pip install --no-compile
 BUILD := -m pip install --no-build-isolation --no-deps --verbose -e .
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: test bench gpu-check wheel wheel-test install-test lint clean
+.PHONY: test bench gpu-check wheel wheel-test install-test triton-test lint clean
 .DELETE_ON_ERROR:
 
 ifeq ($(strip $(VENV)),)
@@ -73,6 +75,11 @@ install-test:
 	cd build/install && bin/python ../../tests/smoke.py
 	build/install/bin/python $(INSTALL) -e .
 	cd build/install && bin/python ../../tests/smoke.py
+
+# the tests of the Triton kernels with another release than the installed one, which stays: minutes
+triton-test: $(READY)
+	test -d build/triton-$(TRITON) || $(RUN) $(INSTALL) --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=build/triton-$(TRITON) $(RUN) -m pytest tests/test_triton.py $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

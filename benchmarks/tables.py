@@ -82,6 +82,7 @@ GPU_PRODUCT: Columns = (
     ("fused triton", "{us[fused triton]:.1f}"),
     ("eager", "{us[eager]:.1f}"),
     ("eager channels_last", "{us[eager channels_last]:.1f}"),
+    *((f"kernel {tile}", f"{{us[kernel {tile}]:.1f}}") for tile in ("128x128", "64x64", "64x32", "wgmma")),
     ("cuBLAS", "{us[cuBLAS]:.1f}"),
     ("cuBLAS channels_last", "{us[cuBLAS channels_last]:.1f}"),
     ("GFLOP/s", "{gflops:.0f}"),

@@ -1,6 +1,8 @@
 """Whether the CUDA kernels of ``_C`` run on a device, and if not, why: answered by the CUDA runtime inside ``_C``."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,3 +44,18 @@ def why_not(device: int) -> str | None:
         return WHY_NOT_BUILT
     answer = _LIBRARY.cmx_cuda_why_not(device)
     return None if answer is None else answer.decode()
+
+
+@contextmanager
+def only_product(kernel: int) -> Iterator[None]:
+    """One kernel for every product of 16-bit types inside the block, in the whole process, so as to measure it.
+
+    kernel: its place in cost_model.TILES. An operator whose product it does not take raises RuntimeError.
+    """
+    if _LIBRARY is None:
+        raise RuntimeError(WHY_NOT_BUILT)
+    before = _LIBRARY.cmx_cuda_only_product(kernel)
+    try:
+        yield
+    finally:
+        _LIBRARY.cmx_cuda_only_product(before)

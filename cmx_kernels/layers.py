@@ -14,6 +14,7 @@ from cmx_kernels.models.structure import Refusal, why_not_size
 from cmx_kernels.ops.block_stack import ConvParams, PackedCache
 from cmx_kernels.ops.checks import MAX_KERNEL, autocast, wants_grad
 from cmx_kernels.ops.depthwise_packed import PackedDepthwise, depthwise_packed, pack
+from cmx_kernels.ops.kept_weights import for_autocast, forget_moved
 
 
 def why_not_depthwise(conv: nn.Conv2d) -> str | None:
@@ -88,7 +89,9 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.__dict__.pop(STATE, None)
-        return super()._apply(fn, recurse)
+        found = super()._apply(fn, recurse)
+        forget_moved(self.parameters())
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -113,7 +116,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
             packed = self._packed(x, weight, bias)
             if packed is not None:
                 return profiling.call(depthwise_packed, "depthwise_block", backend, x, packed, "none", False)
-        return ops.depthwise_block(given, weight, bias, act="none", residual=False)
+        return ops.depthwise_block(given, for_autocast(given, weight, bias), bias, act="none", residual=False)
 
     def _packed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> PackedDepthwise | None:
         """The weight in the kernel's layout, packed again after every change; None if it does not fit x."""

@@ -37,7 +37,7 @@ COLUMNS = {  # of the table, after registers, stack, static shared memory: instr
     "atomic": r"ATOM|RED(\.|$)",
 }
 _NAME = re.compile(
-    r"((?:depthwise|product|pool|head|epilogue|training)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16)?((?:L[ib]\d+E)*)E"
+    r"((?:depthwise|product|pool|head|epilogue|recast|fold|training)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16)?((?:L[ib]\d+E)*)E"
 )
 _TYPES = {"f": "float", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 

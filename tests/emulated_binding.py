@@ -13,7 +13,8 @@ from cmx_kernels import ops
 SOURCES = ("tests/emulator/binding.cpp", "csrc/cuda/product.cu")
 TRAINING = ("depthwise_block_train", "depthwise_block_backward")
 PASSES = ("training_sum", "training_gradient", "training_moments", "training_sums")
-OPERATORS = ("patch_embed", "depthwise_block", "pointwise_block", "pool_head", *TRAINING, *PASSES)
+WEIGHTS = ("recast", "fold_rows")
+OPERATORS = ("patch_embed", "depthwise_block", "pointwise_block", "pool_head", *WEIGHTS, *TRAINING, *PASSES)
 _definitions = torch.library.Library("cmx_emulated", "DEF")
 
 

@@ -15,6 +15,8 @@ SOURCES = (
     "csrc/cuda/product_wgmma.cu",
     "csrc/cuda/pool_head.cu",
     "csrc/cuda/epilogue_inplace.cu",
+    "csrc/cuda/recast.cu",
+    "csrc/cuda/fold.cu",
     "tests/emulator/product.cpp",
 )
 Int, Long, Pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
@@ -51,6 +53,12 @@ class _Epilogue(ctypes.Structure):
         ("act", Int),
         ("channels_last", ctypes.c_bool),
     )
+
+
+class _Kept(ctypes.Structure):
+    """KeptWeight of csrc/cuda/recast.h"""
+
+    _fields_ = (*((name, Pointer) for name in ("from", "to", "samples")), ("count", Long))
 
 
 class _Run(ctypes.Structure):
@@ -124,3 +132,19 @@ def epilogue(
     p = _Epilogue(*_pointers(y, bias, scale, shift), rows, columns, c, ACTS.index(act), last)
     _call("cmx_emulate_epilogue", order, ctypes.byref(p))
     return y
+
+
+def recast(weight: Tensor, copy: Tensor, samples: Tensor, every: bool, *, order: int = 0) -> Tensor:
+    """``copy`` of a weight, brought up to date; with ``every`` whatever the samples say."""
+    kept = _Kept(*_pointers(weight, copy, samples), weight.numel())
+    _call("cmx_emulate_recast", order, ctypes.byref(kept), DTYPES.index(copy.dtype), ctypes.c_bool(every))
+    return copy
+
+
+def fold(vectors: tuple[Tensor, ...], eps: float, *, order: int = 0) -> Tensor:
+    """[3, C] bias, scale and shift of bias, mean, variance, gamma and beta."""
+    rows = torch.full((3, len(vectors[0])), torch.nan)
+    places = (Pointer * 5)(*_pointers(*vectors))
+    numbers = len(vectors[0]), ctypes.c_float(eps), DTYPES.index(vectors[0].dtype)
+    _call("cmx_emulate_fold", order, places, Pointer(rows.data_ptr()), *numbers)
+    return rows

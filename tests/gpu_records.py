@@ -14,7 +14,7 @@ MACHINE = {
     "versions": {"torch": "2.13.0", "triton": "3.9.0"},
     "ceilings": {"copy": 4000.0, "fp32": 5e4, "tf32": 3e5, "bf16": 7e5, "fp16": 7e5},
 }
-US = ("fused", "fused channels_last", "fused triton", *network.goals.PEERS, "cuBLAS")
+US = ("fused", "fused channels_last", "fused triton", "kernel wgmma", *network.goals.PEERS, "cuBLAS")
 TRAINED = ("eager", "eager channels_last", "inductor", "fused", "fused triton")
 
 

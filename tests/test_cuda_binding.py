@@ -1,5 +1,6 @@
 """The binding of the CUDA kernels, on CPU tensors over emulated kernels: values, layouts, refusals, device, stream."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 
@@ -12,6 +13,8 @@ import training_cases as problems
 from compare import check, check_equal
 from product_checks import check_passes, check_patch_embed, check_pointwise
 from torch import Tensor
+
+from cmx_kernels import cost_model, cuda
 
 pytestmark = emulated.needs(emulated_binding.build)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -130,6 +133,20 @@ def test_refusals(op: str) -> None:
 def test_a_device_without_kernels(op: str) -> None:
     emulated_binding.library().cmx_refuse(b"the driver is asleep")
     refused(op, "no CUDA kernel runs here: the driver is asleep")
+
+
+@pytest.mark.parametrize("kernel", range(len(cost_model.TILES)), ids=cost_model.TILES)
+def test_one_product(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it computes; what it does not take is refused, and nothing else runs instead."""
+    monkeypatch.setattr(cuda, "_LIBRARY", emulated_binding.library())
+    with cuda.only_product(kernel):
+        for op, shape in (("pointwise_block", (2, 72, 136, 4, 8)), ("patch_embed", cases.RAGGED["patch_embed"])):
+            args = cases.inputs(op, shape, BF16)
+            takes = op == "pointwise_block" or cost_model.TILES[kernel] == "64x64"  # the one that gathers
+            with contextlib.nullcontext() if takes else pytest.raises(RuntimeError, match=f"{op}: CUDA says"):
+                check(getattr(OURS, op)(*args), cases.expect(op, args))
+    args = cases.inputs("patch_embed", cases.RAGGED["patch_embed"], BF16)
+    check(OURS.patch_embed(*args), cases.expect("patch_embed", args))
 
 
 # ---- training

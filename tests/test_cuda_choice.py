@@ -55,6 +55,18 @@ def test_depthwise(backward: bool) -> None:
     assert any(len(k) > 1 for k in kernels.values()), "the activation decides nowhere: other shapes are wanted"
 
 
+def test_one_product() -> None:
+    """Whatever is predicted; afterwards, the best again."""
+    shape, layouts = (8, 768, 768, 32, 32, 1, 1), (False, True)
+    best = [chosen("cmx_chosen_product", "H200", shape, "bfloat16", "gelu", last) for last in layouts]
+    for kernel in range(len(cost_model.TILES)):
+        before = library().cmx_cuda_only_product(kernel)
+        found = [chosen("cmx_chosen_product", "H200", shape, "bfloat16", "gelu", last)[0] for last in layouts]
+        assert library().cmx_cuda_only_product(before) == kernel
+        assert found == [kernel] * 2
+    assert best == [chosen("cmx_chosen_product", "H200", shape, "bfloat16", "gelu", last) for last in layouts]
+
+
 def test_product() -> None:
     for gpu, shape, dtype, act, last in calls(PRODUCTS):
         if dtype == "float32":

@@ -20,6 +20,8 @@ from product_checks import check_passes
 from test_cuda_training_products import EMULATED
 from torch import Tensor
 
+from cmx_kernels.ops.batchnorm import fold_all
+
 pytestmark = [emulated.needs(emulated.library), emulated.needs(emulated_product.library)]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 HALVES = (F16, BF16)
@@ -114,4 +116,17 @@ def test_product() -> None:
         rest = args[2:]
         epilogue = lambda order, y=y, rest=rest: [emulated_product.epilogue(y.clone(), *rest, order=order)]  # noqa: E731
         every_order(epilogue, cases.expect("pointwise_block", args))
+    for dtype in HALVES:
+        weight, samples = torch.randn(9000), torch.empty(256, dtype=torch.int32)
+        for order in emulated.ORDERS:
+            copy = torch.empty(9000, dtype=dtype)
+            check_equal(emulated_product.recast(weight, copy, samples, True, order=order), weight.to(dtype))
+            weight[8192] += 1  # sampled: the first of the second run
+            check_equal(emulated_product.recast(weight, copy, samples, False, order=order), weight.to(dtype))
+    for dtype in cases.DTYPES:
+        bias, mean, var, gamma, beta = vectors = tuple(torch.rand(5, 300).to(dtype))
+        scale, shift = fold_all([(mean, var, gamma, beta)], [1e-5])[0]
+        for order in emulated.ORDERS:
+            rows = emulated_product.fold(vectors, 1e-5, order=order)
+            torch.testing.assert_close(rows, torch.stack((bias.float(), scale, shift)))
     check_library("product")

@@ -7,7 +7,8 @@ import emulated
 import planted
 import pytest
 
-FILES = {name: f"csrc/cuda/{name}.cu" for name in ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace")}
+NAMES = ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace", "recast")
+FILES = {name: f"csrc/cuda/{name}.cu" for name in NAMES}
 SOURCES = (*FILES.values(), "tests/emulator/sanitized_product.cpp")
 
 
@@ -56,6 +57,15 @@ PLANTED = {  # what: file, layout, old, new, checker, what it says
         LAST_BEGIN.replace("  begin_chained();\n", ""),
         "values",
         "ends without begin_chained",
+    ),
+    "converts beyond the last number": ("recast", "recast", "k < count; k", "k <= count; k", "address", "overflow"),
+    "looks at the samples of a thread alone": (
+        "recast",
+        "recast",
+        "changed |= __shfl_xor_sync(~0u, changed, bit);",
+        "__shfl_xor_sync(~0u, changed, bit);",
+        "values",
+        "has exited",
     ),
     "no barrier in the pool": ("pool_head", "pool", "  __syncthreads();\n", "", "thread", "data race"),
 }

@@ -104,6 +104,39 @@ def test_a_captured_graph_reads_what_is_written_later(backend: str) -> None:
     check_equal(out, wanted)
 
 
+@torch.no_grad()
+def test_autocast_in_a_graph(backend: str) -> None:
+    """A replay sees what was written to a weight since, also where PyTorch counts no change."""
+    fused, _, x = pair(torch.float32)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        wanted = fused(x)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            out = fused(x)
+        for change in (lambda w: None, lambda w: w.data.mul_(1.5), lambda w: w.mul_(1.5)):
+            change(fused.blocks[1][1].weight)
+            graph.replay()
+            torch.cuda.synchronize()
+            check_equal(out, fused(x))
+    assert not torch.equal(out, wanted)
+
+
+@torch.no_grad()
+def test_autocast_on_two_streams(backend: str) -> None:
+    """What one stream still converts, the other waits for."""
+    fused, _, x = pair(torch.float32)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(20_000_000)
+    with torch.autocast("cuda", torch.bfloat16):
+        first = fused(x)
+        with torch.cuda.stream(side):
+            second = fused(x)
+    torch.cuda.synchronize()
+    check_equal(first, second)
+
+
 def test_graphed_callables(backend: str) -> None:
     fused, _, x = pair()
     wanted = fused(x)

@@ -193,6 +193,15 @@ def test_instructions(facts: list[str]) -> None:
 
 
 @with_facts
+def test_chained_kernels(facts: list[str]) -> None:
+    """Launched early, from compute capability 9.0 on: one without begin_chained would read what is not yet written."""
+    for (arch, kernel, variant), fact in _rows(facts).items():
+        forward = kernel.startswith(("pointwise_fwd", "patch_embed_fwd", "depthwise_fwd", "pool", "head"))
+        wanted = 2 if forward and arch != "sm_80" and "traced" not in variant else 0
+        assert (fact["chain"], fact["early"]) == (wanted, 0), f"{arch} {kernel} {variant}: {fact}"
+
+
+@with_facts
 def test_table(facts: list[str]) -> None:
     """Exact for a Triton of which there is a table; another schedules otherwise, and has the rules above only."""
     table = TESTS / f"{facts[0].replace('triton ', 'triton_facts_')}.txt"

@@ -45,6 +45,8 @@ COLUMNS = {  # after registers, stack, shared memory: instructions whose SASS ma
     "store16": r"STG\S*\.128",
     "FFMA": r"FFMA",
     "ATOM": r"ATOMG|ATOM\.|REDG?\.",  # to global memory
+    "chain": r"ACQBULK|PREEXIT",  # begin_chained
+    "early": r"(LDG|STG|LDGSTS|UTMALDG|UTMASTG|ATOMG?|REDG?|LD|ST)(\.|$)",  # accesses to global memory before it
 }
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -185,11 +187,9 @@ def _facts(cubin: bytes) -> list[int]:
     dump = cache.read_text()
     usage = dict(part.split(":") for part in re.search(r"REG:.*", dump)[0].split() if part.count(":") == 1)
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", dump)
-    return [
-        int(usage["REG"]),
-        int(usage["STACK"]),
-        *(sum(bool(re.match(p, i)) for i in code) for p in COLUMNS.values()),
-    ]
+    before = code[: code.index("ACQBULK")] if "ACQBULK" in code else []
+    counts = [sum(bool(re.match(p, i)) for i in (before if n == "early" else code)) for n, p in COLUMNS.items()]
+    return [int(usage["REG"]), int(usage["STACK"]), *counts]
 
 
 def rows(arch: int, third: bool) -> list[str]:

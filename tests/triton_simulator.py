@@ -5,9 +5,10 @@ in float32, and lets loads and stores go anywhere. Here:
 
 products    bfloat16 as numbers; "tf32" operands rounded to 10 bits, so that its error shows
 casts       to the nearest even bfloat16; arithmetic on bfloat16, which would be on its bits, raises TypeError
+scalars     are indices with NumPy 2.4 too, which Triton 3.6 does not know
 comparisons of scalars are bools after they are broadcast, too
 addresses   every load, store and atomic must stay inside a tensor of the launch: its own extent, not its storage's
-races       no element is stored to by two programs, nor twice by one
+races       no element is stored to by two programs, nor twice by one, nor loaded by one and stored to by another
 launches    counted, so that a test can tell that a kernel ran
 """
 
@@ -86,7 +87,7 @@ def _arithmetic(operation: Callable[..., TensorHandle]) -> Callable[..., TensorH
 
 
 class _Launch:
-    """What the running launch may touch, and which program has stored where."""
+    """What the running launch may touch, and which program has stored where, or loaded from."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         spans = []
@@ -96,6 +97,8 @@ class _Launch:
         self.spans = np.array(sorted(spans), np.uint64).reshape(-1, 2)
         self.ends = np.maximum.accumulate(self.spans[:, 1]) if len(spans) else self.spans[:, 1]
         self.writer: dict[int, tuple[int, ...]] = {}
+        self.stored: set[int] = set()  # spans
+        self.loads: list[tuple[tuple[int, ...], int, int, np.ndarray]] = []  # program, spans from and to, addresses
 
     def check(self, what: str, program: tuple[int, ...], pointers: TensorHandle, mask: TensorHandle) -> None:
         inside = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
@@ -111,7 +114,10 @@ class _Launch:
                 f"{what} out of bounds: {int((~good).sum())} of {good.size} addresses, "
                 f"the first {first - int(span[1])} bytes past the end of a tensor, program {program}"
             )
+        if what == "load":
+            self.loads.append((program, int(at.min()), int(at.max()), addresses))
         if what == "store":
+            self.stored.update(np.unique(at).tolist())
             elements = np.unique(addresses)
             if elements.size != addresses.size:
                 raise WrongAccess(f"store race: program {program} stores twice to one element")
@@ -119,6 +125,13 @@ class _Launch:
                 other = self.writer.setdefault(address, program)
                 if other != program:
                     raise WrongAccess(f"store race: programs {other} and {program} store to one element")
+
+    def check_loads(self) -> None:
+        """No program has loaded what another one stores, before or after it: on a GPU there is no such order."""
+        for program, first, last, addresses in self.loads:
+            if any(first <= span <= last for span in self.stored):
+                for other in {self.writer.get(address, program) for address in addresses.tolist()} - {program}:
+                    raise WrongAccess(f"load race: program {program} loads an element that {other} stores to")
 
 
 _now: _Launch | None = None
@@ -144,6 +157,7 @@ def _launch(run: Callable[..., None]) -> Callable[..., None]:
         launches[self.fn.__name__] += 1
         try:
             run(self, *args, **kwargs)
+            _now.check_loads()
         finally:
             _now = None
 
@@ -158,6 +172,14 @@ def _called(call: Callable[..., Any]) -> Callable[..., Any]:
         return self.rewrite()(*args, **kwargs) if ours else call(self, *args, **kwargs)
 
     return quick
+
+
+def _scalars(patch: Callable[..., None]) -> Callable[..., None]:
+    def also(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return also
 
 
 def _same_memory(self: GridExecutor, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -180,6 +202,7 @@ def install() -> None:
         ("create_atomic_rmw", "atomic", 3),
     ):
         setattr(InterpreterBuilder, name, _watched(what, getattr(InterpreterBuilder, name), mask_at))
+    interpreter._patch_lang_tensor = _scalars(interpreter._patch_lang_tensor)
     InterpretedFunction.__call__ = _called(InterpretedFunction.__call__)
     GridExecutor._init_args_hst = _same_memory
     GridExecutor._restore_args_dev = lambda *_: None

@@ -16,6 +16,7 @@ from cmx_kernels import backends, cost_model, registry
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 KINDS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OURS = ("fused", "kernel")  # with one of these begins the name of each provider of ours
 _ROUNDS = 12
 _FLUSH = 256 << 20  # bytes, more than any L2
 _AHEAD = 200_000  # cycles, 0.1 ms
@@ -163,7 +164,7 @@ def described(provider: str, backend: str) -> dict[str, str]:
     """Layout of the images, and what runs: ``backend`` for ours."""
     ours = "triton" if provider.startswith("fused triton") else backend
     layout = "NHWC" if "channels_last" in provider else "NCHW"
-    return {"layout": layout, "backend": ours if provider.startswith("fused") else "torch"}
+    return {"layout": layout, "backend": ours if provider.startswith(OURS) else "torch"}
 
 
 def race(
@@ -187,12 +188,12 @@ def race(
         except Exception as failure:  # the others are still timed
             if device.broken:
                 raise
-            record["match"] = record["match"] and not name.startswith("fused")
+            record["match"] = record["match"] and not name.startswith(OURS)
             record["note"] += f"{name}: {reason(failure)}. "
             del calls[name]
             continue
         if not error <= allowed:
-            record["match"] = record["match"] and not name.startswith("fused")
+            record["match"] = record["match"] and not name.startswith(OURS)
             record["note"] += f"{name} is wrong by {error:.3g}, allowed are {allowed:.3g}: not timed. "
             del calls[name]
     times: dict[str, list[float]] = {}

@@ -22,6 +22,7 @@ from benchmarks.gpu import goals
 from benchmarks.gpu.device import Device, described, flags, graphed, opened, parser, reason, say
 from benchmarks.gpu.store import Store
 from benchmarks.networks import DTYPES, RELEASED, SPECS, Spec, plain
+from benchmarks.peers.fused import network as fused_network
 from cmx_kernels import backends, cost_model, micro_batches
 
 Call = Callable[[], Tensor]
@@ -89,6 +90,10 @@ CELLS = [  # what has goals first; a second call with --resume measures what a f
     *_cells(RELEASED, [("bf16", 256), ("bf16-model", 64), ("fp32", 64)], ["inductor"]),
     *_cells(_NETWORKS, [(name, 1) for name in ("fp16", "fp32", "tf32")], LATENCY),
     *_cells(_NETWORKS, [("bf16", 8), ("fp16", 8), ("fp32", 8), ("tf32", 8)], LARGE),
+    *_cells(RELEASED, [("fp16", 64), ("tf32", 64)], ["inductor"]),
+    *_cells([_OTHER], [("bf16-model", 256)], ["inductor"]),
+    *_cells(RIVALS, [("bf16-model", 1)], ["inductor, CUDA graph"]),
+    *_cells(RIVALS, [("bf16-model", 256)], ["inductor, max-autotune"]),
 ]
 DRY = [
     *_cells(["tiny"], [(name, 2) for name in PRECISIONS], LARGE),
@@ -168,15 +173,12 @@ def floor_us(device: Device, spec: Spec, batch: int, kind: torch.dtype) -> float
 
 
 def convmixers(spec: Spec, device: Device) -> tuple[nn.Module, nn.Module]:
-    from cmx_kernels import ConvMixer
-
     torch.manual_seed(0)
     model = plain(spec)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.05, 0.2)  # so that activations do not fade with depth
-    size = (spec.dim, spec.depth, spec.kernel_size, spec.patch_size, spec.classes)
-    fused = ConvMixer(*size, act_layer=spec.act, fused=True).eval()
+    fused = fused_network(spec).eval()
     fused.load_state_dict(model.state_dict())
     return model.to(device.type).requires_grad_(False), fused.to(device.type).requires_grad_(False)
 

@@ -3,6 +3,7 @@
     python -m benchmarks.gpu.product [--seconds 480] [--device cpu --dry-run]
 
 "cuBLAS" is the matrix product alone, without bias, activation and scale, on the same numbers: its rate is the measure.
+"kernel wgmma" and its like are the CUDA backend with that kernel of the product, whatever is predicted to be fastest.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 from benchmarks.gpu import goals
 from benchmarks.gpu.device import KINDS, Device, flags, opened, parser, race, rated, say
 from benchmarks.gpu.store import Store
-from cmx_kernels import backends, ops
+from cmx_kernels import backends, cost_model, cuda, ops
 
 MODELS = ((1536, 32, 7), (768, 32, 7), (1024, 16, 14))  # channels, pixels on a side, patch
 CASES = [  # op, (n, c, size, patch), dtype: what has goals first
@@ -55,6 +56,15 @@ def arguments_of(device: Device, op: str, case: tuple[int, int, int, int], kind:
     return normal(n, c_in, size * patch, size * patch), weight, normal(c), normal(c), normal(c)
 
 
+def tiles_for(op: str, x: Tensor, weight: Tensor) -> list[str]:
+    """The kernels that take this product: of 16-bit types; patches have one tile, and wgmma is Hopper's."""
+    if op != "pointwise_block" or x.dtype == torch.float32 or not x.is_cuda:
+        return []
+    whole = all(count % 8 == 0 for count in (*weight.shape[:2], x.shape[2] * x.shape[3]))
+    wgmma = whole and torch.cuda.get_device_capability(x.device) == (9, 0)
+    return [tile for tile in cost_model.TILES if tile != "wgmma" or wgmma]
+
+
 def providers(
     device: Device, op: str, backend: str, x: Tensor, weight: Tensor, *vectors: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
@@ -67,10 +77,18 @@ def providers(
 
         return call
 
+    def by(place: int) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with cuda.only_product(place):
+                return ours(x)()
+
+        return call
+
     found = {
         "fused": ours(x),
         "fused channels_last": ours(last),
         **({"fused triton": ours(x, "triton")} if device.cuda else {}),
+        **{f"kernel {tile}": by(cost_model.TILES.index(tile)) for tile in tiles_for(op, x, weight)},
         "eager": lambda: eager(op, x, weight, *vectors),
         "eager channels_last": lambda: eager(op, last, weight, *vectors),
     }

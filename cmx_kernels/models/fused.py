@@ -20,6 +20,7 @@ from cmx_kernels.models.units import Parts, Units
 from cmx_kernels.ops.batchnorm import fold, why_not_fold
 from cmx_kernels.ops.checks import autocast, check_activations
 from cmx_kernels.ops.depthwise_block import check as check_depthwise
+from cmx_kernels.ops.kept_weights import for_autocast, forget_moved
 from cmx_kernels.ops.patch_embed import check as check_patches
 from cmx_kernels.ops.pointwise_block import check as check_pointwise
 
@@ -39,7 +40,9 @@ class Fused(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.__dict__.pop(STATE, None)
-        return super()._apply(fn, recurse)
+        found = super()._apply(fn, recurse)
+        forget_moved(self.parameters())
+        return found
 
 
 class Stem(Fused, nn.Sequential):
@@ -155,4 +158,5 @@ def run_unit(op: str, unit: Unit, x: Tensor, residual: nn.Module | None = None) 
     if not backends.has_kernel(op, autocast(x)[0], act, weight=unit.conv.weight.shape):
         check_arguments(op, unit, x)
         return residual(x) if residual is not None else unit.norm(unit.act(unit.conv(x)))
-    return getattr(ops, op)(x, unit.conv.weight, unit.conv.bias, *fold(unit.norm), act)
+    weight = for_autocast(x, unit.conv.weight, unit.conv.bias, unit.norm.weight, unit.norm.bias)
+    return getattr(ops, op)(x, weight, unit.conv.bias, *fold(unit.norm), act)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmx_kernels.ops.batchnorm import float_rows, fold_all
+from cmx_kernels.ops.batchnorm import constants
 from cmx_kernels.ops.block_stack import ConvParams
 from cmx_kernels.ops.depth_first import Blocks
+from cmx_kernels.ops.kept_weights import converted
 
 Stores = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # of a convolution and its BatchNorm: their __dict__
 
@@ -36,9 +37,9 @@ class Parameters:
 
     def layers(self, dtype: torch.dtype, stem: bool) -> tuple[ConvParams | None, Blocks]:
         """Weights in ``dtype``, the rest folded in float32: of the stem, if there is one, and of each block."""
-        rows = zip(
-            self.convs, float_rows([bias for _, bias in self.convs]), fold_all(self.norms, self.eps), strict=True
-        )
-        found = [ConvParams(weight.detach().to(dtype), bias, *affine) for (weight, _), bias, affine in rows]
+        weights, biases = zip(*self.convs, strict=True)
+        with torch.autocast(weights[0].device.type, enabled=False):  # which refuses to stack float16 beside bfloat16
+            rows = zip(converted(weights, dtype), constants(biases, self.norms, self.eps), strict=True)
+        found = [ConvParams(weight, *vectors) for weight, vectors in rows]
         first = found.pop(0) if stem else None
         return first, list(zip(found[::2], found[1::2], strict=True))

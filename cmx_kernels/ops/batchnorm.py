@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cmx_kernels import cuda
+from cmx_kernels.registry import below_autograd, define
+
 KINDS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 
@@ -76,6 +79,38 @@ def float_rows(vectors: Vectors) -> Vectors:
     if len(given) < len(vectors) or len({(v.dtype, v.shape) for v in given}) > 1:
         return [None if v is None else v.float() for v in vectors]
     return given if given[0].dtype == torch.float32 else torch.stack(given).float().unbind()
+
+
+def _fold_rows_reference(vectors: Sequence[Tensor], eps: float) -> Tensor:
+    """[units, 3, C] bias, scale, shift of bias, mean, var, gamma, beta of every unit."""
+    biases, norms = vectors[::5], [vectors[i + 1 : i + 5] for i in range(0, len(vectors), 5)]
+    rows = zip(biases, fold_all(norms, [eps] * len(norms)), strict=True)
+    return torch.stack([torch.stack((bias.float(), *affine)) for bias, affine in rows])
+
+
+_fold_rows = define(
+    "fold_rows",
+    "(Tensor[] vectors, float eps) -> Tensor",
+    lambda vectors, eps: vectors[0].new_empty((len(vectors) // 5, 3, len(vectors[0])), dtype=torch.float32),
+    _fold_rows_reference,
+).default
+
+
+def constants(biases: Vectors, norms: Sequence[Vectors], eps: Sequence[float]) -> list[tuple[Tensor | None, ...]]:
+    """bias, scale and shift of every unit in float32; of equal ones on a GPU in one launch."""
+    vectors = [v for bias, norm in zip(biases, norms, strict=True) for v in (bias, *norm)]
+    given = [v for v in vectors if v is not None and v.dtype != torch.float64 and v.is_contiguous()]
+    alike = len(given) == len(vectors) and len({(v.dtype, v.shape) for v in given}) == len(set(eps)) == 1
+    if alike and _on_gpu(given[0]):
+        with torch.no_grad(), below_autograd():
+            rows = _fold_rows(given, eps[0]).flatten(0, 1).unbind()
+        return list(zip(rows[::3], rows[1::3], rows[2::3], strict=True))
+    folded = zip(float_rows(biases), fold_all(norms, eps), strict=True)
+    return [(bias, *affine) for bias, affine in folded]
+
+
+def _on_gpu(vector: Tensor) -> bool:
+    return vector.is_cuda and cuda.why_not(vector.device.index or 0) is None
 
 
 class Norm(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor
 from cmx_kernels import registry
 from cmx_kernels.triton_kernels import config, launch
 from cmx_kernels.triton_kernels.activation import activate, finish, per_channel
-from cmx_kernels.triton_kernels.launch import wrap_triton
+from cmx_kernels.triton_kernels.launch import begin_chained, wrap_triton
 from cmx_kernels.triton_kernels.statistics import store_moments
 
 
@@ -31,12 +31,13 @@ def depthwise_fwd_bands_kernel(
     bias_stride, scale_stride, shift_stride,
     KH: tl.constexpr, KW: tl.constexpr, FLIP: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     OUT_ACT: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr, BEFORE: tl.constexpr,
+    WINDOW: tl.constexpr, BEFORE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS outputs of a row from WINDOW inputs, which start BEFORE columns to the left.
 
     x_n, x_c, x_h, width, y_n, y_c, y_h come divided by UNIT: what the compiler may know to divide them.
     """
+    begin_chained(CHAINED)
     row_tiles = tl.cdiv(images * height, ROWS)
     column_tiles = tl.cdiv(width * UNIT, COLUMNS)
     tile = tl.program_id(0)
@@ -115,8 +116,10 @@ def depthwise_fwd_strip_kernel(
     bias_stride, scale_stride, shift_stride,
     KH: tl.constexpr, KW: tl.constexpr, FLIP: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     OUT_ACT: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Any strides. Programs: columns fastest, then channels, rows, images."""
+    begin_chained(CHAINED)
     column_tiles, row_tiles = tl.cdiv(width, COLUMNS), tl.cdiv(height, ROWS)
     channel_tiles = tl.cdiv(channels, CHANNELS)
     tile = tl.program_id(0)
@@ -240,6 +243,7 @@ def convolve(
         "RESIDUAL": residual,
         "OUT_ACT": out_act,
         "WIDE": launch.needs_wide_offsets(x, y),
+        **launch.chain(x),
     }
     bands = x.dtype != torch.float32 and (x.stride(3) == 1 or width == 1) and y.stride(3) == 1
     if bands:

@@ -1,5 +1,6 @@
 """What the launches of all kernels share: widths of offsets, strides, precision, the GPU they run on."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from cmx_kernels.triton_kernels import INTERPRETED
 
@@ -25,6 +27,15 @@ def wrap_triton(kernel: Any) -> Any:
 @triton.jit
 def empty_kernel(x, BLOCK: tl.constexpr):
     tl.store(x + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32))
+
+
+@triton.jit
+def begin_chained(CHAINED: tl.constexpr):
+    """Before a program touches memory: waits for all that the kernel before this one on the stream writes, and lets the
+    next be launched ("programmatic dependent launch"). Does nothing in a launch that is not chained."""
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 def why_not_compiled(arch: int) -> str | None:
@@ -50,6 +61,21 @@ def arch(x: Tensor) -> int:
         return 80  # a fake tensor on a machine without a GPU
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
+
+
+@functools.cache
+def _driver_captures_chains() -> bool:
+    """Graphs capture such launches from CUDA 12.3 on; without a GPU it is only compiled."""
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)  # 1000 * major + 10 * minor
+    return not torch.cuda.is_available() or driver() >= 12030
+
+
+def chain(x: Tensor) -> dict[str, bool]:
+    """Arguments of a kernel that says begin_chained: from compute capability 9.0 on it is launched while the one before
+    it still runs. Not in torch.compile's graphs, whose launches have no such option."""
+    if INTERPRETED or arch(x) < 90 or not is_plain(x) or not _driver_captures_chains():
+        return {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": True}
 
 
 def multiprocessors(x: Tensor) -> int:

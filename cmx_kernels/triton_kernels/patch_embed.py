@@ -11,7 +11,7 @@ from torch import Tensor
 from cmx_kernels import registry
 from cmx_kernels.triton_kernels import config, launch
 from cmx_kernels.triton_kernels.activation import finish
-from cmx_kernels.triton_kernels.launch import wrap_triton
+from cmx_kernels.triton_kernels.launch import begin_chained, wrap_triton
 
 
 @triton.jit
@@ -21,8 +21,9 @@ def patch_embed_fwd_kernel(
     x_n, x_c, x_h, x_w, weight_o, weight_i, weight_h, weight_w, y_n, y_c, y_h, y_w,
     bias_stride, scale_stride, shift_stride,
     P: tl.constexpr, Q: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    begin_chained(CHAINED)
     row_tiles = tl.cdiv(channels_out, ROWS)
     tile = tl.program_id(0)
     o = tile % row_tiles * ROWS + tl.arange(0, ROWS)
@@ -67,7 +68,7 @@ def patch_embed(
             *x.stride(), *weight.stride(), *y.stride(), *launch.strides(*vectors),
             P=weight.shape[2], Q=weight.shape[3], ACT=act, PRECISION=precision,
             WIDE=launch.needs_wide_offsets(x, weight, y), ROWS=c.rows, COLUMNS=c.columns, DEPTH=c.depth,
-            num_warps=c.warps, num_stages=c.stages,
+            num_warps=c.warps, num_stages=c.stages, **launch.chain(x),
         )  # fmt: skip
     return y
 

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cmx_kernels import registry
 from cmx_kernels.triton_kernels import config, launch
 from cmx_kernels.triton_kernels.activation import finish
-from cmx_kernels.triton_kernels.launch import wrap_triton
+from cmx_kernels.triton_kernels.launch import begin_chained, wrap_triton
 
 
 @triton.jit
@@ -33,9 +33,10 @@ def pointwise_fwd_kernel(
     x_n, x_c, x_h, x_w, weight_o, weight_i, y_n, y_c, y_p,
     bias_stride, scale_stride, shift_stride,
     ACT: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Any strides, any sizes. FLAT: x_w is the distance between any two neighbouring pixels."""
+    begin_chained(CHAINED)
     columns = images * pixels
     if WIDE:
         columns = tl.cast(images, tl.int64) * pixels
@@ -76,9 +77,10 @@ def pointwise_fwd_descriptor_kernel(
     images, channels_in, channels_out, pixels,
     bias_stride, scale_stride, shift_stride,
     ACT: tl.constexpr, PRECISION: tl.constexpr, LAST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Copies by tensor descriptors (TMA). x and y are [N, C, P], or with LAST [N, P, C]; no tile crosses images."""
+    begin_chained(CHAINED)
     row_tiles = tl.cdiv(channels_out, ROWS)
     pixel_tiles = tl.cdiv(pixels, COLUMNS)
     column_tiles = images * pixel_tiles
@@ -153,6 +155,7 @@ def pointwise_block(
     c = c if described is not None else config.pointwise_pointers(c)
     tiles = {"ROWS": c.rows, "COLUMNS": c.columns, "DEPTH": c.depth, "GROUP": c.group}
     options = {"ACT": act, "PRECISION": precision, **tiles, "num_warps": c.warps, "num_stages": c.stages}
+    options |= launch.chain(x)
     with launch.on_device(x):
         if described is not None:
             shapes = ((c.depth, c.columns), (c.rows, c.columns))  # [channels, pixels] of x and y

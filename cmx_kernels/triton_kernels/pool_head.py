@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmx_kernels import registry
 from cmx_kernels.triton_kernels import config, launch
-from cmx_kernels.triton_kernels.launch import wrap_triton
+from cmx_kernels.triton_kernels.launch import begin_chained, wrap_triton
 
 
 @triton.jit
@@ -36,8 +36,10 @@ def means_of(
 def pool_head_fwd_kernel(
     x, weight, bias, y, channels, classes, width, pixels, x_n, x_c, x_h, x_w, weight_o, weight_c, bias_stride,
     FLAT: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """CLASSES logits of one image, CHANNELS channels at a time."""
+    begin_chained(CHAINED)
     class_tiles = tl.cdiv(classes, CLASSES)
     n = tl.program_id(0) // class_tiles
     o = tl.program_id(0) % class_tiles * CLASSES + tl.arange(0, CLASSES)
@@ -63,9 +65,10 @@ def pool_head_fwd_kernel(
 @triton.jit
 def pool_fwd_kernel(
     x, means, channels, width, pixels, x_n, x_c, x_h, x_w,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """means[n, c] for CHANNELS channels of one image."""
+    begin_chained(CHAINED)
     channel_tiles = tl.cdiv(channels, CHANNELS)
     n = tl.program_id(0) // channel_tiles
     c = tl.program_id(0) % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
@@ -81,8 +84,10 @@ def pool_fwd_kernel(
 def head_fwd_kernel(
     means, weight, bias, y, images, channels, classes, weight_o, weight_c, bias_stride,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """y [N, O] = means [N, C] weight^T + bias, a tile of ROWS images and COLUMNS classes a program."""
+    begin_chained(CHAINED)
     column_tiles = tl.cdiv(classes, COLUMNS)
     n = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)
     o = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -119,7 +124,7 @@ def pool_head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             wrap_triton(pool_head_fwd_kernel)[(images * launch.cdiv(classes, block),)](
                 x, weight, bias, y, channels, classes, width, height * width, *steps, *weight.stride(),
                 *launch.strides(bias), FLAT=flat is not None, WIDE=launch.needs_wide_offsets(x, weight, y),
-                CHANNELS=p.channels, PIXELS=p.pixels, CLASSES=block, num_warps=p.warps,
+                CHANNELS=p.channels, PIXELS=p.pixels, CLASSES=block, num_warps=p.warps, **launch.chain(x),
             )  # fmt: skip
         return y
     means = torch.empty((images, channels), dtype=torch.float32, device=x.device)
@@ -127,12 +132,13 @@ def pool_head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wrap_triton(pool_fwd_kernel)[(images * launch.cdiv(channels, p.channels),)](
             x, means, channels, width, height * width, *steps, FLAT=flat is not None,
             WIDE=launch.needs_wide_offsets(x), CHANNELS=p.channels, PIXELS=p.pixels,
-            num_warps=p.warps,
+            num_warps=p.warps, **launch.chain(x),
         )  # fmt: skip
         wrap_triton(head_fwd_kernel)[(c.programs(images, classes),)](
             means, weight, bias, y, images, channels, classes, *weight.stride(), *launch.strides(bias),
             PRECISION=launch.precision(x, convolution=False), WIDE=launch.needs_wide_offsets(weight, y),
             ROWS=c.rows, COLUMNS=c.columns, DEPTH=c.depth, num_warps=c.warps, num_stages=c.stages,
+            **launch.chain(x),
         )  # fmt: skip
     return y
 

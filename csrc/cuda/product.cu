@@ -1,6 +1,16 @@
 // pointwise_block and patch_embed: chooses the plan. The choice and its reasons: product_cost.h.
 #include "product.h"
+
+#include <atomic>
+
+#include "device.h"
 #include "product_cost.h"
+
+static std::atomic<int> only{cmx::kEveryProduct};
+
+// The kernel that all products take from now on, in every thread: a tile, or kProductTileCount for wgmma; kEveryProduct: the
+// one that is predicted to be fastest. Says which it was before. For measurements.
+extern "C" CMX_EXPORT int cmx_cuda_only_product(int kernel) { return only.exchange(kernel); }
 
 namespace cmx {
 
@@ -16,7 +26,9 @@ cudaError_t product_fwd(const ProductForward& p, const Gpu& gpu, cudaStream_t st
     part.x = static_cast<const char*>(p.x) + n * p.x_stride.n * element;
     part.y = static_cast<char*>(p.y) + n * p.y_stride.n * element;
     const ProductMemory m = product_memory_of(part.x, p.x_stride, p.weight, part.y, p.y_stride, part.shape);
-    const ProductChoice choice = choose_product(part.shape, m, gpu, p.act, gpu.arch == 90 && product_wgmma_runs());
+    const bool has_wgmma = gpu.arch == 90 && product_wgmma_runs();
+    const ProductChoice choice = choose_product(part.shape, m, gpu, p.act, has_wgmma, only);
+    if (only != kEveryProduct && !choice.wgmma.blocks && !choice.plan.blocks()) return cudaErrorNotSupported;
     if (cudaError_t error = choice.wgmma.blocks ? product_fwd_wgmma(part, choice.wgmma, stream)
                                                 : product_fwd_mma(part, choice.plan, stream))
       return error;

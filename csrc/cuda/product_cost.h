@@ -72,21 +72,22 @@ struct ProductChoice {
 };
 
 // The plan that is predicted to be fastest; no blocks where nothing is to be computed. `has_wgmma`: this binary has code
-// for sm_90a.
+// for sm_90a. `only`: a tile, or kProductTileCount for wgmma; no blocks where that does not take the product.
 inline ProductChoice choose_product(const ProductShape& s, const ProductMemory& m, const Gpu& gpu, Act act,
-                                    bool has_wgmma = true) {
+                                    bool has_wgmma = true, int only = kEveryProduct) {
   ProductChoice best{};
   for (int tile = 0; tile < kProductTileCount; ++tile) {
+    if (only != kEveryProduct && only != tile) continue;
     const ProductPlan plan = product_plan(s, m, tile);
     if (!plan.blocks() || plan.shared_bytes > gpu.shared_bytes) continue;
     const Cost cost = product_cost(s, act, plan, gpu);
     if (!best.plan.blocks() || cost.cycles() < best.cost.cycles()) best.plan = plan, best.cost = cost;
   }
-  if (gpu.arch != 90 || !has_wgmma) return best;
+  if (gpu.arch != 90 || !has_wgmma || (only != kEveryProduct && only != kProductTileCount)) return best;
   const WgmmaPlan plan = wgmma_plan(s, m, gpu);
   if (!plan.blocks) return best;
   const Cost cost = wgmma_cost(s, act, plan, gpu);
-  if (cost.cycles() < best.cost.cycles()) best.wgmma = plan, best.cost = cost;
+  if (!best.plan.blocks() || cost.cycles() < best.cost.cycles()) best.wgmma = plan, best.cost = cost;
   return best;
 }
 

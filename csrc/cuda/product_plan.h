@@ -38,6 +38,7 @@ inline constexpr ProductTile kProductTiles[] = {
     {64, 32, 64, 64, 32, 4, 3},
 };
 inline constexpr int kProductTileCount = 3, kProductGatherTile = 1;  // a gather has this tile alone
+inline constexpr int kEveryProduct = -1;                             // to choose among, and not one of them
 
 struct ProductPlan {
   int tile;

@@ -17,6 +17,7 @@
 #define cudaGetLastError emulated_last_error
 #define CMX_WITH_CUDA
 #include "../../csrc/bind_cuda.cpp"
+#include "../../csrc/bind_cuda_weights.cpp"
 #include "../../csrc/bind_cuda_training.cpp"
 #include "cuda/cost.h"
 

@@ -299,6 +299,7 @@ inline cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shar
 // ---- CUDA's names
 
 inline void __syncthreads() { cmx::emulator::sync_block(); }
+inline void __threadfence() {}  // blocks run one after the other
 inline void __syncwarp(unsigned mask = ~0u) { cmx::emulator::sync_warp(mask); }
 template <class V>
 V __shfl_sync(unsigned mask, V v, int lane) {

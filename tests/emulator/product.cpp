@@ -1,8 +1,10 @@
 // The matrix product, pooling and the float32 epilogue on the CPU, for ctypes (tests/emulated_product.py).
 #include <cstdio>
 
+#include "cuda/fold.h"
 #include "cuda/platform.cuh"
 #include "cuda/product.h"
+#include "cuda/recast.h"
 #include "launched.h"
 
 using namespace cmx;
@@ -48,4 +50,19 @@ CMX_EXPORT int cmx_emulate_pool_head(const PoolHeadForward* p, const Run* run) {
 
 CMX_EXPORT int cmx_emulate_epilogue(const EpilogueInplace* p, const Run* run) {
   return emulate(*run, [&] { return epilogue_inplace(*p, Gpu{90, 1, 227 << 10, 1.755, 4.3}, nullptr); });
+}
+
+CMX_EXPORT int cmx_emulate_recast(const KeptWeight* weight, int dtype, bool all, const Run* run) {
+  Recast p{};
+  p.weight[0] = *weight, p.weights = 1, p.dtype = static_cast<Dtype>(dtype), p.all = all;
+  return emulate(*run, [&] { return recast(p, nullptr); });
+}
+
+// One unit: its vectors, bias, scale and shift of it
+CMX_EXPORT int cmx_emulate_fold(const void* const* vectors, float* rows, int channels, float eps, int dtype,
+                                const Run* run) {
+  Fold p{};
+  for (int i = 0; i < 5; ++i) p.vector[0][i] = vectors[i];
+  p.rows = rows, p.units = 1, p.channels = channels, p.eps = eps, p.dtype = static_cast<Dtype>(dtype);
+  return emulate(*run, [&] { return fold(p, nullptr); });
 }

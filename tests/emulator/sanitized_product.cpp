@@ -1,5 +1,6 @@
-// The matrix product, pooling and the float32 epilogue under a sanitizer, as sanitized.cpp. Arguments: layouts (pixels,
-// channels_last, gather, wgmma, wgmma_last, pool, epilogue); all of them if none. Ends with 1 where a value is wrong.
+// The matrix product, pooling, the float32 epilogue and kept weights under a sanitizer, as sanitized.cpp. Arguments: layouts
+// (pixels, channels_last, gather, wgmma, wgmma_last, pool, epilogue, recast); all of them if none. Ends with 1 where a value
+// is wrong.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -7,6 +8,7 @@
 
 #include "buffers.h"
 #include "cuda/product.h"
+#include "cuda/recast.h"
 
 using namespace cmx;
 
@@ -130,6 +132,35 @@ static int epilogue(const Case& k, bool last, int order) {
   return bad;
 }
 
+static int kept(int order) {
+  constexpr int kCount = 3;
+  const int64_t counts[kCount] = {1, 130, kRecastRun + 3};
+  Buffer<float> from[kCount];
+  Buffer<bf16> to[kCount];
+  Buffer<uint32_t> samples[kCount];
+  Recast p{};
+  p.weights = kCount, p.dtype = Dtype::bfloat16;
+  std::mt19937 dice(7);
+  for (int i = 0; i < kCount; ++i) {
+    from[i] = allocate<float>(counts[i]), to[i] = allocate<bf16>(counts[i]);
+    samples[i] = allocate<uint32_t>(recast_samples(counts[i]));
+    fill(from[i].get(), counts[i], 9, dice);
+    p.weight[i] = {from[i].get(), to[i].get(), samples[i].get(), counts[i]};
+  }
+  int bad = 0;
+  for (const bool all : {true, false}) {  // then one value of the last run has changed
+    p.all = all;
+    prepare(order);
+    check(recast(p, nullptr));
+    check(finish());
+    for (int i = 0; i < kCount; ++i)
+      for (int64_t k = 0; k < counts[i]; ++k) bad += float(to[i][k]) != from[i][k];
+    from[kCount - 1][kRecastRun + 2] = 20;
+  }
+  if (bad) std::printf("recast order %d: %d wrong\n", order, bad);
+  return bad;
+}
+
 static int all_wrong(const char* name) {
   const Case planes[] = {{2, 130, 70, 4, 18, 1, 1}, {1, 24, 131, 1, 136, 1, 1}, {3, 40, 9, 2, 2, 1, 1}};
   const Case last[] = {{2, 136, 72, 3, 11, 1, 1}, {1, 21, 33, 5, 29, 1, 1}, {3, 260, 6, 2, 2, 1, 1}};
@@ -137,6 +168,7 @@ static int all_wrong(const char* name) {
   const Case tiles[] = {{7, 200, 136, 5, 8, 1, 1}, {1, 72, 136, 9, 24, 1, 1}, {2, 8, 16, 4, 6, 1, 1}};
   const Case pooled[] = {{9, 35, 11, 3, 5, 1, 1}, {2, 33, 9, 4, 8, 1, 1}};
   int bad = 0, order = 0;  // every call another order
+  if (!std::strcmp(name, "recast")) return kept(0) + kept(1);
   if (!std::strcmp(name, "pool") || !std::strcmp(name, "epilogue")) {
     for (const Case& k : pooled)
       for (const bool channels_last : {false, true})
@@ -155,7 +187,7 @@ static int all_wrong(const char* name) {
 }
 
 int main(int count, char** names) {
-  const char* all[] = {"", "pixels", "channels_last", "gather", "wgmma", "wgmma_last", "pool", "epilogue"};
+  const char* all[] = {"", "pixels", "channels_last", "gather", "wgmma", "wgmma_last", "pool", "epilogue", "recast"};
   int bad = 0;
   try {
     for (int i = 1; i < (count > 1 ? count : int(std::size(all))); ++i) bad += all_wrong(count > 1 ? names[i] : all[i]);

@@ -32,6 +32,14 @@ def same_place_kernel(y):
 
 
 @triton.jit
+def shift_kernel(y, n, BACK: tl.constexpr):
+    """In place, from the neighbour that another program stores to: after it, or before it."""
+    i = tl.program_id(0) * 16 + tl.arange(0, 16)
+    v = tl.load(y + (n - 1 + i) % n) if BACK else tl.load(y + (i + 1) % n)
+    tl.store(y + i, v)
+
+
+@triton.jit
 def sum_kernel(x, y):
     i = tl.arange(0, 16)
     tl.store(y + i, tl.load(x + i) + tl.load(x + i))
@@ -75,3 +83,16 @@ def test_races() -> None:
         copy_kernel[(2,)](x, y, 31, STEP=15, MASKED=True)
     with pytest.raises(InterpreterError, match="stores twice to one element"):
         same_place_kernel[(1,)](y)
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_loads_that_race_with_stores(back: bool) -> None:
+    """Whichever comes first here; within one program, and between launches, there is an order."""
+    y = torch.randn(32)
+    with pytest.raises(triton_simulator.WrongAccess, match=r"load race: program \(\d, 0, 0\) loads an element that"):
+        shift_kernel[(2,)](y, 32, BACK=back)
+    for first in (0, 16):
+        part = y[first : first + 16]
+        wanted = part.roll(1 if back else -1)
+        shift_kernel[(1,)](part, 16, BACK=back)
+        check_equal(part, wanted)
