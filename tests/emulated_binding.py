@@ -13,7 +13,8 @@ from cmx_kernels import ops
 SOURCES = ("tests/emulator/binding.cpp", "csrc/cuda/product.cu")
 TRAINING = ("depthwise_block_train", "depthwise_block_backward")
 PASSES = ("training_sum", "training_gradient", "training_moments", "training_sums")
-OPERATORS = ("patch_embed", "depthwise_block", "pointwise_block", "pool_head", *TRAINING, *PASSES)
+PRODUCTS = ("training_product", "training_product_sums")
+OPERATORS = ("patch_embed", "depthwise_block", "pointwise_block", "pool_head", *TRAINING, *PASSES, *PRODUCTS)
 _definitions = torch.library.Library("cmx_emulated", "DEF")
 
 

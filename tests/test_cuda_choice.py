@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import ahead
 import cases
@@ -34,12 +35,14 @@ def calls(shapes: list[tuple[int, ...]]) -> Iterator[tuple]:
     return itertools.product(GPUS, shapes, cost_model.DTYPES, cost_model.ACTS, (False, True))
 
 
-def chosen(function: str, gpu: str, shape: tuple[int, ...], dtype: str, act: str, *flags: bool) -> tuple[int, int]:
+def chosen(
+    function: str, gpu: str, shape: tuple[int, ...], dtype: str, act: str, last: bool, *flags: Any
+) -> tuple[int, int]:
     """The kernel's number, and its blocks."""
     numbers = (*shape, cost_model.DTYPES.index(dtype), cost_model.ACTS.index(act))
     found = (ctypes.c_int * 2)()
     place = cost_model.gpus().index(gpu)
-    getattr(library(), function)(place, (ctypes.c_int * len(numbers))(*numbers), *map(ctypes.c_bool, flags), found)
+    getattr(library(), function)(place, (ctypes.c_int * len(numbers))(*numbers), ctypes.c_bool(last), *flags, found)
     return found[0], found[1]
 
 
@@ -49,7 +52,7 @@ def test_depthwise(backward: bool) -> None:
     kernels: dict[tuple, set[str]] = {}
     for gpu, shape, dtype, act, last in calls(DEPTHWISE):
         p = predict(gpu, shape[:4], shape[4:], dtype, act, last)
-        found = chosen("cmx_chosen_depthwise", gpu, shape, dtype, act, last, backward)
+        found = chosen("cmx_chosen_depthwise", gpu, shape, dtype, act, last, ctypes.c_bool(backward))
         assert found == (cost_model.KERNELS.index(p.kernel), p.blocks), f"{gpu} {cases.name(shape)} {dtype} {act}"
         kernels.setdefault((gpu, shape, dtype, last), set()).add(p.kernel)
     assert any(len(k) > 1 for k in kernels.values()), "the activation decides nowhere: other shapes are wanted"
@@ -60,6 +63,8 @@ def test_product() -> None:
         if dtype == "float32":
             continue  # torch's own convolution
         n, c_in, c_out, h, w, ph, pw = shape
-        p = cost_model.product(gpu, (n, c_in, h * ph, w * pw), c_out, (ph, pw), dtype, act, last)
-        found = chosen("cmx_chosen_product", gpu, shape, dtype, act, last)
-        assert found == (cost_model.TILES.index(p.kernel), p.blocks), f"{gpu} {cases.name(shape)} {dtype} {act}"
+        for number, use in enumerate(cost_model.USES):
+            p = cost_model.product(gpu, (n, c_in, h * ph, w * pw), c_out, (ph, pw), dtype, act, last, use)
+            found = chosen("cmx_chosen_product", gpu, shape, dtype, act, last, ctypes.c_int(number))
+            assert found == (cost_model.TILES.index(p.kernel), p.blocks), f"{gpu} {cases.name(shape)} {dtype} {act}"
+            assert use == "inference" or p.kernel != "64x32"  # whose panels are too narrow for statistics

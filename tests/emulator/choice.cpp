@@ -62,9 +62,11 @@ CMX_SHOWN cmx_chosen_depthwise(int gpu, const int* shape, bool channels_last, bo
   found[0] = kernel, found[1] = blocks;
 }
 
-// `shape`: n c_in c_out h w ph pw dtype act
-CMX_SHOWN cmx_chosen_product(int gpu, const int* shape, bool channels_last, int* found) {
+// `shape`: n c_in c_out h w ph pw dtype act. `use`: as ProductUse, of which only addresses tell
+CMX_SHOWN cmx_chosen_product(int gpu, const int* shape, bool channels_last, int use, int* found) {
+  alignas(16) static float memory[4];
   ProductForward p{};
+  p.partials = use ? memory : nullptr, p.like = use == 2 ? memory : nullptr;
   p.shape = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], static_cast<Dtype>(shape[7])};
   p.act = static_cast<Act>(shape[8]);
   p.x_stride = dense(shape[1], int64_t(shape[3]) * shape[5], int64_t(shape[4]) * shape[6], channels_last);
