@@ -12,6 +12,8 @@ import training_cases as problems
 from compare import check_equal
 from product_checks import check_passes, check_patch_embed, check_pointwise, last
 
+from cmx_kernels.ops import training_products
+
 pytestmark = [emulated.needs(emulated.library), emulated.needs(emulated_product.library)]
 F32, BF16 = torch.float32, torch.bfloat16
 POINTWISE = ((2, 5, 7, 9, 11), (3, 16, 8, 4, 4), (1, 130, 3, 5, 8), (2, 1, 1, 3, 2), (4, 3, 70, 1, 1))
@@ -45,6 +47,17 @@ def test_products_of_16_bits_need_no_pass_for_statistics() -> None:
     passes = SimpleNamespace(**{**vars(EMULATED), "training_moments": None, "training_sums": None})
     check_pointwise(passes, POINTWISE[0], 2, BF16, "contiguous")
     check_patch_embed(passes, PATCH[0], BF16, "contiguous")
+
+
+def test_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours in 16 bits, but where tensor cores want tcgen05; torch in float32 and around Triton's passes."""
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(1, 1, 1, 1, device="cuda", dtype=BF16)
+    for major, ours in ((8, True), (9, True), (10, False), (11, False), (12, True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        assert training_products._is_ours(torch.ops.cmx, x) == ours
+        assert not training_products._is_ours(torch.ops.cmx_triton, x)
+    assert not training_products._is_ours(torch.ops.cmx, torch.empty(1))
 
 
 ROWS = (((3, 5, 7, 9), "gelu"), ((2, 70, 4, 8), "relu"), ((300, 2, 2, 2), "gelu_tanh"), ((1, 6, 3, 3), "none"))
