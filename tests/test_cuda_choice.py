@@ -42,8 +42,18 @@ def chosen(
     numbers = (*shape, cost_model.DTYPES.index(dtype), cost_model.ACTS.index(act))
     found = (ctypes.c_int * 2)()
     place = cost_model.gpus().index(gpu)
-    getattr(library(), function)(place, (ctypes.c_int * len(numbers))(*numbers), ctypes.c_bool(last), *flags, found)
+    how = (ctypes.c_bool(last), *flags[:1], found, *flags[1:])
+    getattr(library(), function)(place, (ctypes.c_int * len(numbers))(*numbers), *how)
     return found[0], found[1]
+
+
+def product(
+    gpu: str, shape: tuple[int, ...], dtype: str, act: str, last: bool, use: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The tile's number and blocks; of its statistics the parts, and where the last launch begins to write its own."""
+    parts = (ctypes.c_int64 * 2)()
+    found = chosen("cmx_chosen_product", gpu, shape, dtype, act, last, ctypes.c_int(use), parts)
+    return found, (parts[0], parts[1])
 
 
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
@@ -65,6 +75,18 @@ def test_product() -> None:
         n, c_in, c_out, h, w, ph, pw = shape
         for number, use in enumerate(cost_model.USES):
             p = cost_model.product(gpu, (n, c_in, h * ph, w * pw), c_out, (ph, pw), dtype, act, last, use)
-            found = chosen("cmx_chosen_product", gpu, shape, dtype, act, last, ctypes.c_int(number))
+            found, _ = product(gpu, shape, dtype, act, last, number)
             assert found == (cost_model.TILES.index(p.kernel), p.blocks), f"{gpu} {cases.name(shape)} {dtype} {act}"
             assert use == "inference" or p.kernel != "64x32"  # whose panels are too narrow for statistics
+
+
+@pytest.mark.parametrize("last", (False, True))
+@pytest.mark.parametrize("gpu", GPUS)
+def test_statistics_of_several_launches(gpu: str, last: bool) -> None:
+    """Pixels are counted in 32 bits: of these images a launch takes two, and its parts follow those before them."""
+    for use, numbers in ((1, 3), (2, 2)):
+        parts = {}
+        for n in (1, 2, 5):
+            _, (parts[n], begin) = product(gpu, (n, 8, 24, 2**15, 2**14, 1, 1), "bfloat16", "gelu", last, use)
+        assert parts[5] == 2 * parts[2] + parts[1] == 5 * parts[1]
+        assert begin == 2 * parts[2] * 24 * numbers
