@@ -8,6 +8,7 @@ Predictions come from instruction counts and published rates, not from measureme
 
 import ctypes
 import functools
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ KERNELS = ("ffma", "mma", "mma_plane", "mma_last")
 TILES = ("128x128", "64x64", "64x32", "wgmma")  # of the matrix product by mma.sync; by wgmma
 DTYPES = ("float32", "float16", "bfloat16")
 TERMS = ("memory", "issue", "tensor", "ffma", "shared")
+USES = ("inference", "moments", "sums")  # of a product
 ACTS = ("none", "relu", "gelu", "gelu_tanh")
+LAUNCH = 2.0  # us, as in csrc/cuda/cost.h
 
 
 class _Prediction(ctypes.Structure):
@@ -112,11 +115,15 @@ def product(
     dtype: str = "bfloat16",
     act: str = "gelu",
     channels_last: bool = False,
+    use: str = "inference",
 ) -> Prediction:
-    """pointwise_block, or patch_embed, on x of ``shape``, to ``channels``; ``kernel`` is the tile. 16-bit types."""
+    """pointwise_block, or patch_embed, on x of ``shape``, to ``channels``; ``kernel`` is the tile. 16-bit types.
+
+    use: of training, "moments" where the product takes those of its output, "sums" of a gradient beside a tensor.
+    """
     n, c, h, w = shape
     numbers = (n, c, channels, h // patch[0], w // patch[1], *patch)
-    return _ask("product", TILES, gpu, numbers, dtype, act, channels_last)
+    return _ask("product", TILES, gpu, numbers, dtype, act, channels_last, (USES.index(use),))
 
 
 def _ask(
@@ -172,6 +179,14 @@ def main() -> None:
     for n in (1, 8, 64, 256):
         for c, size in ((1536, 32), (768, 32), (1024, 16)):
             _print((n, c, size), "1x1", "bfloat16", product(gpu, (n, c, size, size), c))
+    print("products of training; in us: with their statistics, and as fast a product with a pass for them behind it")
+    for c, size in ((1536, 32), (768, 32), (1024, 16)):
+        shape = (64, c, size, size)
+        plain = product(gpu, shape, c, act="none")
+        tensor = 2 * math.prod(shape) * plain.memory_us / plain.bytes
+        for use, passes in (("moments", tensor), ("sums", 2 * tensor)):
+            ours = product(gpu, shape, c, use=use).predicted_us
+            print(f"{'x'.join(map(str, shape)):>20} {use:>13} {ours:8.1f} {plain.predicted_us + passes + LAUNCH:9.1f}")
 
 
 def _print(shape: tuple[int, int, int], k: str, dtype: str, p: Prediction) -> None:

@@ -7,7 +7,6 @@
 #include "bind_cuda.h"
 #include "cuda/depthwise.h"
 #include "cuda/gpu.h"
-#include "cuda/product.h"
 
 namespace cmx {
 namespace {
@@ -132,12 +131,8 @@ Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias
   if (dtype == Dtype::float32) return product_float32(x, weight, bias32, scale32, shift32, activation, device);
   const Tensor dense_weight = dense(weight);
   Tensor y = output_like(x, c, h, w);
-  ProductForward p{};
-  p.x = x.const_data_ptr(), p.weight = dense_weight.const_data_ptr(), p.y = y.mutable_data_ptr();
+  ProductForward p = product_of(x, dense_weight, y, dtype);
   p.bias = bias32.data(), p.scale = scale32.data(), p.shift = shift32.data();
-  p.shape = {static_cast<int>(x.size(0)), static_cast<int>(x.size(1)), static_cast<int>(c),  static_cast<int>(h),
-             static_cast<int>(w),         static_cast<int>(ph),        static_cast<int>(pw), dtype};
-  p.x_stride = strides_of(x), p.y_stride = strides_of(y);
   p.act = activation;
   check_cuda(product_fwd(p, gpu_of(device), current_stream(device)), patches ? "patch_embed" : "pointwise_block");
   return y;

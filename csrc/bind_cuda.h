@@ -5,7 +5,7 @@
 
 #include "bind.h"
 #include "cuda/device.h"
-#include "cuda/plan.h"
+#include "cuda/product.h"
 
 // From libtorch_cuda, where there is one; null in a torch without CUDA
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -55,5 +55,16 @@ inline void check_runs(int device) {
 }
 
 inline Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+// y = weight x without an epilogue: x and y have four dimensions of less than 2^31, the weight is dense [c_out, c_in, ph, pw]
+inline ProductForward product_of(const Tensor& x, const Tensor& weight, const Tensor& y, Dtype dtype) {
+  const auto size = [](const Tensor& t, int64_t d) { return static_cast<int>(t.size(d)); };
+  ProductForward p{};
+  p.x = x.const_data_ptr(), p.weight = weight.const_data_ptr(), p.y = y.mutable_data_ptr();
+  p.shape = {size(x, 0), size(weight, 1), size(weight, 0), size(y, 2),
+             size(y, 3), size(weight, 2), size(weight, 3), dtype};
+  p.x_stride = strides_of(x), p.y_stride = strides_of(y);
+  return p;
+}
 
 }  // namespace cmx

@@ -244,6 +244,78 @@ Tensor training_sums(const Tensor& grad, const Tensor& x, const Tensor& affine, 
   return found;
 }
 
+// ---- products with statistics in their epilogue: 16-bit types (training_products.py says why)
+
+// Runs the product, then the second stage of its statistics, [2, C]
+Tensor run_product(ProductForward& p, const Tensor& y, bool sums, const char* op) {
+  const int device = y.get_device_index(), c = static_cast<int>(y.size(1));
+  const Gpu& gpu = gpu_of(device);
+  const Tensor found = floats({2, y.size(1)}, y);
+  const cudaStream_t stream = current_stream(device);
+  p.partials = data_of(found);  // any address yet
+  const int64_t parts = y.numel() ? product_parts(p, gpu) : 0;
+  const Tensor partials = floats({parts, y.size(1), sums ? 2 : 3}, y);
+  p.partials = data_of(partials);
+  if (y.numel()) check_cuda(product_fwd(p, gpu, stream), op);
+  check_cuda(sums ? channel_sums_final(p.partials, parts, c, data_of(found), stream)
+                  : moments_final(p.partials, parts, c, data_of(found), stream),
+             op);
+  return found;
+}
+
+Dtype half_of(const Tensor& x) {
+  const Dtype dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(dtype != Dtype::float32, "x: got float32, wanted float16 or bfloat16");
+  return dtype;
+}
+
+void check_product(const Tensor& weight, const Tensor& x) {
+  STD_TORCH_CHECK(
+      weight.is_cuda() && weight.get_device_index() == x.get_device_index() && weight.scalar_type() == x.scalar_type(),
+      "weight: wanted a tensor on x's device, in x's dtype");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) >= 1 && weight.size(3) >= 1 &&
+                      weight.size(0) <= INT_MAX / 4 && weight.size(1) <= INT_MAX / 4,
+                  "weight: got shape ", shape_of(weight), " with x of ", shape_of(x), ", wanted [C, Cin, p, q]");
+}
+
+Two training_product(const Tensor& x, const Tensor& weight, const Optional& bias, std::string act, bool channels_last) {
+  check_input(x);
+  const Dtype dtype = half_of(x);
+  check_product(weight, x);
+  const int64_t h = x.size(2) / weight.size(2), w = x.size(3) / weight.size(3), c = weight.size(0);
+  const DeviceGuard guard(x.get_device_index());
+  const auto format =
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  const Tensor y =
+      torch::stable::empty({x.size(0), c, h, w}, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
+  const ChannelRows bias32(bias, "bias", 1, y);
+  const Tensor dense_weight = dense(weight);
+  ProductForward p = product_of(x, dense_weight, y, dtype);
+  p.bias = bias32.data(), p.act = act_of(act);
+  return {y, run_product(p, y, false, "training_product")};
+}
+
+Two training_product_sums(const Tensor& da, const Tensor& weight, const Tensor& x, const Tensor& affine,
+                          std::string act) {
+  check_input(x);
+  const Dtype dtype = half_of(x);
+  check_dense(x, "x", x);
+  check_product(weight, x);
+  STD_TORCH_CHECK(weight.size(2) == 1 && weight.size(3) == 1, "weight: got shape ", shape_of(weight),
+                  ", wanted [C, Cin, 1, 1]");
+  STD_TORCH_CHECK(da.is_cuda() && da.get_device_index() == x.get_device_index() &&
+                      da.scalar_type() == x.scalar_type() && da.dim() == 4 && da.size(0) == x.size(0) &&
+                      da.size(1) == weight.size(0) && da.size(2) == x.size(2) && da.size(3) == x.size(3),
+                  "da: got shape ", shape_of(da), " with x of ", shape_of(x),
+                  ", wanted [N, C, H, W] in x's dtype and on its device");
+  const DeviceGuard guard(x.get_device_index());
+  const ChannelRows rows(affine, "affine", 3, x);
+  const Tensor transposed = torch::stable::contiguous(torch::stable::transpose(weight, 0, 1)), dx = output_of(x);
+  ProductForward p = product_of(da, transposed, dx, dtype);
+  p.like = x.const_data_ptr(), p.mean = rows.data(), p.act = act_of(act);
+  return {dx, run_product(p, dx, true, "training_product_sums")};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cmx, CUDA, m) {
@@ -253,6 +325,8 @@ STABLE_TORCH_LIBRARY_IMPL(cmx, CUDA, m) {
   m.impl("training_gradient", TORCH_BOX(&training_gradient));
   m.impl("training_moments", TORCH_BOX(&training_moments));
   m.impl("training_sums", TORCH_BOX(&training_sums));
+  m.impl("training_product", TORCH_BOX(&training_product));
+  m.impl("training_product_sums", TORCH_BOX(&training_product_sums));
 }
 
 }  // namespace cmx

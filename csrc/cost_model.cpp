@@ -87,7 +87,7 @@ CMX_EXPORT int cmx_cost_depthwise_backward(const char* gpu_name, const int* shap
   return 0;
 }
 
-// `shape`: n c_in c_out h w ph pw dtype act, h and w of the output; 16-bit types. `kernel` is the tile.
+// `shape`: n c_in c_out h w ph pw dtype act use, h and w of the output; 16-bit types. `kernel` is the tile.
 CMX_EXPORT int cmx_cost_product(const char* gpu_name, const int* shape, int channels_last, Prediction* out) {
   const Gpu* const gpu = named(gpu_name);
   if (!gpu) return 1;
@@ -98,11 +98,13 @@ CMX_EXPORT int cmx_cost_product(const char* gpu_name, const int* shape, int chan
   };
   const Strides x = dense(s.c_in, int64_t(s.h) * s.ph, int64_t(s.w) * s.pw), y = dense(s.c_out, s.h, s.w);
   const ProductMemory m = product_memory_of(nullptr, x, nullptr, nullptr, y, s);
-  const ProductChoice choice = choose_product(s, m, *gpu, static_cast<Act>(shape[8]));
+  const ProductUse use = static_cast<ProductUse>(shape[9]);
+  const ProductChoice choice = choose_product(s, m, *gpu, static_cast<Act>(shape[8]), true, use);
   const WgmmaPlan& wgmma = choice.wgmma;
   *out = wgmma.blocks ? prediction(s, choice.cost, *gpu, kProductTileCount, wgmma.blocks, wgmma.kThreads, wgmma.kShared)
                       : prediction(s, choice.cost, *gpu, choice.plan.tile, choice.plan.blocks(), kProductThreads,
                                    choice.plan.shared_bytes);
+  out->bytes = bytes_of(s, use), out->floor_us = floor_seconds(s, *gpu, use) * 1e6;
   if (gpu->arch == 90 && !wgmma.blocks)
     out->why_not_wgmma = m.why_no_tiles ? m.why_no_tiles : "predicted to be slower for so few pixels and channels";
   return 0;

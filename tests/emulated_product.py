@@ -1,6 +1,8 @@
 """Calls the CUDA kernels of pointwise_block, patch_embed and pool_head on torch CPU tensors (tests/emulator)."""
 
+import contextlib
 import ctypes
+from typing import Any
 
 import ahead
 import torch
@@ -17,6 +19,7 @@ SOURCES = (
     "csrc/cuda/epilogue_inplace.cu",
     "csrc/cuda/recast.cu",
     "csrc/cuda/fold.cu",
+    "csrc/cuda/training_final.cu",
     "tests/emulator/product.cpp",
 )
 Int, Long, Pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
@@ -30,6 +33,7 @@ class _Forward(ctypes.Structure):
         ("shape", Int * 8),
         ("strides", Long * 8),
         ("act", Int),
+        *((name, Pointer) for name in ("partials", "like", "mean")),
     )
 
 
@@ -96,21 +100,52 @@ def product(
     *,
     tile: int = 0,
     out: Tensor | None = None,
+    found: Tensor | None = None,
+    like: Tensor | None = None,
+    mean: Tensor | None = None,
     order: int = 0,
     multiprocessors: int = 1,
 ) -> tuple[Tensor, str]:
     """patch_embed (pointwise_block where the patch is 1x1) with one tile, and the layout that was read.
 
     tile: of TILES, or WGMMA, whose blocks are at most ``multiprocessors``.
+    found [2, C]: of training, becomes the moments of act(y) or, beside ``like`` with its ``mean``, sums of y.
     """
     n, c_in, height, width = x.shape
     c_out, _, ph, pw = weight.shape
     y = x.new_full((n, c_out, height // ph, width // pw), torch.nan) if out is None else out
     shape = (n, c_in, c_out, height // ph, width // pw, ph, pw, DTYPES.index(x.dtype))
     p = _Forward(*_pointers(x, weight, y, bias, scale, shift), shape, (*x.stride(), *y.stride()), ACTS.index(act))
-    layout = Int()
-    _call("cmx_emulate_product", order, ctypes.byref(p), tile, multiprocessors, ctypes.byref(layout))
+    p.like, p.mean = _pointers(like, mean)
+    layout, result = Int(), Pointer(*_pointers(found))
+    _call("cmx_emulate_product", order, ctypes.byref(p), tile, multiprocessors, ctypes.byref(layout), result)
     return y, LAYOUTS[layout.value]
+
+
+def training_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, channels_last: bool
+) -> tuple[Tensor, Tensor]:
+    """As the operator of this name, by the first of the kernels that takes it."""
+    n, _, height, width = x.shape
+    c, _, ph, pw = weight.shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    y = torch.empty((n, c, height // ph, width // pw), dtype=x.dtype, memory_format=layout).fill_(torch.nan)
+    found = torch.full((2, c), torch.nan)
+    return _by_the_first(x, weight, bias, act=act, out=y, found=found), found
+
+
+def training_product_sums(da: Tensor, weight: Tensor, x: Tensor, affine: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """As the operator of this name, by the first of the kernels that takes it."""
+    dx, found = torch.full_like(x, torch.nan), torch.full((2, x.shape[1]), torch.nan)
+    given = {"like": x, "mean": affine[0].contiguous(), "out": dx, "found": found}
+    return _by_the_first(da, weight.transpose(0, 1).contiguous(), act=act, **given), found
+
+
+def _by_the_first(*args: Tensor | None, **options: Any) -> Tensor:
+    for tile in (WGMMA, 0, 1):
+        with contextlib.suppress(NoPlan):
+            return product(*args, tile=tile, **options)[0]
+    raise NoPlan
 
 
 def pool_head(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, order: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from emulated import ACTS, DTYPES, Gpu, NoPlan, gpu, library
 from torch import Tensor
 
-from cmx_kernels.ops import training_products
+from cmx_kernels.ops import training_passes
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -127,7 +127,7 @@ def _pass(mode: int, inputs: tuple, rows: tuple, out: Tensor | None, result: Ten
 
 
 def _like(x: Tensor) -> Tensor:
-    return training_products._product_layout(torch.full_like(x, torch.nan), training_products._is_last(x))
+    return training_passes.product_layout(torch.full_like(x, torch.nan), training_passes.is_last(x))
 
 
 def form_sum(x: Tensor, affine: Tensor | None, skip: Tensor | None, skip_affine: Tensor | None, act: str) -> Tensor:

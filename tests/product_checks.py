@@ -12,6 +12,7 @@ from compare import Expected, check
 from torch import Tensor
 
 from cmx_kernels.ops import training
+from cmx_kernels.ops import training_passes as reference
 from cmx_kernels.ops import training_products as products
 
 F32, F64 = torch.float32, torch.float64
@@ -98,8 +99,8 @@ def check_passes(passes: Any, shape: tuple[int, ...], dtype: torch.dtype, act: s
     da, dbias = passes.training_gradient(skip, x, k, act)
     found, sums = passes.training_moments(x, act), passes.training_sums(skip, x, affine, act)
     for out, function, args, size in (
-        (u, products._sum_reference, (x, affine, skip, other, act), problems.positive_sum(x, affine, skip, other, act)),
-        (da, products._gradient_reference, (skip, x, k, act), problems.positive_gradient(skip, x, k, act)),
+        (u, reference.sum_reference, (x, affine, skip, other, act), problems.positive_sum(x, affine, skip, other, act)),
+        (da, reference.gradient_reference, (skip, x, k, act), problems.positive_gradient(skip, x, k, act)),
     ):
         ref, plain = (function(*problems.to(d, args)) for d in (F64, F32))
         magnitude = function(*size, "none")

@@ -10,11 +10,12 @@ import emulated_binding
 import pytest
 import torch
 import training_cases as problems
-from compare import check, check_equal
+from compare import Expected, check, check_equal
 from product_checks import check_passes, check_patch_embed, check_pointwise
 from torch import Tensor
 
 from cmx_kernels import cost_model, cuda
+from cmx_kernels.ops import training
 
 pytestmark = emulated.needs(emulated_binding.build)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -185,11 +186,59 @@ def test_passes_of_training(dtype: torch.dtype, layout: str) -> None:
     assert launches()
 
 
+@pytest.mark.parametrize("last", (False, True))
+def test_product_of_training(last: bool) -> None:
+    """From every layout into the one that is asked for, in which the fake promises it; patches; nothing at all."""
+    for layout in (*LAYOUTS, "product"):
+        x, weight = problems.normal(3, 16, 8, 6).to(BF16), (problems.normal(5, 16, 2, 3) / 8).to(BF16)
+        x = x.transpose(0, 1).contiguous().transpose(0, 1) if layout == "product" else cases.LAYOUTS[layout](x)
+        for w in (weight, weight[:, :, :1, 1:2]):
+            args = (x, w, problems.rows(1, 5)[0].to(BF16), "gelu")
+            ref, plain = (training.patch_embed_reference(*problems.to(d, args))[0] for d in (torch.float64, F32))
+            magnitude = training.patch_embed_reference(*(t.double().abs() for t in args[:3]), "none")[0]
+            a, moments = OURS.training_product(*args, last)
+            assert launches()
+            check(a, Expected(ref, plain, magnitude, w[0].numel(), BF16), layout)
+            check(moments, problems.expect_moments(a, "gelu"), layout)
+            promise = torch.ops.cmx.training_product(*(t.to("meta") for t in args[:3]), "gelu", last)
+            assert a.stride() == promise[0].stride()
+    for n, c_in, c_out in ((0, 3, 5), (2, 3, 0)):
+        args = (x.new_empty(n, c_in, 4, 4), x.new_empty(c_out, c_in, 1, 1), None, "relu")
+        a, moments = OURS.training_product(*args, last)
+        assert (a.shape, moments.shape) == ((n, c_out, 4, 4), (2, c_out))
+        assert moments.isnan().all()
+    a, _ = OURS.training_product(x.new_empty(2, 0, 4, 4), x.new_empty(5, 0, 1, 1), torch.ones(5), "relu", last)
+    assert (a == 1).all()
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "misaligned"))
+def test_product_of_a_gradient(layout: str) -> None:
+    """The input's gradient, laid out as x and as the fake promises, and its sums; nothing at all."""
+    x, weight = problems.normal(3, 16, 8, 6).to(BF16), (problems.normal(40, 16, 1, 1) / 8).to(BF16)
+    x, affine, da = cases.LAYOUTS[layout](x), problems.rows(3, 16), problems.normal(3, 40, 8, 6).to(BF16)
+    channels_first = da.transpose(0, 1).contiguous().transpose(0, 1)  # in memory
+    for placed in (da, da.contiguous(memory_format=torch.channels_last), channels_first):
+        args = (placed, weight, x, affine, "gelu")
+        dx, sums = OURS.training_product_sums(*args)
+        assert launches()
+        ref, plain = (torch.ops.cmx.training_product_sums(*problems.to(d, args))[0] for d in (torch.float64, F32))
+        size = (*(t.double().abs() for t in args[:2]), *problems.to(torch.float64, args[2:]))
+        magnitude = torch.ops.cmx.training_product_sums(*size)[0]
+        check(dx, Expected(ref, plain, magnitude, 40, BF16), layout)
+        check(sums, problems.expect_sums(dx, x, affine, "gelu"), layout)
+        promise = torch.ops.cmx.training_product_sums(*(t.to("meta") for t in args[:4]), "gelu")
+        assert dx.stride() == promise[0].stride()
+    dx, sums = OURS.training_product_sums(da[:0], weight, x[:0].contiguous(), affine, "gelu")
+    assert dx.shape == (0, 16, 8, 6)
+    check_equal(sums, torch.zeros(2, 16))
+
+
 def test_refusals_of_training() -> None:
     args = problems.depthwise_inputs((2, 3, 9, 11, 5, 4), BF16)
     x, affine, weight, bias, act = args
     back = problems.backward_inputs(args, x)
     train, backward = OURS.depthwise_block_train, OURS.depthwise_block_backward
+    square, five = problems.normal(5, 3, 1, 1).to(BF16), problems.normal(2, 5, 9, 11).to(BF16)
     for message, op, given in (
         ("x: got shape", train, (x[0], affine, weight, bias, act)),
         ("weight: wanted a tensor on x's device, in x's dtype", train, (x, affine, weight.float(), bias, act)),
@@ -200,6 +249,19 @@ def test_refusals_of_training() -> None:
         ("grad: got shape", backward, (back[0][:, 1:], *back[1:])),
         ("a: got shape .* in x's dtype", backward, (back[0], back[1].float(), *back[2:])),
         ("coefficients: got shape", backward, (*back[:2], back[2][1:], *back[3:])),
+        ("x: got float32, wanted float16", OURS.training_product, (x.float(), square.float(), bias, act, False)),
+        ("weight: wanted a tensor", OURS.training_product, (x, square.float(), bias, act, False)),
+        ("weight: got shape", OURS.training_product, (x, square[:, 1:], bias, act, False)),
+        (r"bias: got shape .* \[1, 5\]", OURS.training_product, (x, square, bias, act, False)),
+        ("da: got shape", OURS.training_product_sums, (x[1:], square, x, affine, act)),
+        ("da: got shape", OURS.training_product_sums, (x, square, x, affine, act)),
+        (r"wanted \[C, Cin, 1, 1\]", OURS.training_product_sums, (x, square.expand(-1, -1, 3, 3), x, affine, act)),
+        ("affine: got shape", OURS.training_product_sums, (five, square, x, affine[1:], act)),
+        (
+            "x: wanted a contiguous tensor",
+            OURS.training_product_sums,
+            (five, square, x.mT.contiguous().mT, affine, act),
+        ),
         ("skip: got shape", OURS.training_sum, (x, affine, x[1:], None, act)),
         ("skip: wanted a contiguous tensor", OURS.training_sum, (x, affine, x.mT.contiguous().mT, None, act)),
     ):

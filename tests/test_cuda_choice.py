@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import ahead
 import cases
@@ -34,13 +35,25 @@ def calls(shapes: list[tuple[int, ...]]) -> Iterator[tuple]:
     return itertools.product(GPUS, shapes, cost_model.DTYPES, cost_model.ACTS, (False, True))
 
 
-def chosen(function: str, gpu: str, shape: tuple[int, ...], dtype: str, act: str, *flags: bool) -> tuple[int, int]:
+def chosen(
+    function: str, gpu: str, shape: tuple[int, ...], dtype: str, act: str, last: bool, *flags: Any
+) -> tuple[int, int]:
     """The kernel's number, and its blocks."""
     numbers = (*shape, cost_model.DTYPES.index(dtype), cost_model.ACTS.index(act))
     found = (ctypes.c_int * 2)()
     place = cost_model.gpus().index(gpu)
-    getattr(library(), function)(place, (ctypes.c_int * len(numbers))(*numbers), *map(ctypes.c_bool, flags), found)
+    how = (ctypes.c_bool(last), *flags[:1], found, *flags[1:])
+    getattr(library(), function)(place, (ctypes.c_int * len(numbers))(*numbers), *how)
     return found[0], found[1]
+
+
+def product(
+    gpu: str, shape: tuple[int, ...], dtype: str, act: str, last: bool, use: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The tile's number and blocks; of its statistics the parts, and where the last launch begins to write its own."""
+    parts = (ctypes.c_int64 * 2)()
+    found = chosen("cmx_chosen_product", gpu, shape, dtype, act, last, ctypes.c_int(use), parts)
+    return found, (parts[0], parts[1])
 
 
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
@@ -49,7 +62,7 @@ def test_depthwise(backward: bool) -> None:
     kernels: dict[tuple, set[str]] = {}
     for gpu, shape, dtype, act, last in calls(DEPTHWISE):
         p = predict(gpu, shape[:4], shape[4:], dtype, act, last)
-        found = chosen("cmx_chosen_depthwise", gpu, shape, dtype, act, last, backward)
+        found = chosen("cmx_chosen_depthwise", gpu, shape, dtype, act, last, ctypes.c_bool(backward))
         assert found == (cost_model.KERNELS.index(p.kernel), p.blocks), f"{gpu} {cases.name(shape)} {dtype} {act}"
         kernels.setdefault((gpu, shape, dtype, last), set()).add(p.kernel)
     assert any(len(k) > 1 for k in kernels.values()), "the activation decides nowhere: other shapes are wanted"
@@ -72,6 +85,20 @@ def test_product() -> None:
         if dtype == "float32":
             continue  # torch's own convolution
         n, c_in, c_out, h, w, ph, pw = shape
-        p = cost_model.product(gpu, (n, c_in, h * ph, w * pw), c_out, (ph, pw), dtype, act, last)
-        found = chosen("cmx_chosen_product", gpu, shape, dtype, act, last)
-        assert found == (cost_model.TILES.index(p.kernel), p.blocks), f"{gpu} {cases.name(shape)} {dtype} {act}"
+        for number, use in enumerate(cost_model.USES):
+            p = cost_model.product(gpu, (n, c_in, h * ph, w * pw), c_out, (ph, pw), dtype, act, last, use)
+            found, _ = product(gpu, shape, dtype, act, last, number)
+            assert found == (cost_model.TILES.index(p.kernel), p.blocks), f"{gpu} {cases.name(shape)} {dtype} {act}"
+            assert use == "inference" or p.kernel != "64x32"  # whose panels are too narrow for statistics
+
+
+@pytest.mark.parametrize("last", (False, True))
+@pytest.mark.parametrize("gpu", GPUS)
+def test_statistics_of_several_launches(gpu: str, last: bool) -> None:
+    """Pixels are counted in 32 bits: of these images a launch takes two, and its parts follow those before them."""
+    for use, numbers in ((1, 3), (2, 2)):
+        parts = {}
+        for n in (1, 2, 5):
+            _, (parts[n], begin) = product(gpu, (n, 8, 24, 2**15, 2**14, 1, 1), "bfloat16", "gelu", last, use)
+        assert parts[5] == 2 * parts[2] + parts[1] == 5 * parts[1]
+        assert begin == 2 * parts[2] * 24 * numbers

@@ -213,7 +213,7 @@ def test_depthwise_training(shape: tuple[int, ...], layout: torch.memory_format,
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
 @pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=cases.name)
 def test_pointwise_training(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    """Composed of passes and torch's products: torch on the CPU in the same dtype rounds at the same places."""
+    """Composed of passes and products: torch on the CPU in the same dtype rounds at the same places."""
     n, cin, cout = 4, 24, 40
     x, skip = (problems.normal(n, cin, 9, 8, seed=i).to(dtype).contiguous(memory_format=layout) for i in range(2))
     weight = (problems.normal(cout, cin, 1, 1) * cin**-0.5).to(dtype)

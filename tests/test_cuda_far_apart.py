@@ -76,6 +76,13 @@ def test_product(layout: str, tile: int) -> None:
     out, found = emulated_product.product(far_apart(x, last), *rest, tile=tile, out=far_apart(y, last))
     assert found == layout
     check(out, expected)
+    if tile == emulated_product.TILES[-1]:
+        return  # not of training
+    like, rows, sums = problems.normal(*y.shape).to(BF16), problems.rows(3, 40), torch.empty(2, 40)
+    training = {"found": sums, "like": far_apart(like, last), "mean": rows[0].contiguous()}
+    y = far_apart(y, last)
+    emulated_product.product(far_apart(x, last), rest[0], act="gelu", tile=tile, out=y, **training)
+    check(sums, problems.expect_sums(y, like, rows, "gelu"), "sums")
 
 
 def test_pool_head() -> None:

@@ -19,6 +19,8 @@ def test_clean(program: planted.Program) -> None:
 
 ARRIVED = "__syncthreads();  // the copies of all threads have arrived, and the stage before this one is free"
 RING_FREE = "__syncthreads();  // the ring is free"
+FREE = "if (training) __syncthreads();  // the ring has been read: y takes its place"
+STAGED = "__syncthreads();  // y is in the ring"
 WAIT = "wait_for_copies<G::STAGES - 2>();"
 LAST_PIXEL = "pixel >= pixels ? -1 : n * p.y_stride.n"
 LAST_BEGIN = "head_kernel(const __grid_constant__ PoolHeadForward p) {\n  begin_chained();\n"
@@ -41,6 +43,24 @@ PLANTED = {  # what: file, layout, old, new, checker, what it says
         "offset >= 0;",
         "address",
         "overflow",
+    ),
+    "y in a ring that is still read": ("product_mma", "pixels", FREE, "", "thread", "data race"),
+    "statistics of a y that is not there": ("product_mma", "channels_last", STAGED, "", "thread", "data race"),
+    "statistics of pixels beyond the last": (
+        "product_mma",
+        "pixels",
+        "return left < 0 ? 0 : left < 8 ? left : 8;",
+        "return 8;",
+        "values",
+        "wrong",
+    ),
+    "statistics of rows beyond the last": (
+        "product_mma",
+        "channels_last",
+        "return y_table[piece * 64 + r] >= 0;",
+        "return piece >= 0 && r >= 0;",
+        "values",
+        "wrong",
     ),
     "copies before begin_chained": (
         "product_mma",
@@ -116,7 +136,9 @@ WGMMA = {  # what: old, new, what it says
     "no fence": ("    fence_products();\n", "", "without a wgmma.fence"),
     "sums read while they are computed": ("wait_for_products<0>();", "", "wgmma in flight"),
     "a tile overwritten while it is stored": (OUT, "      barrier_sync", "wrong"),
-    "a tile stored before it is there": (THERE, "", "wrong"),
+    "a tile stored before it is there": (THERE, "", "without fence.proxy.async"),
+    "statistics of panels beyond the last image": ("image_of(panel) < s.n && pixel", "pixel", "wrong"),
+    "statistics of pixels beyond the plane": ("s.n && pixel_of(panel) + chunk * 8 < plane ?", "s.n ?", "wrong"),
     "no fence between the proxies": (SHOW, "", "without fence.proxy.async"),
     "the fence between the proxies behind the barrier": (
         f"{SHOW}      {THERE}\n",

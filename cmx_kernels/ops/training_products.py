@@ -1,10 +1,14 @@
-"""pointwise_block and patch_embed of training on a GPU: passes that form X, da and the sums, and torch's own products.
+"""pointwise_block and patch_embed of training on a GPU: passes that form X, da and the sums, and the products.
+
+On CUDA in 16-bit types the products of the forward pass and of the input's gradient are ours (csrc/cuda/product*.cu):
+moments, and sums of the gradient, are taken of their tiles while they are in shared memory, which saves the passes that
+read a, and dX. Products are torch's own in float32, where cuBLAS follows allow_tf32 and wgmma multiplies no TF32 out of
+planes; on tensor cores that neither mma.sync nor wgmma feeds at their rate (compute capability 10 and 11); in Triton.
 
 What a product reads, X and da, is written once in x's dtype and freed after the call: nothing more is kept for backward
-than the operators' contract says. It lies as the product wants it ("product layout"): [C, N, H, W] in memory, or, for
-channels_last, [N, H, W, C]. Products add in float32, or in TF32 where torch.backends.cuda.matmul.allow_tf32 says so;
-a 16-bit pre-activation takes its bias in its own dtype, as nn.Conv2d does. ``passes`` holds the passes: torch.ops.cmx
-has them in CUDA C++, and for tests on the CPU as their references, torch.ops.cmx_triton in Triton.
+than the operators' contract says. Products add in float32, or in TF32 where torch.backends.cuda.matmul.allow_tf32 says
+so; torch's product gives a 16-bit pre-activation its bias in its own dtype, as nn.Conv2d does. ``passes`` holds the
+operators of training_passes.py: torch.ops.cmx has them in CUDA C++, torch.ops.cmx_triton in Triton.
 """
 
 from typing import Any
@@ -14,82 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmx_kernels.ops import training
-from cmx_kernels.ops.checks import compute_dtype, in_format, memory_format
+from cmx_kernels.ops.checks import in_format, memory_format
 from cmx_kernels.ops.training import Gradients
-from cmx_kernels.registry import compose, define
-
-LAST = torch.channels_last
-
-
-def _product_layout(t: Tensor, last: bool) -> Tensor:
-    return t.contiguous(memory_format=LAST) if last else t.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def _is_last(x: Tensor) -> bool:
-    return memory_format(x) == LAST
-
-
-# ---- the passes: x and its companions are contiguous, or all of them channels_last
-
-
-def _sum_reference(
-    x: Tensor, affine: Tensor | None, skip: Tensor | None, skip_affine: Tensor | None, act: str
-) -> Tensor:
-    u = training.sum_of(x, affine, skip, skip_affine, act)
-    return _product_layout(u.to(x.dtype), _is_last(x)).clone()
-
-
-def _new_in_product_layout(x: Tensor) -> Tensor:
-    if _is_last(x):
-        return torch.empty_like(x)
-    n, c, h, w = x.shape
-    return x.new_empty((c, n, h, w)).transpose(0, 1)
-
-
-def _gradient_reference(grad: Tensor, a: Tensor, coefficients: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    da = training.gradient_of(grad, a, coefficients, act)
-    return _product_layout(da.to(a.dtype), _is_last(a)), da.sum((0, 2, 3))
-
-
-def _per_channel(like: Tensor, *rows: int) -> Tensor:
-    return like.new_empty((*rows, like.shape[1]), dtype=compute_dtype(like))
-
-
-def _no_products(*_: Any, **__: Any) -> int:
-    return 0
-
-
-define(
-    "training_sum",
-    "(Tensor x, Tensor? affine, Tensor? skip, Tensor? skip_affine, str act) -> Tensor",
-    lambda x, *_: _new_in_product_layout(x),
-    _sum_reference,
-    flops=_no_products,
-)
-define(
-    "training_gradient",
-    "(Tensor grad, Tensor a, Tensor coefficients, str act) -> (Tensor, Tensor)",
-    lambda grad, a, *_: (_new_in_product_layout(a), _per_channel(a)),
-    _gradient_reference,
-    flops=_no_products,
-)
-define(
-    "training_moments",
-    "(Tensor a, str act) -> Tensor",
-    lambda a, act: _per_channel(a, 2),
-    training.moments_of,
-    flops=_no_products,
-)
-define(
-    "training_sums",
-    "(Tensor grad, Tensor x, Tensor affine, str act) -> Tensor",
-    lambda grad, x, *_: _per_channel(x, 2),
-    training.affine_sums,
-    flops=_no_products,
-)
-
+from cmx_kernels.ops.training_passes import LAST, is_last
+from cmx_kernels.registry import compose
 
 # ---- the products, on tensors in product layout
+
+
+def _is_ours(passes: Any, x: Tensor) -> bool:
+    """Whether a product of x takes its statistics itself."""
+    if x.dtype == torch.float32 or passes is torch.ops.cmx_triton:
+        return False
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] not in (10, 11)
 
 
 def _matrix(t: Tensor, last: bool) -> Tensor:
@@ -113,7 +54,10 @@ def _product(weight: Tensor, u: Tensor, bias: Tensor | None, last: bool) -> Tens
 
 
 def _outer(da: Tensor, u: Tensor, last: bool) -> Tensor:
-    """sum over pixels of da [N, O, H, W] times u [N, K, H, W] -> [O, K], added and returned in float32"""
+    """sum over pixels of da [N, O, H, W] times u [N, K, H, W] -> [O, K], added and returned in float32
+
+    On a GPU too it is torch's: bound by the tensor cores, with nothing to fuse (numbers: csrc/cuda/README.md).
+    """
     left, right = _matrix(da, last), _matrix(u, last).t()
     if da.dtype == torch.float32 or not da.is_cuda:  # torch has no such product on the CPU
         return torch.mm(left.float(), right.float())
@@ -123,6 +67,8 @@ def _outer(da: Tensor, u: Tensor, last: bool) -> Tensor:
 def _forward(
     passes: Any, weight: Tensor, u: Tensor, bias: Tensor | None, act: str, last: bool
 ) -> tuple[Tensor, Tensor]:
+    if _is_ours(passes, u):
+        return passes.training_product(u, weight, bias, act, last)
     a = in_format(_product(weight.flatten(1), u, bias, last), LAST if last else torch.contiguous_format)
     return a, passes.training_moments(a, act)
 
@@ -172,20 +118,35 @@ def pointwise_backward(
     dx, dweight, found = nothing(0), nothing(0, dtype=wide), nothing(0, dtype=wide)
     if need_weight:
         dweight = _outer(da, passes.training_sum(x, affine, skip, skip_affine, act), last).view_as(weight)
-    if need_input:
+    if need_input and affine is not None and _is_ours(passes, da):
+        dx, found = passes.training_product_sums(da, weight, x, affine, act)
+    elif need_input:
         dx = in_format(_product(weight.flatten(1).t(), da, None, last), layout)
         found = found if affine is None else passes.training_sums(dx, x, affine, act)
     return dx, dweight, dbias if need_weight else nothing(0, dtype=wide), found
 
 
+def _whole(k: int) -> int:
+    """k rounded up to rows of 16 bytes, which tensor cores and TMA want: a 7x7 patch has 147 numbers."""
+    return (k + 7) // 8 * 8
+
+
 def _patches(x: Tensor, weight: Tensor, last: bool) -> Tensor:
-    """[N, Cin, H, W] -> [N, Cin * p * q, H / p, W / q] in product layout; the rest of the image is dropped"""
+    """[N, Cin, H, W] -> [N, Cin * p * q, H / p, W / q] in product layout, zeros behind; the image's rest is dropped
+
+    The product could read them where they lie, number by number, but is predicted to take 319 us so on an H200 for the
+    stem of 1536/20 at batch 64, and 91 us on patches laid out like this (cost_model.product, bf16).
+    """
     n, channels, p, q = x.shape[0], *weight.shape[1:]
-    h, w = x.shape[2] // p, x.shape[3] // q
+    h, w, k = x.shape[2] // p, x.shape[3] // q, channels * p * q
     cut = x[:, :, : h * p, : w * q].reshape(n, channels, h, p, w, q)
     if last:
-        return cut.permute(0, 2, 4, 1, 3, 5).reshape(n, h, w, -1).permute(0, 3, 1, 2)
-    return cut.permute(1, 3, 5, 0, 2, 4).reshape(-1, n, h, w).transpose(0, 1)
+        rows = x.new_zeros((n, h, w, _whole(k)))
+        rows[..., :k].unflatten(-1, (channels, p, q)).copy_(cut.permute(0, 2, 4, 1, 3, 5))
+        return rows.permute(0, 3, 1, 2)
+    planes = x.new_zeros((_whole(k), n, h, w))
+    planes[:k].unflatten(0, (channels, p, q)).copy_(cut.permute(1, 3, 5, 0, 2, 4))
+    return planes.transpose(0, 1)
 
 
 def _image(patches: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -199,8 +160,10 @@ def _image(patches: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def patch_embed_train(passes: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
         return training.patch_embed_reference(x, weight, bias, act)
-    last = _is_last(x)
-    return _forward(passes, weight, _patches(x, weight, last), bias, act, last)
+    last = is_last(x)
+    flat = weight.flatten(1)
+    flat = F.pad(flat, (0, _whole(flat.shape[1]) - flat.shape[1]))
+    return _forward(passes, flat[:, :, None, None], _patches(x, weight, last), bias, act, last)
 
 
 def patch_embed_backward(
@@ -223,7 +186,8 @@ def patch_embed_backward(
     nothing = x.new_empty(0, dtype=torch.float32)
     dx, dweight = x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     if need_weight:
-        dweight = _outer(da, _patches(x, weight, last), last).view_as(weight)
+        found = _outer(da, _patches(x, weight, last), last)
+        dweight = found[:, : weight[0].numel()].contiguous().view(weight.shape)
     if need_input:
         dx = in_format(_image(_product(weight.flatten(1).t(), da, None, last), x, weight), layout)
     return dx, dweight, dbias if need_weight else nothing.clone(), nothing

@@ -1,4 +1,4 @@
-"""The elementwise passes of training around torch's products and our convolutions (ops/training_products.py).
+"""The elementwise passes of training around torch's products and our convolutions (ops/training_passes.py).
 
     training_sum        out = X + skip, each (act(x) - mean) * scale + shift where it has an affine
     training_gradient   out = da = (p grad + q (act(a) - mean) + r) act'(a), and sum(da)

@@ -8,6 +8,7 @@
 namespace cmx {
 
 // y = scale * act(weight x' + bias) + shift, x' the patches of x: x'[(c, a, b)][n, i, j] = x[n][c][i ph + a][j pw + b]
+// With `partials`, for training: y = weight x' + bias, and a first stage of statistics of y as it is stored (training.h)
 struct ProductForward {
   const void *x, *weight;             // [n, c_in, >= h ph, >= w pw] and dense [c_out, c_in, ph, pw], in `dtype`
   void* y;                            // [n, c_out, h, w] in `dtype`; rows of pixels follow each other without a gap
@@ -15,10 +16,23 @@ struct ProductForward {
   ProductShape shape;
   Strides x_stride, y_stride;  // in elements
   Act act;
+  float* partials;    // [parts][c_out][3]: moments of act(y), for moments_final; with `like`:
+  const void* like;   // of the size and the strides of y; partials [parts][c_out][2]: sum(y), sum(y (act(like) - mean))
+  const float* mean;  // [c_out]
+  ProductUse use() const { return !partials ? ProductUse::inference : like ? ProductUse::sums : ProductUse::moments; }
 };
+
+// What its plan needs to know: `like` lies as y does, and is read as y is written.
+inline ProductMemory product_memory_of(const ProductForward& p) {
+  const intptr_t both = reinterpret_cast<intptr_t>(p.y) | reinterpret_cast<intptr_t>(p.like);
+  return product_memory_of(p.x, p.x_stride, p.weight, reinterpret_cast<const void*>(both), p.y_stride, p.shape);
+}
 
 // 16-bit types. Enqueues on `stream`, on the current device; neither allocates nor waits.
 cudaError_t product_fwd(const ProductForward& p, const Gpu& gpu, cudaStream_t stream);
+
+// The parts of its statistics. `partials`: any address, to say that they are wanted.
+int64_t product_parts(const ProductForward& p, const Gpu& gpu);
 
 // With a given plan; the emulator's tests call every one of them.
 cudaError_t product_fwd_mma(const ProductForward& p, const ProductPlan& plan, cudaStream_t stream);

@@ -6,19 +6,32 @@
 
 namespace cmx {
 
-inline double bytes_of(const ProductShape& s) {  // x once, y once, the weight once
-  const double pixels = double(s.n) * s.plane();
-  return double(size_of(s.dtype)) * (pixels * (double(s.k()) + s.c_out) + double(s.k()) * s.c_out);
+// x once, y once, the weight once; for sums also the other tensor. Partial sums, 1 to 5 % of it, are not counted.
+inline double bytes_of(const ProductShape& s, ProductUse use = ProductUse::inference) {
+  const double pixels = double(s.n) * s.plane(), tensors = use == ProductUse::sums ? 2 : 1;
+  return double(size_of(s.dtype)) * (pixels * (double(s.k()) + tensors * s.c_out) + double(s.k()) * s.c_out);
 }
 inline double flop_of(const ProductShape& s) { return 2. * s.n * s.plane() * s.k() * s.c_out; }
-inline double floor_seconds(const ProductShape& s, const Gpu& gpu) {
+inline double floor_seconds(const ProductShape& s, const Gpu& gpu, ProductUse use = ProductUse::inference) {
   const Rates rates = rates_of(gpu);
   const double flop_per_s = std::fmax(rates.tensor, rates.wgmma) * 2 * 2048 * gpu.multiprocessors * gpu.ghz * 1e9;
-  return std::fmax(bytes_of(s) / (gpu.tb_per_s * 1e12), flop_of(s) / flop_per_s);
+  return std::fmax(bytes_of(s, use) / (gpu.tb_per_s * 1e12), flop_of(s) / flop_per_s);
+}
+
+// Instructions for one output between the sums and the store, and for its statistics: the activation beside its unused
+// derivative is 4 cheaper than with it
+inline double output_instructions(const ProductShape& s, Act act, ProductUse use) {
+  switch (use) {
+    case ProductUse::inference: return activation_instructions(act, s.dtype);
+    case ProductUse::moments: return std::fmax(0, gradient_instructions(act) - 4) + 5;
+    case ProductUse::sums: return std::fmax(0, gradient_instructions(act) - 4) + 7;
+  }
+  return 0;
 }
 
 // Terms of one block, its steps along k and its epilogue
-inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, const Gpu& gpu) {
+inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, const Gpu& gpu,
+                         ProductUse use = ProductUse::inference) {
   const ProductTile& t = kProductTiles[p.tile];
   const Rates rates = rates_of(gpu);
   const double steps = std::ceil(double(p.k) / t.depth), outputs = double(t.rows) * t.columns;
@@ -33,10 +46,10 @@ inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, c
                                                                                p.b_bytes) /
                         32;
   const double sums = (t.slices() - 1) * outputs / 32 / t.slices() * 2;  // to shared memory and back
-  const double per_output = activation_instructions(act, s.dtype) + 5 + (p.y_bytes == 16 ? 1 : 24. / p.y_bytes);
+  const double per_output = output_instructions(s, act, use) + 5 + (p.y_bytes == 16 ? 1 : 24. / p.y_bytes);
   Cost c{};
   const double blocks = p.blocks();
-  c.memory = bytes_of(s) / (gpu.tb_per_s * 1e12) * gpu.multiprocessors * gpu.ghz * 1e9;
+  c.memory = bytes_of(s, use) / (gpu.tb_per_s * 1e12) * gpu.multiprocessors * gpu.ghz * 1e9;
   c.tensor = blocks * steps * mma / rates.tensor;
   c.issue = blocks * (steps * (mma + ldsm + copies + 4 * 25) + outputs / 32 * per_output + sums + 4 * 300) / 4;
   c.shared = blocks * (steps * (4 * ldsm + t.stage_bytes() / 128.) + outputs / 32 + sums);
@@ -49,15 +62,16 @@ inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, c
 }
 
 // Terms of one tile; what a block cannot hide are the first stage and the last epilogue
-inline Cost wgmma_cost(const ProductShape& s, Act act, const WgmmaPlan& p, const Gpu& gpu) {
+inline Cost wgmma_cost(const ProductShape& s, Act act, const WgmmaPlan& p, const Gpu& gpu,
+                       ProductUse use = ProductUse::inference) {
   constexpr double kFill = 1500;  // cycles until a block's first stage is there: a guess
   const double outputs = double(p.kTile) * p.kTile, mma = outputs * p.kDepth / 2048;
-  const double per_output = activation_instructions(act, s.dtype) + 4;
+  const double per_output = output_instructions(s, act, use) + 4;
   // 8 products of 64 x 128 a step read 2 and 4 KB of operands each; TMA writes the stage, and reads y
   const double shared = (8 * 6144 + p.kStageBytes) / 128., step = std::fmax(shared, mma / rates_of(gpu).wgmma);
   const double epilogue = outputs / 32 * per_output / 4, of_block = std::ceil(double(p.tiles) / p.blocks);
   Cost c{};
-  c.memory = bytes_of(s) / (gpu.tb_per_s * 1e12) * gpu.multiprocessors * gpu.ghz * 1e9;
+  c.memory = bytes_of(s, use) / (gpu.tb_per_s * 1e12) * gpu.multiprocessors * gpu.ghz * 1e9;
   c.tensor = double(p.tiles) * p.steps * mma / rates_of(gpu).wgmma;
   c.issue = p.tiles * (p.steps * 4 * 75. / 4 + epilogue);
   c.shared = p.tiles * (p.steps * shared + 2 * p.kOutBytes / 128.);
@@ -74,19 +88,21 @@ struct ProductChoice {
 // The plan that is predicted to be fastest; no blocks where nothing is to be computed. `has_wgmma`: this binary has code
 // for sm_90a. `only`: a tile, or kProductTileCount for wgmma; no blocks where that does not take the product.
 inline ProductChoice choose_product(const ProductShape& s, const ProductMemory& m, const Gpu& gpu, Act act,
-                                    bool has_wgmma = true, int only = kEveryProduct) {
+                                    bool has_wgmma = true, ProductUse use = ProductUse::inference,
+                                    int only = kEveryProduct) {
   ProductChoice best{};
   for (int tile = 0; tile < kProductTileCount; ++tile) {
     if (only != kEveryProduct && only != tile) continue;
     const ProductPlan plan = product_plan(s, m, tile);
     if (!plan.blocks() || plan.shared_bytes > gpu.shared_bytes) continue;
-    const Cost cost = product_cost(s, act, plan, gpu);
+    if (use != ProductUse::inference && !kProductTiles[tile].has_statistics()) continue;
+    const Cost cost = product_cost(s, act, plan, gpu, use);
     if (!best.plan.blocks() || cost.cycles() < best.cost.cycles()) best.plan = plan, best.cost = cost;
   }
   if (gpu.arch != 90 || !has_wgmma || (only != kEveryProduct && only != kProductTileCount)) return best;
   const WgmmaPlan plan = wgmma_plan(s, m, gpu);
   if (!plan.blocks) return best;
-  const Cost cost = wgmma_cost(s, act, plan, gpu);
+  const Cost cost = wgmma_cost(s, act, plan, gpu, use);
   if (!best.plan.blocks() || cost.cycles() < best.cost.cycles()) best.wgmma = plan, best.cost = cost;
   return best;
 }

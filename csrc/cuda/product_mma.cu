@@ -7,8 +7,7 @@
 // An operand lies in shared memory as it lies in global memory: numbers along k in a row of `depth` (A, and B of
 // channels_last), or pixels in a row, 64 of them a panel [panel][k][64] (B of planes; ldmatrix transposes it). Rows are 64 or
 // 128 bytes; bits 4-6 of a byte address are XORed with bits 7-9, so that 8 rows lie in 8 different groups of banks.
-#include "epilogue.cuh"
-#include "product.h"
+#include "product_statistics.cuh"
 
 namespace cmx {
 namespace {
@@ -24,11 +23,10 @@ struct Geometry {
   static constexpr int PANEL = COLUMNS < 64 ? COLUMNS : 64;
   static constexpr int A_BYTES = 2 * ROWS * DEPTH, STAGE_BYTES = tile.stage_bytes();
   static constexpr int WARP_ROW = tile.warp_rows, WARP_COLUMN = tile.warp_columns;
+  static constexpr int PARTS = tile.parts_of_rows();  // of statistics; 0: none
   static_assert(DEPTH / 16 % SLICES == 0 && MT % SLICES == 0 && NT % 4 == 0 &&
                 tile.warps() * SLICES * LANES == kProductThreads);
 };
-
-__device__ __forceinline__ int swizzled(int offset) { return offset ^ (offset >> 7 & 7) << 4; }
 
 // BYTES of global memory to shared memory, zeros where !inside
 template <int BYTES>
@@ -315,10 +313,22 @@ __global__ void __launch_bounds__(kProductThreads, kProductTiles[TILE].blocks_pe
     }
   }
 
-  activate<T, MINE * NT * 4>(&sum[0][0][0], p.act);
+  const bool training = G::PARTS && p.partials;
+  activate<T, MINE * NT * 4>(&sum[0][0][0], training ? Act::none : p.act);
 
   T* const y = static_cast<T*>(p.y);
   const int own_row = slice * MINE * 16;
+  const auto address = [&](const void* base, int row, int column) -> T* {  // in y, or as in y; null outside
+    T* const at = const_cast<T*>(static_cast<const T*>(base));
+    if constexpr (LAST)
+      return y_table[row] < 0 || first_column + column >= plan.columns ? nullptr
+                                                                       : at + y_table[row] + first_column + column;
+    else
+      return y_table[column] < 0 || first_row + row >= plan.rows
+                 ? nullptr
+                 : at + (first_row + row) * p.y_stride.c + y_table[column];
+  };
+  if (training) __syncthreads();  // the ring has been read: y takes its place
 #pragma unroll
   for (int q = 0; q < NT / 4; ++q) {
     const int in_block = column_of_warp + q * 32 + lane % 4 * 8;  // this lane's 8 columns, in the end
@@ -339,21 +349,15 @@ __global__ void __launch_bounds__(kProductThreads, kProductTiles[TILE].blocks_pe
         }
         if (!LAST) transpose_over_four_lanes(words, lane);
         const int row = row_of_warp + own_row + i * 16 + half * 8 + lane / 4;
-        const auto address = [&](int column) -> T* {  // null outside
-          if constexpr (LAST)
-            return y_table[row] < 0 || first_column + column >= plan.columns ? nullptr
-                                                                             : y + y_table[row] + first_column + column;
-          else
-            return y_table[column] < 0 || first_row + row >= plan.rows
-                       ? nullptr
-                       : y + (first_row + row) * p.y_stride.c + y_table[column];
-        };
+        if (training)
+          put(ring + in_block / 64 * (G::ROWS * 128) + swizzled(row * 128 + in_block % 64 * 2),
+              make_uint4(words[0], words[1], words[2], words[3]));
         if (plan.y_bytes == 16) {
-          if (T* const to = address(in_block)) put(to, make_uint4(words[0], words[1], words[2], words[3]));
+          if (T* const to = address(y, row, in_block)) put(to, make_uint4(words[0], words[1], words[2], words[3]));
         } else {
 #pragma unroll 1
           for (int c = 0; c < 8; c += plan.y_bytes / 2) {
-            T* const to = address(in_block + c);
+            T* const to = address(y, row, in_block + c);
             const uint32_t word = c < 4 ? (c < 2 ? words[0] : words[1]) : (c < 6 ? words[2] : words[3]);
             if (!to) continue;
             if (plan.y_bytes == 8)
@@ -365,6 +369,45 @@ __global__ void __launch_bounds__(kProductThreads, kProductTiles[TILE].blocks_pe
           }
         }
       }
+    }
+  }
+
+  if constexpr (G::PARTS > 0) {
+    constexpr int PANELS = G::COLUMNS / 64;
+    if (!training) return;
+    __syncthreads();  // y is in the ring
+    const auto like = [&](int row, int column) {
+      uint4 words = make_uint4(0, 0, 0, 0);
+      if (plan.y_bytes == 16) {
+        if (const T* const from = address(p.like, row, column)) words = get<uint4>(from);
+      } else {
+        uint16_t number[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const T* const from = address(p.like, row, column + e);
+          number[e] = from ? get<uint16_t>(from) : uint16_t(0);
+        }
+        memcpy(&words, number, 16);
+      }
+      return words;
+    };
+    if constexpr (LAST) {
+      constexpr int CHUNKS = 2 * PANELS * G::PARTS;  // of the 8 of a panel
+      const int chunk = warp * CHUNKS % (8 * PANELS), panel = chunk / 8, piece = warp * CHUNKS / (8 * PANELS);
+      statistics_of_columns<T, CHUNKS>(
+          p, ring + panel * (G::ROWS * 128), piece * 64, chunk % 8, first_column + chunk * 8,
+          int64_t(pixel_tile) * G::PARTS + piece, lane, [&](int r) { return y_table[piece * 64 + r] >= 0; },
+          [&](int r, int in_panel) { return like(piece * 64 + r, panel * 64 + in_panel * 8); });
+    } else {
+      constexpr int ROWS = G::ROWS / 4;
+      const int row = warp * ROWS;
+      const auto count = [&](int panel, int chunk) {
+        const int left = plan.columns - first_column - panel * 64 - chunk * 8;
+        return left < 0 ? 0 : left < 8 ? left : 8;
+      };
+      statistics_of_rows<T, ROWS, PANELS>(
+          p, ring, G::ROWS * 128, row, first_row + row, pixel_tile, lane, count,
+          [&](int r, int panel, int chunk) { return like(row + r, panel * 64 + chunk * 8); });
     }
   }
 }
@@ -398,7 +441,7 @@ cudaError_t launch_layout(const ProductForward& p, const ProductPlan& plan, cuda
 }  // namespace
 
 cudaError_t product_fwd_mma(const ProductForward& p, const ProductPlan& plan, cudaStream_t stream) {
-  if (plan.blocks() < 1) return cudaErrorInvalidValue;
+  if (plan.blocks() < 1 || (p.partials && !kProductTiles[plan.tile].has_statistics())) return cudaErrorInvalidValue;
   return p.shape.dtype == Dtype::bfloat16 ? launch_layout<bf16>(p, plan, stream) : launch_layout<fp16>(p, plan, stream);
 }
 

@@ -29,6 +29,8 @@ struct ProductTile {
   constexpr int warps() const { return rows / warp_rows * (columns / warp_columns); }
   constexpr int slices() const { return 4 / warps(); }
   constexpr int stage_bytes() const { return 2 * depth * (rows + columns); }
+  constexpr bool has_statistics() const { return columns >= 64; }                   // which read panels of 64 columns
+  constexpr int parts_of_rows() const { return has_statistics() ? rows / 64 : 0; }  // of statistics of 64 pixels each
 };
 
 inline constexpr int kProductThreads = 128;
@@ -40,6 +42,9 @@ inline constexpr ProductTile kProductTiles[] = {
 inline constexpr int kProductTileCount = 3, kProductGatherTile = 1;  // a gather has this tile alone
 inline constexpr int kEveryProduct = -1;                             // to choose among, and not one of them
 
+// What becomes of the sums: y of inference; y and its moments; y and sums beside another tensor
+enum class ProductUse : int { inference, moments, sums };
+
 struct ProductPlan {
   int tile;
   ProductLayout layout;
@@ -48,6 +53,10 @@ struct ProductPlan {
   int a_bytes, b_bytes, y_bytes;  // of one access
   int shared_bytes;
   int blocks() const { return row_tiles * column_tiles; }
+  // Of statistics: a tile whose columns are pixels is one part
+  int parts() const {
+    return layout == ProductLayout::channels_last ? row_tiles * kProductTiles[tile].parts_of_rows() : column_tiles;
+  }
 };
 
 // What a plan needs to know of memory
@@ -150,6 +159,7 @@ struct WgmmaPlan {
   int image_panels;      // of one image
   int cluster;           // blocks of one, which take as many tiles together: 1 or 2
   int channel_tiles, tiles, steps;
+  int parts;   // of statistics: of a tile, or where rows are pixels of each panel
   int blocks;  // 0: not for this kernel
 };
 
@@ -159,7 +169,8 @@ inline WgmmaPlan wgmma_plan(const ProductShape& s, const ProductMemory& m, const
   p.layout = m.layout;
   p.image_panels = static_cast<int>(ceil_div(s.plane(), p.kPanel));
   p.channel_tiles = static_cast<int>(ceil_div(s.c_out, p.kTile));
-  const int64_t pixel_tiles = ceil_div(int64_t(s.n) * p.image_panels, 2);
+  const int64_t panels = int64_t(s.n) * p.image_panels, pixel_tiles = ceil_div(panels, 2);
+  p.parts = static_cast<int>(m.layout == ProductLayout::pixels ? pixel_tiles : panels);
   p.cluster = pixel_tiles > 1 ? 2 : 1;
   const int64_t tiles = round_up(pixel_tiles, p.cluster) * p.channel_tiles;  // the last one may be empty
   if (tiles * ceil_div(s.k(), p.kDepth) > INT32_MAX) return p;               // they are counted in 32 bits

@@ -15,9 +15,8 @@
 // ends of an image, of k and of the channels TMA reads zeros and stores nothing. All tiles in shared memory have rows of 64
 // numbers in the 128-byte swizzle. The producer is a group of its own, idle but for one thread, because registers move
 // (setmaxnreg) from one group to another.
-#include "epilogue.cuh"
 #include "hopper.cuh"
-#include "product.h"
+#include "product_statistics.cuh"
 
 namespace cmx {
 namespace {
@@ -37,11 +36,13 @@ constexpr int PANEL_BYTES = 2 * Plan::kPanel * 64, HALF_BYTES = 2 * Plan::kTile 
 // Where a tile of D lies
 struct Tile {
   int channel, image[2], pixel[2];  // first ones: of the channels, and of both panels
+  int part;                         // the first one, of statistics
 
   // Numbers of a cluster's blocks are neighbours. Clusters that share pixels follow each other.
   __device__ __forceinline__ Tile(const Plan& plan, int number) {
     const int rank = number % plan.cluster, mine = number / plan.cluster, group = mine / plan.channel_tiles;
     const int pixels = group * plan.cluster + rank;
+    part = plan.layout == ProductLayout::channels_last ? 2 * pixels : pixels;
     channel = (mine - group * plan.channel_tiles) * Plan::kTile;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -96,7 +97,7 @@ __device__ __forceinline__ void finish(float (&acc)[2][64], const ProductForward
 #pragma unroll
     for (int n = 0; n < 8; ++n) acc[n / 4][4 * j + n % 4] += bias.of(n / 4, n / 2 % 2, j, n % 2);
 
-  activate<T, 128>(&acc[0][0], p.act);
+  activate<T, 128>(&acc[0][0], p.partials ? Act::none : p.act);
 
   const Constants<LAST> scale(p.scale, 1.f, channel, lane, warp, c_out),
       shift(p.shift, 0.f, channel, lane, warp, c_out);
@@ -112,6 +113,36 @@ __device__ __forceinline__ void finish(float (&acc)[2][64], const ProductForward
         v[e] = fmaf(acc[i][4 * j + 2 * half + e], scale.of(i, half, j, e), shift.of(i, half, j, e));
       put(mine + j / 8 * HALF_BYTES + (64 * i + 8 * half) * 128 + (j % 8 ^ lane / 4) * 16, pack<T>(v[0], v[1]));
     }
+}
+
+// Statistics of a group's tile, in training: a warp's piece is 32 channels of all pixels, or 64 of a panel of pixels.
+template <class T, bool LAST>
+__device__ __forceinline__ void statistics(const ProductForward& p, const Plan& plan, const Tile& tile, int warp,
+                                           int lane, const unsigned char* staging) {
+  const ProductShape& s = p.shape;
+  const int plane = s.h * s.w;
+  const auto image_of = [&](int panel) { return panel ? tile.image[1] : tile.image[0]; };
+  const auto pixel_of = [&](int panel) { return panel ? tile.pixel[1] : tile.pixel[0]; };
+  const auto like = [&](int panel, int pixel, int c) {  // of eight numbers, which exist or not together
+    const int n = image_of(panel), at = pixel_of(panel) + pixel;
+    if (n >= s.n || at >= plane || c >= s.c_out) return make_uint4(0, 0, 0, 0);
+    return get<uint4>(static_cast<const T*>(p.like) + n * p.y_stride.n + c * p.y_stride.c + at * p.y_stride.w);
+  };
+  if constexpr (LAST) {
+    const int half = warp % 2, panel = warp / 2, c = tile.channel + half * 64;
+    if (tile.part + panel >= plan.parts) return;
+    statistics_of_columns<T, 8>(
+        p, staging + half * HALF_BYTES, panel * 64, 0, c, tile.part + panel, lane,
+        [&](int row) { return pixel_of(panel) + row < plane; },
+        [&](int row, int chunk) { return like(panel, row, c + chunk * 8); });
+  } else {
+    if (tile.part >= plan.parts) return;
+    const int row = warp * 32, c = tile.channel + row;
+    statistics_of_rows<T, 32, 2>(
+        p, staging, HALF_BYTES, row, c, tile.part, lane,
+        [&](int panel, int chunk) { return image_of(panel) < s.n && pixel_of(panel) + chunk * 8 < plane ? 8 : 0; },
+        [&](int r, int panel, int chunk) { return like(panel, chunk * 8, c + r); });
+  }
 }
 
 // Shared memory: the ring, both groups' tiles on their way out, the mbarriers
@@ -241,6 +272,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       show_to_copies();
       barrier_sync(kStaged + group, GROUP);  // this one is there
       if (thread == 0) store<LAST>(maps.y, tile, staging);
+      if (p.partials) statistics<T, LAST>(p, plan, tile, warp, lane, staging);
     }
     if (thread == 0) wait_for_stores_read();  // shared memory must outlive them
     cluster_sync();

@@ -13,6 +13,9 @@ namespace cmx {
 // partials [parts][c][3] (count, mean, sum of squared deviations) -> moments [2][c] (mean, biased variance); NaN of none
 cudaError_t moments_final(const float* partials, int64_t parts, int c, float* moments, cudaStream_t stream);
 
+// partials [parts][c][2], of many parts -> their sums [2][c]
+cudaError_t channel_sums_final(const float* partials, int64_t parts, int c, float* sums, cudaStream_t stream);
+
 // partials [parts][count[0] + count[1] + count[2]] -> their sums, out[i] [count[i]]; null: not wanted, and not read
 struct SumsFinal {
   const float* partials;

@@ -44,6 +44,20 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
+__global__ void __launch_bounds__(THREADS)
+    channel_sums_final_kernel(const float* partials, int64_t parts, int c_count, float* sums) {
+  CMX_DYNAMIC_SHARED(bytes);
+  double* const shared = reinterpret_cast<double*>(bytes);
+  const int c = blockIdx.x;
+  double first = 0, second = 0;
+  for (int64_t i = threadIdx.x; i < parts; i += THREADS) {
+    const float* const from = partials + (i * c_count + c) * 2;
+    first += from[0], second += from[1];
+  }
+  first = block_sum(shared, first), second = block_sum(shared, second);
+  if (threadIdx.x == 0) sums[c] = static_cast<float>(first), sums[c_count + c] = static_cast<float>(second);
+}
+
 __global__ void __launch_bounds__(THREADS) sums_final_kernel(const __grid_constant__ SumsFinal p) {
   const int64_t all = p.count[0] + p.count[1] + p.count[2];
   int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
@@ -64,6 +78,12 @@ cudaError_t moments_final(const float* partials, int64_t parts, int c, float* mo
   if (!c) return cudaSuccess;
   const Launch how{.grid = c, .threads = THREADS, .shared_bytes = 8 * THREADS, .stream = stream, .chained = false};
   return launch(moments_final_kernel, how, partials, parts, c, moments);
+}
+
+cudaError_t channel_sums_final(const float* partials, int64_t parts, int c, float* sums, cudaStream_t stream) {
+  if (!c) return cudaSuccess;
+  const Launch how{.grid = c, .threads = THREADS, .shared_bytes = 8 * THREADS, .stream = stream, .chained = false};
+  return launch(channel_sums_final_kernel, how, partials, parts, c, sums);
 }
 
 cudaError_t sums_final(const SumsFinal& p, cudaStream_t stream) {

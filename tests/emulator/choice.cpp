@@ -7,6 +7,7 @@
 using namespace cmx;
 
 static int kernel, blocks;  // of the last call; `kernel` as in cmx_kernels/cost_model.py
+static const float* partials;
 
 static cudaError_t called(int which, int count) {
   kernel = which, blocks = count;
@@ -33,10 +34,12 @@ cudaError_t depthwise_bwd_ffma(const DepthwiseGradients&, const BackwardPlan& pl
 cudaError_t depthwise_bwd_mma(const DepthwiseGradients&, const MmaPlan& plan, cudaStream_t) {
   return called(1, plan.blocks);
 }
-cudaError_t product_fwd_mma(const ProductForward&, const ProductPlan& plan, cudaStream_t) {
+cudaError_t product_fwd_mma(const ProductForward& p, const ProductPlan& plan, cudaStream_t) {
+  partials = p.partials;
   return called(plan.tile, plan.blocks());
 }
-cudaError_t product_fwd_wgmma(const ProductForward&, const WgmmaPlan& plan, cudaStream_t) {
+cudaError_t product_fwd_wgmma(const ProductForward& p, const WgmmaPlan& plan, cudaStream_t) {
+  partials = p.partials;
   return called(kProductTileCount, plan.blocks);
 }
 bool product_wgmma_runs() { return true; }
@@ -62,13 +65,17 @@ CMX_SHOWN cmx_chosen_depthwise(int gpu, const int* shape, bool channels_last, bo
   found[0] = kernel, found[1] = blocks;
 }
 
-// `shape`: n c_in c_out h w ph pw dtype act
-CMX_SHOWN cmx_chosen_product(int gpu, const int* shape, bool channels_last, int* found) {
+// `shape`: n c_in c_out h w ph pw dtype act. `use`: as ProductUse, of which only addresses tell. `found`: kernel, blocks;
+// `statistics`: parts, and where the last launch writes its own, in numbers from the first
+CMX_SHOWN cmx_chosen_product(int gpu, const int* shape, bool channels_last, int use, int* found, int64_t* statistics) {
+  alignas(16) static float memory[4];
   ProductForward p{};
+  p.partials = use ? memory : nullptr, p.like = use == 2 ? memory : nullptr;
   p.shape = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], static_cast<Dtype>(shape[7])};
   p.act = static_cast<Act>(shape[8]);
   p.x_stride = dense(shape[1], int64_t(shape[3]) * shape[5], int64_t(shape[4]) * shape[6], channels_last);
   p.y_stride = dense(shape[2], shape[3], shape[4], channels_last);
   product_fwd(p, kGpus[gpu].gpu, nullptr);
   found[0] = kernel, found[1] = blocks;
+  statistics[0] = product_parts(p, kGpus[gpu].gpu), statistics[1] = partials - p.partials;
 }

@@ -1,10 +1,13 @@
 // The matrix product, pooling and the float32 epilogue on the CPU, for ctypes (tests/emulated_product.py).
+#include <cmath>
 #include <cstdio>
+#include <vector>
 
 #include "cuda/fold.h"
 #include "cuda/platform.cuh"
 #include "cuda/product.h"
 #include "cuda/recast.h"
+#include "cuda/training.h"
 #include "launched.h"
 
 using namespace cmx;
@@ -31,17 +34,28 @@ static int emulate(const Run& run, const F& call) {
 
 #define CMX_EXPORT extern "C" __attribute__((visibility("default")))
 
-// `tile` of product_mma, or the one of product_wgmma; `layout` tells what was read.
-CMX_EXPORT int cmx_emulate_product(const ProductForward* p, int tile, int multiprocessors, int* layout,
+// `tile` of product_mma, or the one of product_wgmma; `layout` tells what was read. `found`: null, or of training [2][c_out],
+// the moments, or with `like` the sums.
+CMX_EXPORT int cmx_emulate_product(const ProductForward* call, int tile, int multiprocessors, int* layout, float* found,
                                    const Run* run) {
-  const ProductMemory m = product_memory_of(p->x, p->x_stride, p->weight, p->y, p->y_stride, p->shape);
+  ProductForward p = *call;
+  const ProductMemory m = product_memory_of(p);
   *layout = static_cast<int>(m.layout);
-  if (tile == kProductTileCount) {
-    const WgmmaPlan plan = wgmma_plan(p->shape, m, Gpu{90, multiprocessors, 227 << 10, 1.755, 4.3});
-    return plan.blocks ? emulate(*run, [&] { return product_fwd_wgmma(*p, plan, nullptr); }) : -1;
-  }
-  const ProductPlan plan = product_plan(p->shape, m, tile);
-  return plan.blocks() ? emulate(*run, [&] { return product_fwd_mma(*p, plan, nullptr); }) : -1;
+  const WgmmaPlan wgmma = wgmma_plan(p.shape, m, Gpu{90, multiprocessors, 227 << 10, 1.755, 4.3});
+  const bool hopper = tile == kProductTileCount;
+  const ProductPlan plan = hopper ? ProductPlan{} : product_plan(p.shape, m, tile);
+  if (!(hopper ? wgmma.blocks : plan.blocks())) return -1;
+  if (found && !hopper && !kProductTiles[tile].has_statistics()) return -1;
+  const int parts = hopper ? wgmma.parts : plan.parts(), c = p.shape.c_out;
+  std::vector<float> partials(found ? parts * c * 3 : 0, NAN);
+  if (found) p.partials = partials.data();
+  return emulate(*run, [&]() -> int {
+    if (const cudaError_t error = hopper ? product_fwd_wgmma(p, wgmma, nullptr) : product_fwd_mma(p, plan, nullptr))
+      return error;
+    if (!found) return cudaSuccess;
+    return p.like ? channel_sums_final(p.partials, parts, c, found, nullptr)
+                  : moments_final(p.partials, parts, c, found, nullptr);
+  });
 }
 
 CMX_EXPORT int cmx_emulate_pool_head(const PoolHeadForward* p, const Run* run) {

@@ -36,30 +36,65 @@ static bool has_wgmma() {
 #endif
 }
 
+// Statistics of the y that was stored, without an activation: sums of integers are exact, moments nearly
+static int wrong_statistics(const ProductForward& p, int parts, const bf16* y, const bf16* like) {
+  int bad = 0;
+  for (int c = 0; c < p.shape.c_out; ++c) {
+    double wanted[3] = {}, got[3] = {};
+    for (int n = 0; n < p.shape.n; ++n)
+      for (int64_t i = 0; i < p.shape.plane(); ++i) {
+        const int64_t at = n * p.y_stride.n + c * p.y_stride.c + i * p.y_stride.w;
+        const double v = float(y[at]);
+        wanted[0] += 1, wanted[1] += v, wanted[2] += p.like ? v * (float(like[at]) - p.mean[c]) : v * v;
+      }
+    for (int part = 0; part < parts; ++part) {
+      const float* const from = p.partials + (int64_t(part) * p.shape.c_out + c) * (p.like ? 2 : 3);
+      if (p.like)
+        got[1] += from[0], got[2] += from[1];
+      else
+        got[0] += from[0], got[1] += double(from[0]) * from[1], got[2] += from[2] + double(from[0]) * from[1] * from[1];
+    }
+    if (p.like)
+      bad += got[1] != wanted[1] || got[2] != wanted[2];
+    else
+      bad += got[0] != wanted[0] || !(std::fabs(got[1] - wanted[1]) <= 1e-5 * wanted[2] + 1e-3) ||
+             !(std::fabs(got[2] - wanted[2]) <= 1e-5 * wanted[2] + 1e-3);
+  }
+  return bad;
+}
+
 // Small integers, no scale and no activation: exact
-static int product(const char* layout, const Case& k, int tile, int order) {
+static int product(const char* layout, const Case& k, int tile, int order, ProductUse use) {
   const bool wgmma = *layout == 'w', last = std::strstr(layout, "last");
   const int64_t H = int64_t(k.h) * k.ph, W = int64_t(k.w) * k.pw, depth = int64_t(k.c_in) * k.ph * k.pw;
   const int64_t count = k.n * k.c_in * H * W, out = int64_t(k.n) * k.c_out * k.h * k.w;
   const Buffer<bf16> x = allocate<bf16>(count), weight = allocate<bf16>(k.c_out * depth), y = allocate<bf16>(out);
-  const Buffer<float> bias = allocate<float>(k.c_out);
+  const Buffer<bf16> like = allocate<bf16>(out);
+  const Buffer<float> bias = allocate<float>(k.c_out), mean = allocate<float>(k.c_out);
   std::mt19937 dice(7);
+  fill(like.get(), out, 2, dice), fill(mean.get(), k.c_out, 2, dice);
   fill(x.get(), count, 2, dice), fill(weight.get(), k.c_out * depth, 1, dice), fill(bias.get(), k.c_out, 3, dice);
   for (int64_t i = 0; i < out; ++i) y[i] = bf16(NAN);
   ProductForward p{};
   p.x = x.get(), p.weight = weight.get(), p.y = y.get(), p.bias = bias.get(), p.act = Act::none;
   p.shape = {k.n, k.c_in, k.c_out, k.h, k.w, k.ph, k.pw, Dtype::bfloat16};
   p.x_stride = dense(k.c_in, H, W, last), p.y_stride = dense(k.c_out, k.h, k.w, last);
-  const ProductMemory m = product_memory_of(p.x, p.x_stride, p.weight, p.y, p.y_stride, p.shape);
+  if (use == ProductUse::sums) p.like = like.get(), p.mean = mean.get();
+  const ProductMemory m = product_memory_of(p);
   const char* const found[] = {"pixels", "channels_last", "gather"};
   if (!wgmma && std::strcmp(found[static_cast<int>(m.layout)], layout))
     throw std::runtime_error(std::string("not ") + layout);
   const ProductPlan plan = product_plan(p.shape, m, tile);
   if (!plan.blocks() && !wgmma) return 0;
+  const WgmmaPlan hopper = wgmma_plan(p.shape, m, gpu);
+  if (!wgmma && !kProductTiles[tile].has_statistics()) use = ProductUse::inference;
+  const int parts = use == ProductUse::inference ? 0 : wgmma ? hopper.parts : plan.parts();
+  const Buffer<float> partials = allocate<float>(std::max<int64_t>(1, int64_t(parts) * k.c_out * (p.like ? 2 : 3)));
+  if (parts) p.partials = partials.get();
   prepare(order);
-  check(wgmma ? product_fwd_wgmma(p, wgmma_plan(p.shape, m, gpu), nullptr) : product_fwd_mma(p, plan, nullptr));
+  check(wgmma ? product_fwd_wgmma(p, hopper, nullptr) : product_fwd_mma(p, plan, nullptr));
   check(finish());
-  int bad = 0;
+  int bad = parts ? wrong_statistics(p, parts, y.get(), like.get()) : 0;
   for (int n = 0; n < k.n; ++n)
     for (int o = 0; o < k.c_out; ++o)
       for (int i = 0; i < k.h; ++i)
@@ -177,12 +212,17 @@ static int all_wrong(const char* name) {
   }
   if (*name == 'w') {
     if (!has_wgmma()) return 0;
-    for (int i = 0; i < 6; ++i) bad += product(name, tiles[i % 3], 0, order++);
+    for (int i = 0; i < 6; ++i)
+      bad += product(name, tiles[i % 3], 0, order++, static_cast<ProductUse>((i + i / 3) % 3));
     return bad;
   }
   for (int tile = 0; tile < kProductTileCount; ++tile)
     for (int i = 0; i < 3; ++i)
-      bad += product(name, *name == 'p' ? planes[i] : *name == 'c' ? last[i] : patches[i], tile, order++ % 6);
+      bad += product(name,
+                     *name == 'p'   ? planes[i]
+                     : *name == 'c' ? last[i]
+                                    : patches[i],
+                     tile, order++ % 6, static_cast<ProductUse>((i + tile) % 3));
   return bad;
 }
 
