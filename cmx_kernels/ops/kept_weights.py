@@ -92,7 +92,7 @@ def _is_dense(weight: Tensor) -> bool:
 def _kept(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     device = weights[0].device
     stream: Any = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    capturing = stream is not None and torch.cuda.is_current_stream_capturing()
+    capturing = stream is not None and _is_capturing(device)
     copies = [(_copies.get(w) or {}).get(dtype) for w in weights]
     seen = [(w.data_ptr(), w._version, w.device, w.stride()) for w in weights]
     old = [i for i, copy in enumerate(copies) if copy is None or copy.seen != seen[i]]
@@ -110,6 +110,11 @@ def _kept(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
             copy.seen, copy.made = seen[i], made
             _copies.setdefault(weight, {})[dtype] = copy
     return [copy.tensor for copy in fresh]
+
+
+def _is_capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):  # the question is about its stream
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _refitted(weight: Tensor, copy: _Copy | None, dtype: torch.dtype) -> _Copy:
