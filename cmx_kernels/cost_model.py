@@ -63,6 +63,7 @@ def _library() -> ctypes.CDLL:
         raise RuntimeError(registry.WHY_NO_C)
     library = ctypes.CDLL(registry.C.__file__)
     library.cmx_cost_gpu.restype = ctypes.c_char_p
+    library.cmx_cost_activation.restype = ctypes.c_double
     return library
 
 
@@ -79,6 +80,11 @@ def named(device: str) -> str | None:
     """The GPU of the table whose name this device bears; None for another one."""
     known = gpus() if registry.C is not None else ()
     return next((gpu for gpu in known if gpu.removeprefix("RTX ") in device), None)
+
+
+def activation_instructions(act: str, dtype: str, slope: bool = False) -> float:
+    """Of a CUDA kernel, for one number of ``dtype``; with ``slope`` those of the derivative too."""
+    return _library().cmx_cost_activation(ACTS.index(act), DTYPES.index(dtype), int(slope))
 
 
 def depthwise(

@@ -24,6 +24,12 @@ static const Gpu* named(const char* name) {
   return nullptr;
 }
 
+// Instructions of act for one number of `dtype`; with `slope`, of act and its derivative
+CMX_EXPORT double cmx_cost_activation(int act, int dtype, int slope) {
+  return slope ? gradient_instructions(static_cast<Act>(act))
+               : activation_instructions(static_cast<Act>(act), static_cast<Dtype>(dtype));
+}
+
 template <class Shape>
 static Prediction prediction(const Shape& s, const Cost& c, const Gpu& gpu, int kernel, int blocks, int threads,
                              int shared_bytes) {

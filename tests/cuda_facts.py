@@ -36,8 +36,10 @@ COLUMNS = {  # of the table, after registers, stack, static shared memory: instr
     "MUFU": r"MUFU",
     "atomic": r"ATOM|RED(\.|$)",
 }
+# the last two, of the loop without other branches that has most FFMA: its instructions, and its FFMA
+LOOP = ("loop", "loopFMA")
 _NAME = re.compile(
-    r"((?:depthwise|product|pool|head|epilogue|recast|fold|training)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16)?((?:L[ib]\d+E)*)E"
+    r"((?:depthwise|product|pool|head|epilogue|recast|fold|training|activation)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16)?((?:L[ib]\d+E)*)E"
 )
 _TYPES = {"f": "float", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 
@@ -99,6 +101,21 @@ def _compile(job: tuple[Path, str]) -> Path:
     return out
 
 
+def _loop(sass: str) -> list[int]:
+    """Of the loops whose body has no other branch the one with most FFMA: its instructions, and FFMA."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)", sass)
+    place = {int(address, 16): i for i, (address, _, _) in enumerate(code)}
+    branches = [i for i, (_, name, _) in enumerate(code) if name in ("BRA", "EXIT", "RET", "BRX", "CALL")]
+    best = [0, 0]
+    for before, end in zip([-1, *branches], branches, strict=False):
+        target = re.search(r"0x([0-9a-f]+)\s*$", code[end][2])
+        start = place.get(int(target[1], 16), end + 1) if target else end + 1
+        ffma = sum(name == "FFMA" for _, name, _ in code[start : end + 1])
+        if before < start <= end and ffma > best[1]:
+            best = [end + 1 - start, ffma]
+    return best
+
+
 def _facts(code: Path, arch: str) -> dict[str, str]:
     """Kernel -> its numbers."""
     path = os.pathsep.join([str(Path(cuobjdump()).parent), os.environ.get("PATH", "")])  # of nvdisasm, which it calls
@@ -115,6 +132,7 @@ def _facts(code: Path, arch: str) -> dict[str, str]:
             sum(bool(re.match(pattern, i)) for i in (before if name == "early" else code))
             for name, pattern in COLUMNS.items()
         ]
+        found[part.split()[0]] += _loop(part)
     rows = {}
     for function, numbers in found.items():
         name = kernel_name(function)
@@ -126,6 +144,7 @@ def _facts(code: Path, arch: str) -> dict[str, str]:
 def table() -> list[str]:
     """The header with the release of nvcc, then a line for every kernel and arch."""
     sources = [path for path in sorted(ROOT.glob("csrc/cuda/*.cu")) if "__launch_bounds__" in path.read_text()]
+    sources.append(ROOT / "tests/emulator/activations.cu")
     jobs = [(source, arch) for source in sources for arch in ARCHS]
     cuobjdump()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -136,7 +155,7 @@ def table() -> list[str]:
         for (_, arch), kernels in zip(jobs, facts, strict=True)
         for kernel, numbers in kernels.items()
     ]
-    columns = "".join(f"{name:>8}" for name in ("regs", "stack", "shared", *COLUMNS))
+    columns = "".join(f"{name:>8}" for name in ("regs", "stack", "shared", *COLUMNS, *LOOP))
     return [f"nvcc {nvcc()[1]}", f"{'arch':<7}{'kernel':<38}{columns}", *sorted(rows)]
 
 

@@ -187,6 +187,16 @@ def channels_last(t: Tensor) -> Tensor:
     return torch.empty(n, h, w, c, dtype=t.dtype).permute(0, 3, 1, 2).copy_(t)
 
 
+def bank_use(run: Callable[[], object]) -> list[tuple[int, int]]:
+    """(instructions, extra cycles) of a call's accesses to shared memory, from one __syncthreads to the next."""
+    count = 64
+    found = (ctypes.c_int * (2 * count))()
+    library().cmx_bank_use(True, found, count)
+    run()
+    library().cmx_bank_use(False, found, count)
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
 class NoPlan(Exception):
     """This kernel does not take this shape."""
 

@@ -34,6 +34,16 @@ def test_every_shape_has_a_plan(gpu: str) -> None:
                 assert p.kernel == "ffma" or dtype != "float32"
 
 
+def test_float32_reaches_the_pipes() -> None:
+    """Issue takes at most 1 / 0.7 of the floor: the bytes, or an FFMA for every tap, 128 of them a cycle."""
+    n, c, size = 64, 1536, 32
+    for k in (7, 9):
+        p = cost_model.depthwise("H200", (n, c, size, size), (k, k), "float32")
+        pipes_us = n * c * size**2 * k**2 / (132 * 128 * 1.755e3)
+        assert p.kernel == "ffma"
+        assert max(p.floor_us, pipes_us) >= 0.7 * p.issue_us
+
+
 def test_unknown_gpu() -> None:
     with pytest.raises(ValueError, match="gpu: got 'Voodoo'"):
         cost_model.depthwise("Voodoo", (1, 1, 1, 1), (1, 1))
@@ -48,8 +58,9 @@ def test_depthwise_without_tensor_cores() -> None:
 def test_depthwise_channels_last() -> None:
     """Tensor cores where FFMA does not keep up with memory; 16 channels a block where two of them fit."""
     for gpu, kernel in (("RTX 4090", "ffma"), ("L40S", "ffma"), ("A100", "mma_last"), ("H200", "mma_last")):
+        assert cost_model.depthwise(gpu, (64, 1536, 32, 32), (7, 7), channels_last=True).kernel == kernel
         p = cost_model.depthwise(gpu, (64, 1536, 32, 32), (9, 9), channels_last=True)
-        assert p.kernel == kernel
+        assert p.kernel == "mma_last"
         assert p.floor_us == pytest.approx(cost_model.depthwise(gpu, (64, 1536, 32, 32), (9, 9)).floor_us)
     assert cost_model.depthwise("H200", (64, 768, 32, 32), (7, 7), channels_last=True).threads == 256
     assert cost_model.depthwise("A100", (64, 768, 32, 32), (7, 7), channels_last=True).threads == 128

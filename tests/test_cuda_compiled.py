@@ -1,10 +1,15 @@
 """The CUDA kernels as compiled for every arch: nothing spills, the right instructions are there, the table agrees."""
 
+import itertools
+
 import ahead
 import cuda_facts
 import pytest
 
-COLUMNS = ("regs", "stack", "shared", *cuda_facts.COLUMNS)
+from cmx_kernels import cost_model, registry
+
+NUMBERS = 64  # of a thread of tests/emulator/activations.cu
+COLUMNS = ("regs", "stack", "shared", *cuda_facts.COLUMNS, *cuda_facts.LOOP)
 
 
 @ahead.once
@@ -37,6 +42,18 @@ def _kernels(lines: list[str]) -> dict[tuple[str, str], dict[str, int]]:
     return {(arch, name): dict(zip(COLUMNS, map(int, numbers), strict=True)) for arch, name, numbers in rows}
 
 
+def test_inner_loop_of_ffma(lines: list[str]) -> None:
+    """A filter row of the float32 pipes: what it multiplies, its operands' loads, and five instructions."""
+    for (arch, name), facts in _kernels(lines).items():
+        width = int(name[-2]) if name.startswith("depthwise_fwd_ffma") else 0
+        if not width:
+            continue
+        skip = -(width // 2) % 4
+        loads = -(-(skip + width + 7) // 4) + 4 * -(-(skip + width) // 4)
+        assert facts["loopFMA"] == 32 * width, f"{arch} {name}: {facts}"
+        assert facts["loop"] - facts["loopFMA"] - loads <= 6, f"{arch} {name}: {facts}"
+
+
 def test_no_local_memory(lines: list[str]) -> None:
     for where, facts in _kernels(lines).items():
         assert (facts["stack"], facts["local"]) == (0, 0), f"{where} spills: {facts}"
@@ -45,6 +62,8 @@ def test_no_local_memory(lines: list[str]) -> None:
 def test_registers_allow_the_planned_blocks(lines: list[str]) -> None:
     """Of 65536 registers: depthwise 4 blocks of 128 threads; product 2 or 3, wgmma 1 of 384; the rest 4 of 256."""
     for (arch, name), facts in _kernels(lines).items():
+        if name.startswith("activation"):
+            continue
         threads, blocks = (128, 4) if name.startswith("depthwise") else (256, 4)
         if "wgmma" in name:
             threads, blocks = 384, 1
@@ -66,7 +85,7 @@ def test_instructions(lines: list[str]) -> None:
             assert facts["HMMA"] == 0
             wide = "planes" in name or name.endswith("4>")
             assert facts["load16"] > 0 or not wide, f"{arch} {name} has no 16-byte load"
-        elif name.startswith(("training", "recast", "fold")):
+        elif name.startswith(("training", "recast", "fold", "activation")):
             assert facts["HMMA"] == 0
         elif "wgmma" in name:  # two products for 16 of a step; 3 tiles in, 2 or 4 out
             wanted = {"HMMA": 0, "LDSM": 0, "HGMMA": 8, "TMA": 7 if name.endswith("1>") else 5, "proxy": 2}
@@ -88,8 +107,25 @@ def test_instructions(lines: list[str]) -> None:
             assert facts["copy16"] > 0 or even, f"{arch} {name} has no 16-byte cp.async"
         else:
             assert facts["store16"] > 0, f"{arch} {name} has no 16-byte store"
-            assert facts["load16"] > 0 or "float" not in name, f"{arch} {name} has no 16-byte load"
+            assert facts["load16"] > 0 or (name.startswith("depthwise_bwd_ffma<") and "float" not in name), (
+                f"{arch} {name} has no 16-byte load"
+            )
+            assert facts["copy16"] > 0 or not name.startswith("depthwise_fwd_ffma<float"), (
+                f"{arch} {name} has no 16-byte cp.async"
+            )
             assert facts["HMMA"] == 0
+
+
+@pytest.mark.skipif(registry.C is None, reason=str(registry.WHY_NO_C))
+def test_activations(lines: list[str]) -> None:
+    """In as many instructions as the cost model says; GELU in at most 15."""
+    kernels = _kernels(lines)
+    for arch, (i, act) in itertools.product(cuda_facts.ARCHS, enumerate(cost_model.ACTS)):
+        for dtype, name, slope in (("float32", "float", 0), ("bfloat16", "bf16", 0), ("float32", "float", 1)):
+            whole, rest = (kernels[arch, f"activation<{name}, {n}, {slope}>"]["code"] for n in (i, 0))
+            wanted = cost_model.activation_instructions(act, dtype, bool(slope))
+            assert round((whole - rest) / NUMBERS) == wanted, f"{arch} {act} {dtype}, {slope=}: {whole}, {rest} without"
+            assert slope or wanted <= 15
 
 
 def test_chained_kernels(lines: list[str]) -> None:
@@ -105,7 +141,8 @@ def test_every_instantiation_is_there(lines: list[str]) -> None:
     names = {name for _, name in kernels}
     depthwise = 2 * 3 * 5 + 2 * (2 * 2 * 4) + 2 * 2 * 2 + 2 * 2
     product, other = 2 * (2 * 3 + 1) + 2 * 2, 3 * 3 + 2 * 2 + 3 * 4 + 2 + 3
-    assert len(names) == depthwise + product + other
+    activations = len(cost_model.ACTS) * 3
+    assert len(names) == depthwise + product + other + activations
     assert set(kernels) == {(arch, name) for arch in cuda_facts.ARCHS for name in names}
 
 

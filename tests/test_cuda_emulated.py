@@ -177,6 +177,17 @@ def test_channels_last(around: int) -> None:
         assert (memory == 7).all(), f"{c} channels"
 
 
+@pytest.mark.parametrize(("around", "most"), ((0, 0.1), (4, 0), (2, 0), (1, 1)))
+def test_bank_conflicts_of_channels_last(around: int, most: float) -> None:
+    """Of pieces of 16, 8, 4 and 2 bytes, on their way to the planes and back: extra cycles for an access."""
+    (x, *rest), _ = problem((1, 16, 32, 32, 7, 7), BF16)
+    view, out = surrounded_last(x, 0, around), surrounded_last(x, 0, around)
+    load, _, store, *_ = emulated.bank_use(lambda: run("mma_last", (view, *rest), out=out))
+    for accesses, conflicts in (load, store):
+        assert accesses >= 256
+        assert conflicts <= most * accesses
+
+
 def test_what_mma_last_refuses() -> None:
     args, _ = problem((2, 3, 9, 11, 5, 4), BF16)
     with pytest.raises(emulated.NoPlan):
@@ -203,9 +214,11 @@ def test_splits(multiprocessors: int) -> None:
         ("mma", (9, 1, 33, 5, 3, 3)),
         ("mma_last", (9, 40, 33, 5, 3, 3)),
         ("ffma", (3, 2, 9, 9, 3, 3)),
+        ("ffma", (3, 300, 5, 8, 3, 3)),  # five groups of channels
     ):
-        args, expected = problem(shape, BF16)
-        check(run(kernel, args, multiprocessors=multiprocessors), expected, kernel)
+        for dtype in (BF16, F32) if kernel == "ffma" else (BF16,):
+            args, expected = problem(shape, dtype)
+            check(run(kernel, args, multiprocessors=multiprocessors), expected, kernel)
 
 
 SPECIAL = (torch.inf, -torch.inf, torch.nan)

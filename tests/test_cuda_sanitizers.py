@@ -16,7 +16,9 @@ LOADED = "    __syncthreads();\n    const int y"
 SYNC_LOADED = "    }\n    __syncwarp();\n\n    const uint32_t at = shared_address(tile);"
 REFILL = "    __syncwarp();  // the stage is free\n"
 FILTER = "  __syncthreads();\n\n  const ChannelConstants"
-MINE = "const float* const mine = tile +"
+MINE = "const float* const mine = plane +"
+STORED = "if (y + i < s.h) store8("
+ZEROS = "      put(tile + 4 * i, make_float4(0, 0, 0, 0));\n    __syncthreads();\n"
 INSIDE = "row_inside && column >= 0 && column < s.w;"
 PLANTED = {  # what: kernel, old, new, checker, what it says
     "no barrier after the load": ("ffma", LOADED, LOADED[21:], "thread", "data race"),
@@ -36,7 +38,16 @@ PLANTED = {  # what: kernel, old, new, checker, what it says
         "address",
         "use-after-poison",
     ),
-    "stores below the last row": ("ffma", "        if (y + i >= s.h) break;\n", "", "address", "heap-buffer-overflow"),
+    "stores below the last row": ("ffma", STORED, STORED[17:], "address", "heap-buffer-overflow"),
+    "no barrier after the zeros around a plane": ("ffma", ZEROS, ZEROS[:-21], "thread", "data race"),
+    "does not wait for a plane": ("ffma", "    wait_for_copies<0>();\n", "", "values", "cp.async in flight"),
+    "keeps the filters of the channels before": (
+        "ffma",
+        "unit = 0, ++group, new_group = true;",
+        "unit = 0, ++group;",
+        "values",
+        "wrong",
+    ),
     "loads beyond the last column": (
         "mma",
         INSIDE,

@@ -66,11 +66,12 @@ inline double memory_cycles(const DepthwiseShape& s, const Gpu& gpu) {
   return floor_seconds(s, gpu) * gpu.multiprocessors * gpu.ghz * 1e9;
 }
 
+// As compiled, which tests/test_cuda_compiled.py compares
 inline double activation_instructions(Act act, Dtype dtype) {
   switch (act) {
     case Act::none: return 0;
     case Act::relu: return 1;
-    case Act::gelu: return dtype == Dtype::float32 ? 22 : 12;
+    case Act::gelu: return dtype == Dtype::float32 ? 15 : 13;
     case Act::gelu_tanh: return 7;
   }
   return 0;
@@ -79,25 +80,47 @@ inline double activation_instructions(Act act, Dtype dtype) {
 // Blocks come in rounds of what the GPU holds; the last round may be short.
 inline double idle_factor(double blocks, double at_once) { return std::ceil(blocks / at_once) * at_once / blocks; }
 
-// Terms of one warp: 32 patches of 4 rows x 8 columns
+// Of a multiprocessor, whose registers and threads suffice for `most`
+inline double blocks_at_once(int shared_bytes, double most, const Gpu& gpu) {
+  return std::fmax(1, std::fmin(blocks_that_fit(shared_bytes, gpu), most));
+}
+
+// What a thread brings of a tile, and with how many instructions
+struct FfmaLoad {
+  double numbers, instructions;
+};
+
+inline FfmaLoad ffma_load(const DepthwiseShape& s, const FfmaPlan& p) {
+  const int patches = p.patches_x * p.patches_y, pieces = (p.whole ? s.w : p.pitch) / p.piece;  // of a row
+  const int lanes = std::min(pieces, patches);
+  const double rows = std::ceil(double(p.whole ? s.h : p.tile_rows) / (patches / lanes));
+  const double of_row = std::ceil(double(pieces) / lanes), numbers = rows * of_row * p.piece;
+  if (p.whole) return {numbers, 96 + 6 * rows};
+  if (p.copies) return {numbers, 80 + of_row * (30 + 8 * rows)};
+  return {numbers, 60 + rows * (33 + of_row * (!p.vector_loads ? 80 : p.piece == 8 ? 41 : 33))};
+}
+
+// Terms of one tile of a warp: 32 patches of 4 rows x 8 columns. The constants are counted in the SASS of sm_90a.
 inline Cost ffma_cost(const DepthwiseShape& s, Act act, const FfmaPlan& p, const Gpu& gpu) {
   const Rates rates = rates_of(gpu);
   const double rows = FfmaPlan::kRows + s.kh - 1, chunks = std::ceil((p.skip + s.kw) / 4.0), outputs = 32;
-  const double threads = p.channels * p.patches_x * p.patches_y, warps = p.items * std::ceil(threads / 32);
-  const double loads = p.channels * p.tile_rows * (p.pitch / 4) / threads;  // chunks of four that a thread brings
-  const double fma = outputs * s.kh * s.kw, lds_rows = rows * (1 + chunks), lds_weights = s.kh * 4 * chunks;
-  const double per_load = (p.vector_loads ? 14 : 34), per_store = p.vector_stores ? 4 * 4 : 4 * 8 * 3;
-  const double other = rows * 12 + outputs * (activation_instructions(act, s.dtype) + 3) + per_store + 60;
+  const double threads = p.channels * p.patches_x * p.patches_y, warps = p.groups * p.units * std::ceil(threads / 32);
+  const double fma = outputs * s.kh * s.kw, lds_weights = s.kh * 4 * chunks;
+  const double lds_rows = rows * (own_width(s) ? std::ceil((p.skip + s.kw + 7) / 4.0) : 1 + chunks);
+  const double loop = own_width(s) ? 22 + 6 * (s.kh - 3) : 50 + rows * 12;
+  const double store = !p.vector_stores ? 4 * 8 * 3 : s.dtype == Dtype::float32 ? 8 : 20;
+  const FfmaLoad load = ffma_load(s, p);
+  const double other = load.instructions + outputs * (activation_instructions(act, s.dtype) + 2) + 8 + store + 66;
   Cost c{};
   c.memory = memory_cycles(s, gpu);
-  c.issue = warps * (fma + lds_rows + lds_weights + loads * per_load + other) / 4;
+  c.issue = warps * (fma + lds_rows + lds_weights + loop + other) / 4;
   c.ffma = warps * (fma + outputs * activation_instructions(act, s.dtype)) / rates.ffma;
-  c.shared =
-      warps * (lds_rows * 8 + lds_weights * (p.channels_first ? 4 : 1) + loads * 4);  // rows: two-way bank conflicts
+  // rows: two-way bank conflicts
+  c.shared = warps * ((lds_rows + 8) * 8 + lds_weights * (p.channels_first ? 4 : 1) + load.numbers);
+  const double items = double(p.groups) * p.units, of_block = std::ceil(items / p.blocks);
   const double at_once =
-      gpu.multiprocessors * std::fmax(1, std::fmin(std::floor((gpu.shared_bytes + 1024.) / (p.shared_bytes + 1024)),
-                                                   std::floor(512 / threads)));
-  c.idle = idle_factor(double(p.blocks), at_once);
+      gpu.multiprocessors * blocks_at_once(p.shared_bytes, FfmaPlan::kBlocksPerSm * FfmaPlan::kThreads / threads, gpu);
+  c.idle = idle_factor(p.blocks, at_once) * of_block * p.blocks / items;
   return c;
 }
 
@@ -122,10 +145,8 @@ inline Cost mma_cost(const DepthwiseShape& s, Act act, const MmaPlan& p, bool pl
             4;
   c.tensor = tiles * (k16 + k8 * rates.k8) / rates.tensor;
   c.shared = tiles * (ldsm * 4 + filter * 2 + sts + (values / 8) * 8 + pieces * p.load_bytes / 4);
-  const double per_sm =
-      std::fmax(1, std::fmin(std::floor((gpu.shared_bytes + 1024.) / (p.shared_bytes + 1024)), 16. / p.warps));
-  c.idle = idle_factor(p.blocks, gpu.multiprocessors * per_sm) * double(int64_t(p.splits) * p.warps) *
-           std::ceil(double(p.units) / (p.splits * p.warps)) / p.units;
+  c.idle = idle_factor(p.blocks, gpu.multiprocessors * blocks_at_once(p.shared_bytes, 16. / p.warps, gpu)) *
+           double(int64_t(p.splits) * p.warps) * std::ceil(double(p.units) / (p.splits * p.warps)) / p.units;
   return c;
 }
 
@@ -149,9 +170,8 @@ inline Cost mma_last_cost(const DepthwiseShape& s, Act act, const MmaPlan& p, co
             4;
   c.tensor = tiles * (k16 + k8 * rates.k8) / rates.tensor;
   c.shared = tiles * (ldsm * 4 + fragments * 2 + values / 2 + in + out + 2 * values * 32 / p.channels);
-  const double per_sm = std::fmin(blocks_that_fit(p, gpu), 16 / p.warps);
-  c.idle = idle_factor(p.blocks, gpu.multiprocessors * per_sm) * double(p.splits) *
-           std::ceil(double(p.units) / p.splits) / p.units;
+  c.idle = idle_factor(p.blocks, gpu.multiprocessors * blocks_at_once(p.shared_bytes, 16. / p.warps, gpu)) *
+           double(p.splits) * std::ceil(double(p.units) / p.splits) / p.units;
   return c;
 }
 
@@ -187,12 +207,12 @@ inline DepthwiseChoice choose_depthwise(const DepthwiseShape& s, const Memory& m
 
 // ---- both gradients
 
-inline double gradient_instructions(Act act) {  // of act and act' of one number, in float32
+inline double gradient_instructions(Act act) {  // of act and act' of one number, in float32, as compiled
   switch (act) {
     case Act::none: return 0;
-    case Act::relu: return 3;
-    case Act::gelu: return 18;
-    case Act::gelu_tanh: return 12;
+    case Act::relu: return 2;
+    case Act::gelu: return 17;
+    case Act::gelu_tanh: return 11;
   }
   return 0;
 }
@@ -211,7 +231,7 @@ inline double backward_memory_cycles(const DepthwiseShape& s, const Gpu& gpu) {
 inline Cost backward_ffma_cost(const DepthwiseShape& s, Act act, const BackwardPlan& b, const Gpu& gpu) {
   const Rates rates = rates_of(gpu);
   const FfmaPlan& p = b.tile;
-  const double tiles = double(b.items(s)) * p.groups, patches = p.channels * p.patches_x * p.patches_y;
+  const double tiles = double(p.units) * p.groups, patches = p.channels * p.patches_x * p.patches_y;
   const double active = std::ceil(patches / 32), rows = FfmaPlan::kRows + s.kh - 1;
   const double chunks = std::ceil((p.skip + s.kw) / 4.0), own = patches * 32;
   const double fma = active * 32 * s.kh * s.kw, lds = active * (rows * (1 + chunks) + s.kh * 4 * chunks);
@@ -231,9 +251,8 @@ inline Cost backward_ffma_cost(const DepthwiseShape& s, Act act, const BackwardP
   c.issue = tiles * (fma + fma_weight + lds + lds_weight + (da + x + end) / 32 + 4 * 60) / 4;
   c.ffma = tiles * (fma + fma_weight + (inside * (slope + 6) + own * 12) / 32) / rates.ffma;
   c.shared = tiles * (lds * 6 + lds_weight * 4 + (halo + 4 * own) / 32);
-  const double per_sm = std::fmin(std::floor((gpu.shared_bytes + 1024.) / (b.shared_bytes + 1024)), 4);
-  c.idle = idle_factor(p.blocks, gpu.multiprocessors * std::fmax(1, per_sm)) * double(b.splits) *
-           std::ceil(double(b.items(s)) / b.splits) / b.items(s);
+  c.idle = idle_factor(p.blocks, gpu.multiprocessors * blocks_at_once(b.shared_bytes, 4, gpu)) * double(b.splits) *
+           std::ceil(double(p.units) / b.splits) / p.units;
   return c;
 }
 
@@ -257,9 +276,8 @@ inline Cost backward_mma_cost(const DepthwiseShape& s, Act act, const MmaPlan& p
   c.issue = tiles * (k16 + ldsm + pairs * p.window + elementwise + 250) / 4;
   c.tensor = tiles * k16 / rates.tensor;
   c.shared = tiles * (ldsm * 4 + pairs * p.window * 2 + values * 2 + (values + around + sides) / 4 + values * 1.5);
-  const double per_sm = std::fmin(std::floor((gpu.shared_bytes + 1024.) / (p.shared_bytes + 1024)), 16. / p.warps);
-  c.idle = idle_factor(p.blocks, gpu.multiprocessors * std::fmax(1, per_sm)) * double(int64_t(p.splits) * p.warps) *
-           std::ceil(double(p.units) / (p.splits * p.warps)) / p.units;
+  c.idle = idle_factor(p.blocks, gpu.multiprocessors * blocks_at_once(p.shared_bytes, 16. / p.warps, gpu)) *
+           double(int64_t(p.splits) * p.warps) * std::ceil(double(p.units) / (p.splits * p.warps)) / p.units;
   return c;
 }
 

@@ -31,17 +31,18 @@ __device__ __forceinline__ void each_four(const Place& at, const FfmaPlan& plan,
 // da of the tile and its halo, zeros outside of the plane
 template <class T>
 __device__ __forceinline__ void load_gradient(float* tile, const Place& at, const DepthwiseGradients& p,
-                                              const FfmaPlan& plan) {
+                                              const BackwardPlan& whole) {
   const DepthwiseShape& s = p.shape;
-  each_four(at, plan, plan.load_lanes, plan.tile_rows, plan.pitch, s.kh / 2, plan.left,
+  const FfmaPlan& plan = whole.tile;
+  each_four(at, plan, whole.load_lanes, plan.tile_rows, plan.pitch, s.kh / 2, plan.left,
             [&](int ch, int row, int column, int y, int x) {
               const int c = at.c + ch;
               const bool inside = y >= 0 && y < s.h;
               const T* const grad = static_cast<const T*>(p.grad) + at.n * p.grad_stride.n + c * p.grad_stride.c;
               const T* const a = static_cast<const T*>(p.a) + at.n * p.a_stride.n + c * p.a_stride.c;
               float v[4], pre[4];
-              load4_or_zeros(v, grad + y * p.grad_stride.h, p.grad_stride.w, x, s.w, inside, plan.vector_loads);
-              load4_or_zeros(pre, a + y * p.a_stride.h, p.a_stride.w, x, s.w, inside, plan.vector_loads);
+              load_or_zeros<4>(v, grad + y * p.grad_stride.h, p.grad_stride.w, x, s.w, inside, plan.vector_loads);
+              load_or_zeros<4>(pre, a + y * p.a_stride.h, p.a_stride.w, x, s.w, inside, plan.vector_loads);
               through_activation<4>(v, pre, gradient_affine(p.coefficients, c, s.c), p.act);
 #pragma unroll
               for (int j = 0; j < 4; ++j) v[j] = inside && x + j >= 0 && x + j < s.w ? v[j] : 0.f;
@@ -59,7 +60,7 @@ __device__ __forceinline__ void load_input(float* tile, const Place& at, const D
               const int c = at.c + ch;
               const T* const from = static_cast<const T*>(p.x) + at.n * p.x_stride.n + c * p.x_stride.c;
               float v[4];
-              load4_or_zeros(v, from + y * p.x_stride.h, p.x_stride.w, x, s.w, y < s.h, plan.tile.vector_loads);
+              load_or_zeros<4>(v, from + y * p.x_stride.h, p.x_stride.w, x, s.w, y < s.h, plan.tile.vector_loads);
               if (p.affine) {
                 const float mean = p.affine[c];
                 activate<float, 4>(v, p.act);
@@ -108,8 +109,8 @@ __device__ __forceinline__ void patch_gradient(Sums& sums, const float* da, floa
         const T* const row =
             static_cast<const T*>(p.grad) + n * p.grad_stride.n + c * p.grad_stride.c + (y + i) * p.grad_stride.h;
         float grad[COLUMNS];
-        load4_or_zeros(grad, row, p.grad_stride.w, column, s.w, true, t.vector_loads);
-        load4_or_zeros(grad + 4, row, p.grad_stride.w, column + 4, s.w, true, t.vector_loads);
+        load_or_zeros<4>(grad, row, p.grad_stride.w, column, s.w, true, t.vector_loads);
+        load_or_zeros<4>(grad + 4, row, p.grad_stride.w, column + 4, s.w, true, t.vector_loads);
 #pragma unroll
         for (int j = 0; j < COLUMNS; ++j) out[j] += grad[j];
       }
@@ -170,18 +171,13 @@ __global__ void __launch_bounds__(THREADS, 4)
   const int ky = task % s.kh, chunk = task / s.kh % plan.chunks, task_ch = task / (s.kh * plan.chunks);
 
   begin_chained();
-  const int tiles = t.tiles_y * t.tiles_x;
-  const auto place = [&](int64_t item) {
-    return place_of((item / tiles * t.groups + group) * tiles + item % tiles, t, s);
-  };
-  Place at = place(0);
+  Place at = place_of(0, group, t, s);
   load_weights<T, true>(weights, p.weight, at, s, t);
   Sums sums;
   float g[TAPS] = {};
-  const int64_t items = static_cast<int64_t>(s.n) * tiles;
-  for (int64_t item = split; item < items; item += plan.splits) {
-    at = place(item);
-    load_gradient<T>(da, at, p, t);
+  for (int64_t unit = split; unit < t.units; unit += plan.splits) {
+    at = place_of(unit, group, t, s);
+    load_gradient<T>(da, at, p, plan);
     load_input<T>(x, at, p, plan);
     __syncthreads();
     if (ch < at.channels && patch < patches)

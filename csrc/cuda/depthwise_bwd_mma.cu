@@ -116,8 +116,8 @@ __device__ __forceinline__ void load_gradient(unsigned char* tile, float& sum, c
     const int side = i % 2 * (LEFT + 8 * G::NT), first = at.x + side - LEFT;
     float v[4] = {}, other[4];
     if (inside(r) && first >= 0 && first < s.w) {
-      load4_or_zeros(v, from(grad, p.grad_stride, r), 1, first, s.w, true, false);
-      load4_or_zeros(other, from(a, p.a_stride, r), 1, first, s.w, true, false);
+      load_or_zeros<4>(v, from(grad, p.grad_stride, r), 1, first, s.w, true, false);
+      load_or_zeros<4>(other, from(a, p.a_stride, r), 1, first, s.w, true, false);
       through_activation<4>(v, other, affine, p.act);
 #pragma unroll
       for (int j = 0; j < 4; ++j) v[j] = first + j < s.w ? v[j] : 0.f;

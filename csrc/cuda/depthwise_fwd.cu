@@ -27,7 +27,7 @@ BackwardChoice choice_of(const DepthwiseGradients& p, const Gpu& gpu) {
 
 int64_t depthwise_fwd_parts(const DepthwiseForward& p, const Gpu& gpu) {
   const DepthwiseChoice choice = choice_of(p, gpu);
-  return choice.kernel == DepthwiseKernel::ffma ? choice.ffma.parts(p.shape) : choice.mma.parts();
+  return choice.kernel == DepthwiseKernel::ffma ? choice.ffma.parts() : choice.mma.parts();
 }
 
 cudaError_t depthwise_fwd(const DepthwiseForward& p, const Gpu& gpu, cudaStream_t stream) {

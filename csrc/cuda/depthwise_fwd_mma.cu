@@ -31,12 +31,7 @@ template <class T, class G>
 __device__ __forceinline__ void load(unsigned char* stage, int unit, const T* channel, const DepthwiseForward& p,
                                      const MmaPlan& plan, int lane) {
   const Where at = where(unit, plan, G::IMAGES, G::ROWS, G::ROWS);
-  switch (plan.load_bytes) {
-    case 16: return load<T, G, 16>(stage, at, channel, p, plan, lane);
-    case 8: return load<T, G, 8>(stage, at, channel, p, plan, lane);
-    case 4: return load<T, G, 4>(stage, at, channel, p, plan, lane);
-    default: return load<T, G, 2>(stage, at, channel, p, plan, lane);
-  }
+  with_bytes(plan.load_bytes, [&]<int BYTES>() { load<T, G, BYTES>(stage, at, channel, p, plan, lane); });
 }
 
 template <class T, int NT, int WINDOW>

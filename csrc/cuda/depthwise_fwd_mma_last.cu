@@ -44,9 +44,10 @@ __device__ __forceinline__ void put_piece(void* to, const Piece<BYTES>& piece) {
     put(to, static_cast<uint16_t>(v[0]));
 }
 
-// A channel -> bytes to its plane. The eight channels of a 16-byte piece and those of the next lie in other banks.
+// A channel -> bytes to its plane. The channels of a piece and those of the next pieces lie in other banks, so that the
+// words of a row's pixels of all of them are brought and carried out in one go (for pieces of 2 bytes, in two).
 __device__ __forceinline__ int plane_at(int channel, const MmaPlan& plan) {
-  return channel * plan.stage_bytes + channel / 8 * MmaPlan::kSkew;
+  return channel * plan.stage_bytes + channel / 2 * MmaPlan::kSkew;
 }
 
 // What a thread moves: a piece of every `pairs`-th pair of pixels of every `rows`-th row
@@ -95,7 +96,7 @@ __device__ __forceinline__ void load(unsigned char* planes, const Where& at, con
 #pragma unroll
         for (int j = 0; j < Held::CHANNELS; ++j) {
           const uint32_t a = held[i][0].word[j / 2], b = held[i][1].word[j / 2];
-          put(words + j * plan.stage_bytes, j % 2 ? halves<true>(a, b) : halves<false>(a, b));
+          put(words + plane_at(j, plan), j % 2 ? halves<true>(a, b) : halves<false>(a, b));
         }
       }
     }
@@ -125,23 +126,13 @@ __device__ __forceinline__ void store(T* y, const unsigned char* planes, const W
       Held held[2];
 #pragma unroll
       for (int j = 0; j < Held::CHANNELS; j += 2) {
-        const uint32_t a = get<uint32_t>(words + j * plan.stage_bytes);
-        const uint32_t b = Held::CHANNELS > 1 ? get<uint32_t>(words + (j + 1) * plan.stage_bytes) : 0u;
+        const uint32_t a = get<uint32_t>(words + plane_at(j, plan));
+        const uint32_t b = Held::CHANNELS > 1 ? get<uint32_t>(words + plane_at(j + 1, plan)) : 0u;
         held[0].word[j / 2] = halves<false>(a, b), held[1].word[j / 2] = halves<true>(a, b);
       }
       put_piece(to, held[0]);
       if (column + 1 < s.w) put_piece(to + p.y_stride.w, held[1]);
     }
-  }
-}
-
-template <class F>
-__device__ __forceinline__ void with_bytes(int bytes, const F& run) {
-  switch (bytes) {
-    case 16: return run.template operator()<16>();
-    case 8: return run.template operator()<8>();
-    case 4: return run.template operator()<4>();
-    default: return run.template operator()<2>();
   }
 }
 

@@ -80,6 +80,17 @@ __device__ __forceinline__ Where where(int unit, const MmaPlan& plan, int images
   return {group * images, (row_of_tiles - group * plan.tiles_y) * rows, (unit - row_of_tiles * plan.tiles_x) * columns};
 }
 
+// run<BYTES>() of the bytes of one access
+template <class F>
+__device__ __forceinline__ void with_bytes(int bytes, const F& run) {
+  switch (bytes) {
+    case 16: return run.template operator()<16>();
+    case 8: return run.template operator()<8>();
+    case 4: return run.template operator()<4>();
+    default: return run.template operator()<2>();
+  }
+}
+
 // Calls f(shared address, image, row, column) for this lane's blocks of 8 columns: 4 rows x 8 blocks at a time
 template <class G, class F>
 __device__ __forceinline__ void each_block(unsigned char* stage, const Where& at, const DepthwiseShape& s,
@@ -232,14 +243,6 @@ __device__ __forceinline__ void add_moments(RunningMoments& moments, const uint4
   unpack8<T>(v, words);
   activate<float, 8>(v, act);  // the sums are float32
   moments.add<8>(v, valid);
-}
-
-struct ChannelConstants {
-  float bias, scale, shift;
-};
-
-__device__ __forceinline__ ChannelConstants constants_of(const DepthwiseForward& p, int c) {
-  return {p.bias ? p.bias[c] : 0.f, p.scale ? p.scale[c] : 1.f, p.shift ? p.shift[c] : 0.f};
 }
 
 // The block of one channel, by a warp, on x' of a tile in shared memory: the results take the place of the rows that their

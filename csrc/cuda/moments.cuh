@@ -70,4 +70,14 @@ __device__ __forceinline__ InputAffine affine_of(const float* rows, int c, int c
   return {rows[c], rows[channels + c], rows[2 * channels + c]};
 }
 
+// Of the outputs of one channel
+struct ChannelConstants {
+  float bias, scale, shift;
+};
+
+template <class Parameters>
+__device__ __forceinline__ ChannelConstants constants_of(const Parameters& p, int c) {
+  return {p.bias ? p.bias[c] : 0.f, p.scale ? p.scale[c] : 1.f, p.shift ? p.shift[c] : 0.f};
+}
+
 }  // namespace cmx

@@ -32,15 +32,18 @@ __device__ __forceinline__ void store8_vector(T* to, const float* v) {
   }
 }
 
-// Four neighbours of a row of width w from column x on, zeros beside it
-template <class T>
-__device__ __forceinline__ void load4_or_zeros(float* v, const T* row, int64_t step, int x, int w, bool row_inside,
-                                               bool vector) {
-  if (vector && row_inside && x >= 0 && x + 4 <= w) {
-    load4_vector(v, row + x);
+// WIDTH neighbours, four or eight of 16 bits, of a row of width w from column x on, zeros beside it
+template <int WIDTH, class T>
+__device__ __forceinline__ void load_or_zeros(float* v, const T* row, int64_t step, int x, int w, bool row_inside,
+                                              bool vector) {
+  if (vector && row_inside && x >= 0 && x + WIDTH <= w) {
+    if constexpr (WIDTH == 8)
+      unpack8<T>(v, get<uint4>(row + x));
+    else
+      load4_vector(v, row + x);
   } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = row_inside && x + j >= 0 && x + j < w ? to_float(row[(x + j) * step]) : 0.f;
+    for (int j = 0; j < WIDTH; ++j) v[j] = row_inside && x + j >= 0 && x + j < w ? to_float(row[(x + j) * step]) : 0.f;
   }
 }
 

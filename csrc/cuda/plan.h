@@ -26,6 +26,11 @@ struct Gpu {
   double tensor = 1;     // share of the tensor cores' rate of its architecture
 };
 
+// Blocks that the shared memory of one multiprocessor holds, each with the 1 KB that the driver takes
+inline int blocks_that_fit(int shared_bytes, const Gpu& gpu) {
+  return (gpu.shared_bytes + 1024) / (shared_bytes + 1024);
+}
+
 // What a plan needs to know of the memory of x and y
 struct Memory {
   int x_alignment, y_alignment;  // bytes, up to 16, that divide the address and the strides n, c and h
@@ -59,27 +64,32 @@ struct FfmaPlan {
   static constexpr int kThreads = 128;           // of a block, or fewer
   static constexpr int kShared = 48 << 10;       // bytes a block takes, more only where one channel needs it
 
-  int channels, patches_y, patches_x;  // of a block
-  int tiles_y, tiles_x, groups;        // blocks along the plane, and along the channels
-  int64_t items;                       // tiles in all
-  int blocks;
+  static constexpr int kBlocksPerSm = 4;  // that registers leave room for
+
+  int channels, patches_y, patches_x;   // of a block
+  int tiles_y, tiles_x, groups;         // tiles along the plane, groups along the channels
+  int64_t units;                        // tiles of a group, of all images
+  int blocks;                           // each takes its share of groups * units, one after the other
+  int piece;                            // numbers that a thread brings in one access: 4, or 8 of 16 bits
   int tile_rows, pitch, channel_pitch;  // the tile in shared memory, in numbers
-  int left, skip;  // its columns before the outputs; of them, those before the first tap: less than 4
+  int left, lead, skip;  // its columns before the outputs; of them, in pieces of 4 and then before the first tap
   int weight_pitch, weight_channel_pitch;
-  int load_lanes;       // threads side by side along a row of the tile
   bool channels_first;  // neighbouring threads take neighbouring channels
   bool vector_loads, vector_stores;
+  bool copies;  // cp.async can bring pieces: float32, of which all or nothing lies in a row
+  bool whole;   // and a tile is a plane, of which a thread's pieces lie below each other
   int shared_bytes;
 
-  int64_t parts(const DepthwiseShape& s) const { return int64_t(s.n) * tiles_y * tiles_x; }  // of a channel's moments
+  int64_t parts() const { return units; }  // of a channel's moments
 };
 
 // `before`: columns of padding on the left
 inline bool ffma_layout(FfmaPlan& p, const DepthwiseShape& s, int before) {
   p.skip = (4 - before % 4) % 4;
-  p.left = static_cast<int>(round_up(before, 4));
+  p.left = static_cast<int>(round_up(before, p.piece));
+  p.lead = p.left - p.skip - before;
   p.tile_rows = p.patches_y * FfmaPlan::kRows + s.kh - 1;
-  p.pitch = static_cast<int>(round_up(p.patches_x * FfmaPlan::kColumns + p.skip + s.kw - 1, 4));
+  p.pitch = static_cast<int>(round_up(p.lead + p.patches_x * FfmaPlan::kColumns + p.skip + s.kw - 1, p.piece));
   p.channel_pitch = p.tile_rows * p.pitch;
   p.weight_pitch = static_cast<int>(round_up(p.skip + s.kw, 4));
   p.weight_channel_pitch = s.kh * p.weight_pitch;
@@ -95,7 +105,7 @@ inline void ffma_tiles(FfmaPlan& p, const DepthwiseShape& s) {
   p.tiles_x = static_cast<int>(ceil_div(s.w, FfmaPlan::kColumns * p.patches_x));
   p.tiles_y = static_cast<int>(ceil_div(s.h, FfmaPlan::kRows * p.patches_y));
   p.groups = static_cast<int>(ceil_div(s.c, p.channels));
-  p.items = static_cast<int64_t>(s.n) * p.groups * p.tiles_y * p.tiles_x;
+  p.units = static_cast<int64_t>(s.n) * p.tiles_y * p.tiles_x;
 }
 
 inline int load_lanes(const FfmaPlan& p, int threads, int pitch) {
@@ -104,6 +114,8 @@ inline int load_lanes(const FfmaPlan& p, int threads, int pitch) {
 
 inline FfmaPlan ffma_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu) {
   FfmaPlan p{};
+  const bool wide = s.dtype != Dtype::float32 && m.x_rows && m.x_alignment == 16;
+  p.piece = wide ? 8 : 4;
   const int along_x = static_cast<int>(ceil_div(s.w, FfmaPlan::kColumns)),
             along_y = static_cast<int>(ceil_div(s.h, FfmaPlan::kRows));
   p.channels_first = m.channels_last;
@@ -122,12 +134,21 @@ inline FfmaPlan ffma_plan(const DepthwiseShape& s, const Memory& m, const Gpu& g
   while (!ffma_layout(p, s, (s.kw - 1) / 2) && p.channels > 1 && p.shared_bytes > gpu.shared_bytes) p.channels /= 2;
 
   ffma_tiles(p, s);
-  p.blocks = static_cast<int>(std::min<int64_t>(p.items, 1 << 30));
-  p.load_lanes = load_lanes(p, p.channels * p.patches_x * p.patches_y, p.pitch);
+  const int threads = p.channels * p.patches_x * p.patches_y;
+  const int of_sm = blocks_that_fit(p.shared_bytes, gpu);
+  const int most = FfmaPlan::kBlocksPerSm * FfmaPlan::kThreads / threads;
+  p.blocks = static_cast<int>(std::min(p.groups * p.units, int64_t(gpu.multiprocessors) * std::clamp(of_sm, 1, most)));
   const int four = static_cast<int>(4 * size_of(s.dtype));
   p.vector_loads = m.x_rows && m.x_alignment % four == 0;
   p.vector_stores = m.y_rows && m.y_alignment == 16;
+  p.copies = p.vector_loads && s.dtype == Dtype::float32 && s.w % 4 == 0;
+  p.whole = p.copies && p.tiles_y == 1 && p.tiles_x == 1 && s.w / 4 <= p.patches_y * p.patches_x;
   return p;
+}
+
+// Has the kernel's width code of its own? It takes filter rows for all rows of a patch, or one less under a width of 3.
+constexpr bool own_width(const DepthwiseShape& s) {
+  return s.kh >= FfmaPlan::kRows - (s.kw == 3) && (s.kw == 3 || s.kw == 5 || s.kw == 7 || s.kw == 9);
 }
 
 // Backward: depthwise_bwd_ffma.cu
@@ -140,24 +161,20 @@ struct BackwardPlan {
   FfmaPlan tile;                 // of the gradient, with its halo
   int splits;                    // blocks = groups * splits; each block takes every splits-th tile of its channels
   int x_pitch, x_channel_pitch;  // of the input, which needs no halo
-  int x_load_lanes;
+  int load_lanes, x_load_lanes;  // threads side by side along a row
   int chunks, tasks, row_parts;  // tasks: sums of taps of a block; row_parts: threads that share one
   int shared_bytes;
-
-  int64_t items(const DepthwiseShape& s) const { return tile.parts(s); }  // of a group of channels
 };
-
-constexpr bool own_width(int kw) { return kw == 3 || kw == 5 || kw == 7 || kw == 9; }
 
 inline bool backward_layout(BackwardPlan& b, const DepthwiseShape& s) {
   FfmaPlan& p = b.tile;
   ffma_layout(p, s, s.kw / 2);
-  b.chunks = own_width(s.kw) ? 1 : static_cast<int>(ceil_div(p.skip + s.kw, BackwardPlan::kChunk));
+  b.chunks = own_width(s) ? 1 : static_cast<int>(ceil_div(p.skip + s.kw, BackwardPlan::kChunk));
   b.tasks = p.channels * s.kh * b.chunks;
   b.row_parts = std::max(1, std::min(BackwardPlan::kThreads / b.tasks, p.patches_y * FfmaPlan::kRows));
   b.x_pitch = p.patches_x * FfmaPlan::kColumns + 4;
   b.x_channel_pitch = p.patches_y * FfmaPlan::kRows * b.x_pitch;
-  const int taps = own_width(s.kw) ? s.kw : BackwardPlan::kChunk;
+  const int taps = own_width(s) ? s.kw : BackwardPlan::kChunk;
   const int sums = std::max(b.tasks * b.row_parts * taps, 3 * BackwardPlan::kThreads);  // at the end, over the tiles
   b.shared_bytes = std::max(p.shared_bytes + 4 * p.channels * b.x_channel_pitch, 4 * sums);
   return b.shared_bytes <= FfmaPlan::kShared;
@@ -167,6 +184,7 @@ inline bool backward_layout(BackwardPlan& b, const DepthwiseShape& s) {
 inline BackwardPlan backward_plan(const DepthwiseShape& s, const Memory& m, const Memory& g, const Gpu& gpu) {
   BackwardPlan b{};
   FfmaPlan& p = b.tile;
+  p.piece = 4;
   const int along_x = static_cast<int>(ceil_div(s.w, FfmaPlan::kColumns)),
             along_y = static_cast<int>(ceil_div(s.h, FfmaPlan::kRows));
   p.channels_first = m.channels_last && g.channels_last;
@@ -181,9 +199,9 @@ inline BackwardPlan backward_plan(const DepthwiseShape& s, const Memory& m, cons
 
   ffma_tiles(p, s);
   const int64_t wanted = ceil_div(int64_t(gpu.multiprocessors) * BackwardPlan::kBlocksPerSm, p.groups);
-  b.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, b.items(s))));
+  b.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, p.units)));
   p.blocks = p.groups * b.splits;
-  p.load_lanes = load_lanes(p, BackwardPlan::kThreads, p.pitch);
+  b.load_lanes = load_lanes(p, BackwardPlan::kThreads, p.pitch);
   b.x_load_lanes = load_lanes(p, BackwardPlan::kThreads, b.x_pitch - 4);
   const int four = static_cast<int>(4 * size_of(s.dtype));
   p.vector_loads = m.x_rows && g.x_rows && g.y_rows && m.x_alignment % four == 0 && g.x_alignment % four == 0 &&
@@ -205,7 +223,7 @@ struct MmaPlan {
   // channels_last, channels of a block: a sector of memory, or fewer until two blocks fit a multiprocessor, but not under 4
   static constexpr int kChannels = 16, kFewChannels = 4;
   static constexpr int kLastWarps = kChannels / 2;
-  static constexpr int kSkew = 64;  // bytes between planes of eight channels
+  static constexpr int kSkew = 16;  // bytes between the planes of two channels and those of the next two
 
   int blocks, splits, warps;          // blocks = channels * splits, or groups of channels * splits
   int channels;                       // of a block, for channels_last; else 0: one
@@ -282,10 +300,6 @@ inline MmaPlan mma_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu
   return p;
 }
 
-inline int blocks_that_fit(const MmaPlan& p, const Gpu& gpu) {  // a multiprocessor's shared memory
-  return (gpu.shared_bytes + 1024) / (p.shared_bytes + 1024);
-}
-
 inline MmaPlan mma_last_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu) {
   MmaPlan p{};
   if (!mma_sizes(s) || !m.channels_last) return p;
@@ -293,14 +307,14 @@ inline MmaPlan mma_last_plan(const DepthwiseShape& s, const Memory& m, const Gpu
   const int channel_bytes = (s.kh + 1) / 2 * p.window * 256 + p.stage_bytes;
   const auto with = [&](int channels) {
     p.channels = channels;
-    p.shared_bytes = channels * channel_bytes + (channels - 1) / 8 * MmaPlan::kSkew;
+    p.shared_bytes = channels * channel_bytes + (channels - 1) / 2 * MmaPlan::kSkew;
   };
   with(MmaPlan::kChannels);
   while (p.channels > MmaPlan::kFewChannels &&
-         (blocks_that_fit(p, gpu) < 2 || ceil_div(s.c, p.channels) * p.units < gpu.multiprocessors))
+         (blocks_that_fit(p.shared_bytes, gpu) < 2 || ceil_div(s.c, p.channels) * p.units < gpu.multiprocessors))
     with(p.channels / 2);
-  while (p.channels > 1 && (blocks_that_fit(p, gpu) < 1 || p.channels / 2 >= s.c)) with(p.channels / 2);
-  if (blocks_that_fit(p, gpu) < 1) return p;
+  while (p.channels > 1 && (blocks_that_fit(p.shared_bytes, gpu) < 1 || p.channels / 2 >= s.c)) with(p.channels / 2);
+  if (blocks_that_fit(p.shared_bytes, gpu) < 1) return p;
   p.warps = p.channels > MmaPlan::kFewChannels ? p.channels / 2 : p.channels;
   const int width = common_bytes(2 * s.c, 2 * p.channels);
   p.load_bytes = std::min({16, m.x_pixels, width}), p.store_bytes = std::min({16, m.y_pixels, width});

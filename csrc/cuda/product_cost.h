@@ -54,8 +54,7 @@ inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, c
   c.issue = blocks * (steps * (mma + ldsm + copies + 4 * 25) + outputs / 32 * per_output + sums + 4 * 300) / 4;
   c.shared = blocks * (steps * (4 * ldsm + t.stage_bytes() / 128.) + outputs / 32 + sums);
   const double of_sm = std::ceil(blocks / gpu.multiprocessors);
-  const double resident =
-      std::fmax(1, std::fmin(t.blocks_per_sm, std::floor((gpu.shared_bytes + 1024.) / (p.shared_bytes + 1024))));
+  const double resident = blocks_at_once(p.shared_bytes, t.blocks_per_sm, gpu);
   c.idle =
       of_sm * gpu.multiprocessors / blocks * std::fmax(1, 2 / std::fmin(of_sm, resident));  // 8 warps fill the pipes
   return c;

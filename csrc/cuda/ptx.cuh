@@ -14,6 +14,9 @@ inline constexpr bool is_bf16<bf16> = true;
 // Typed access to raw bytes: one access of the full width (a memcpy between char* compiles to single bytes)
 template <class V>
 __device__ __forceinline__ V get(const void* p) {
+#ifdef CMX_EMULATED
+  emulator::note_access(p, sizeof(V));
+#endif
   return *static_cast<const V*>(p);
 }
 template <class V>

@@ -25,6 +25,16 @@ struct Call {  // as in tests/emulated.py
 CMX_SHOWN cmx_size_of_gpu() { return sizeof(Gpu); }
 CMX_SHOWN cmx_size_of_call() { return sizeof(Call); }
 
+// Starts counting, or stops: {accesses, conflicts} between one __syncthreads and the next, as many as there are, up to
+// `count`
+CMX_SHOWN cmx_bank_use(bool start, int* found, int count) {
+  auto& use = emulator::machine.bank_use;
+  emulator::machine.watch_banks = start;
+  if (!start) std::memcpy(found, use.data(), std::min<size_t>(count, use.size()) * sizeof use[0]);
+  use.clear();
+  return 0;
+}
+
 // 0, a cudaError, -1: no plan, -2: `message` says what the emulator found
 CMX_SHOWN cmx_emulate(const Call* call, char* message, size_t size) {
   emulator::machine.order = static_cast<emulator::Machine::Order>(call->order % 3);
@@ -44,9 +54,9 @@ CMX_SHOWN cmx_emulate(const Call* call, char* message, size_t size) {
   try {
     if (call->kernel == 0) {
       const FfmaPlan plan = ffma_plan(p.shape, m, call->gpu);
-      parts(plan.parts(p.shape));
+      parts(plan.parts());
       if (const cudaError_t error = depthwise_fwd_ffma(p, plan, nullptr)) return error;
-      return final(plan.parts(p.shape));
+      return final(plan.parts());
     }
     constexpr decltype(&mma_plan) plans[] = {mma_plan, mma_plane_plan, mma_last_plan};
     constexpr decltype(&depthwise_fwd_mma) kernels[] = {depthwise_fwd_mma, depthwise_fwd_mma_plane,

@@ -13,7 +13,7 @@
 // between others stay unseen.
 #pragma once
 
-#include "machine.h"
+#include "banks.h"
 
 namespace cmx::emulator {
 
@@ -25,7 +25,14 @@ inline void expect_begun(const char* what) {
   if (!self().has_begun) fail(std::string(what) + " before begin_chained");
 }
 
+CMX_NO_TSAN inline void note_access(const void* p, size_t bytes) {
+  if (!machine.watch_banks) return;
+  const size_t at = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(machine.shared);
+  if (at < kShared) self().accesses.push_back({static_cast<uint32_t>(at), static_cast<uint32_t>(bytes)});
+}
+
 CMX_NO_TSAN inline void note_write(const void* p, size_t bytes) {
+  note_access(p, bytes);
   const Thread& me = self();
   const size_t at = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(machine.shared);
   if (at >= kShared) return;
@@ -40,6 +47,7 @@ inline void show_fences() { self().shown = self().fences; }
 inline void sync_block() {
   const Invisible _;
   show_fences();
+  if (machine.watch_banks) self().accesses.push_back({0, 0});
   char* const barrier = &machine.barrier[self().uses[0]++ & 1][32 + self().rank];
   release(barrier);
   self().waits = Waits::for_block;
@@ -231,6 +239,7 @@ inline void run_block(size_t shared_bytes) {
     if (!progress && machine.alive) report_deadlock();
   }
   acquire(&machine.block_edge[1]);
+  if (machine.watch_banks) count_bank_use();
   if (!machine.loads.empty() || !machine.stores.empty()) fail("a block ends with copies of tensors in flight");
   for (int i = 0; i < machine.count; ++i) {
     const Thread& t = machine.threads[i];

@@ -69,6 +69,11 @@ struct NamedBarrier {
 
 enum class Waits { no, for_block, for_warp, for_event, done };
 
+// A read or write of shared memory, or a __syncthreads: no bytes
+struct Access {
+  uint32_t at, bytes;
+};
+
 struct Thread {
   void* stack_pointer;
   char* stack;
@@ -83,6 +88,7 @@ struct Thread {
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::function<bool()> event;            // has what it waits for happened?
   Underway underway;
+  std::vector<Access> accesses;  // if banks are watched
   bool has_begun;          // begin_chained: it may touch global memory
   unsigned fences, shown;  // fence.proxy.async: how many, and how many before its last barrier
   void *asan, *tsan;
@@ -92,6 +98,11 @@ struct Thread {
 struct Written {
   int thread;
   unsigned fences;
+};
+
+// What get() and put() of a warp ask of shared memory: instructions, and cycles beyond those that their bytes take
+struct BankUse {
+  int accesses, conflicts;
 };
 
 constexpr size_t kStack = 256 << 10, kShared = 227 << 10;  // 227 KB: what a block of an H200 can have
@@ -122,6 +133,8 @@ struct Machine {
   alignas(1024) unsigned char arenas[kCluster][kShared + 1024];  // and a red zone
   unsigned char* shared = arenas[0];                             // of the block whose turn it is
   Written written[kCluster][kShared / 4 + 4];                    // by word
+  bool watch_banks = false;
+  std::vector<BankUse> bank_use;  // between one __syncthreads and the next, of all blocks
 };
 
 inline Machine machine;
@@ -236,6 +249,7 @@ inline void start(Thread& t) {
   t.open.clear();
   t.groups.clear();
   t.underway = {};
+  t.accesses.clear();
   t.has_begun = !machine.chained;
   t.shown = ++t.fences;  // what earlier blocks wrote is none of its business
 }

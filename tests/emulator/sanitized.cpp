@@ -35,7 +35,7 @@ static int wrong(const char* kernel, const Case& k, Dtype dtype, int order) {
   const Memory m = memory_of(p.x, strides, p.y, strides, s);
   if (!std::strcmp(kernel, "ffma")) {
     FfmaPlan plan = ffma_plan(s, m, gpu);
-    plan.blocks = static_cast<int>(std::min<int64_t>(plan.items, 2));  // several tiles a block
+    plan.blocks = static_cast<int>(std::min<int64_t>(plan.groups * plan.units, 2));  // several tiles a block
     check(depthwise_fwd_ffma(p, plan, nullptr));
   } else if (!std::strcmp(kernel, "mma")) {
     check(depthwise_fwd_mma(p, mma_plan(s, m, gpu), nullptr));
@@ -71,7 +71,8 @@ static int wrong(const char* kernel, const Case& k, Dtype dtype, int order) {
 static int all_wrong(const char* kernel) {
   // more tiles than the stages of four warps, too
   const Case ragged[] = {{1, 2, 5, 7, 3, 4},   {3, 1, 17, 19, 7, 7}, {1, 1, 34, 36, 9, 5}, {3, 1, 9, 14, 5, 12},
-                         {1, 1, 6, 33, 2, 20}, {1, 1, 3, 24, 1, 31}, {10, 1, 9, 33, 3, 3}};
+                         {1, 1, 6, 33, 2, 20}, {1, 1, 3, 24, 1, 31}, {10, 1, 9, 33, 3, 3},
+                         {1, 70, 5, 16, 3, 3}};
   const Case planes[] = {{3, 1, 16, 16, 7, 7}, {30, 1, 16, 16, 9, 9}, {1, 1, 32, 32, 9, 9}, {14, 1, 32, 32, 7, 7}};
   // accesses of 2 to 16 bytes; a group that is not full, and several tiles a block
   const Case lasts[] = {{1, 3, 5, 7, 3, 4},  {2, 2, 17, 19, 7, 7},  {1, 20, 3, 5, 3, 3},

@@ -69,8 +69,8 @@ static int forward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
   };
   if (kernel == DepthwiseKernel::ffma) {
     FfmaPlan plan = ffma_plan(p.shape, m, gpu);
-    plan.blocks = static_cast<int>(std::min<int64_t>(plan.items, 2));  // several tiles a block
-    room(plan.parts(p.shape));
+    plan.blocks = static_cast<int>(std::min<int64_t>(plan.groups * plan.units, 2));  // several tiles a block
+    room(plan.parts());
     check(depthwise_fwd_ffma(p, plan, nullptr));
   } else {
     const bool whole = kernel == DepthwiseKernel::mma_plane;
@@ -112,7 +112,7 @@ static int backward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
   p.grad_stride = p.a_stride = p.x_stride = p.dx_stride = {k.c * plane, plane, k.w, 1};
   p.residual = p.need_weight = true;
   BackwardPlan plan = depthwise_bwd_ffma_plan(p, gpu);
-  plan.splits = static_cast<int>(std::min<int64_t>(plan.items(p.shape), 2));  // several tiles a block
+  plan.splits = static_cast<int>(std::min<int64_t>(plan.tile.units, 2));  // several tiles a block
   plan.tile.blocks = plan.tile.groups * plan.splits;
   const MmaPlan mma = depthwise_bwd_mma_plan(p, gpu);
   const bool tensor_cores = kernel == DepthwiseKernel::mma;

@@ -47,7 +47,8 @@ CMX_SHOWN cmx_emulate_backward(const BackwardCall* call, char* message, size_t s
     const BackwardPlan ffma = depthwise_bwd_ffma_plan(p, call->gpu);
     const MmaPlan mma = depthwise_bwd_mma_plan(p, call->gpu);
     if (call->tensor_cores && !mma.blocks) return -1;
-    const int64_t c = p.shape.c, taps = c * p.shape.kh * p.shape.kw, splits = call->tensor_cores ? mma.splits : ffma.splits;
+    const int64_t c = p.shape.c, taps = c * p.shape.kh * p.shape.kw;
+    const int64_t splits = call->tensor_cores ? mma.splits : ffma.splits;
     std::vector<float> partials(splits * (taps + 3 * c), NAN);
     p.partials = partials.data();
     if (const cudaError_t error =
