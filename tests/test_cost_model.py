@@ -57,11 +57,15 @@ def test_depthwise_without_tensor_cores() -> None:
 
 def test_depthwise_channels_last() -> None:
     """Tensor cores where FFMA does not keep up with memory; 16 channels a block where two of them fit."""
-    for gpu, kernel in (("RTX 4090", "ffma"), ("L40S", "ffma"), ("A100", "mma_last"), ("H200", "mma_last")):
-        assert cost_model.depthwise(gpu, (64, 1536, 32, 32), (7, 7), channels_last=True).kernel == kernel
-        p = cost_model.depthwise(gpu, (64, 1536, 32, 32), (9, 9), channels_last=True)
-        assert p.kernel == "mma_last"
-        assert p.floor_us == pytest.approx(cost_model.depthwise(gpu, (64, 1536, 32, 32), (9, 9)).floor_us)
+    for gpu, *kernels in (
+        ("RTX 4090", "ffma", "mma_last"),
+        ("L40S", "ffma", "ffma"),
+        ("A100", "mma_last", "mma_last"),
+        ("H200", "mma_last", "mma_last"),
+    ):
+        p = [cost_model.depthwise(gpu, (64, 1536, 32, 32), (k, k), channels_last=True) for k in (7, 9)]
+        assert [one.kernel for one in p] == kernels
+        assert p[1].floor_us == pytest.approx(cost_model.depthwise(gpu, (64, 1536, 32, 32), (9, 9)).floor_us)
     assert cost_model.depthwise("H200", (64, 768, 32, 32), (7, 7), channels_last=True).threads == 256
     assert cost_model.depthwise("A100", (64, 768, 32, 32), (7, 7), channels_last=True).threads == 128
     assert cost_model.depthwise("H200", (64, 768, 32, 32), (7, 7), "float32", channels_last=True).kernel == "ffma"

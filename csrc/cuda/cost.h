@@ -97,7 +97,7 @@ inline FfmaLoad ffma_load(const DepthwiseShape& s, const FfmaPlan& p) {
   const double of_row = std::ceil(double(pieces) / lanes), numbers = rows * of_row * p.piece;
   if (p.whole) return {numbers, 96 + 6 * rows};
   if (p.copies) return {numbers, 80 + of_row * (30 + 8 * rows)};
-  return {numbers, 60 + rows * (33 + of_row * (!p.vector_loads ? 80 : p.piece == 8 ? 41 : 33))};
+  return {numbers, 60 + rows * (33 + of_row * (!p.vector_loads ? 58 : p.piece == 8 ? 41 : 33))};
 }
 
 // Terms of one tile of a warp: 32 patches of 4 rows x 8 columns. The constants are counted in the SASS of sm_90a.

@@ -96,7 +96,7 @@ __device__ __forceinline__ void store_patch(T* to, float (&acc)[ROWS * COLUMNS],
                                             RunningMoments& moments, const ChannelConstants& k, int y, int x,
                                             const DepthwiseForward& p, const FfmaPlan& plan) {
   const DepthwiseShape& s = p.shape;
-  // Calls f(row of the patch, its numbers) for the rows, after all numbers are what y holds
+  // Calls f(row of the patch, its numbers) with `to` at that row
   const auto each_row = [&](const auto& f) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i, to += p.y_stride.h) f(i, acc + i * COLUMNS);

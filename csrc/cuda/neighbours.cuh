@@ -42,8 +42,9 @@ __device__ __forceinline__ void load_or_zeros(float* v, const T* row, int64_t st
     else
       load4_vector(v, row + x);
   } else {
+    const T* from = row + x * step;
 #pragma unroll
-    for (int j = 0; j < WIDTH; ++j) v[j] = row_inside && x + j >= 0 && x + j < w ? to_float(row[(x + j) * step]) : 0.f;
+    for (int j = 0; j < WIDTH; ++j, from += step) v[j] = row_inside && x + j >= 0 && x + j < w ? to_float(*from) : 0.f;
   }
 }
 
