@@ -71,13 +71,17 @@ def test_depthwise(backward: bool) -> None:
 def test_one_product() -> None:
     """Whatever is predicted; afterwards, the best again."""
     shape, layouts = (8, 768, 768, 32, 32, 1, 1), (False, True)
-    best = [chosen("cmx_chosen_product", "H200", shape, "bfloat16", "gelu", last) for last in layouts]
+
+    def kernels() -> list[tuple[int, int]]:
+        return [product("H200", shape, "bfloat16", "gelu", last, 0)[0] for last in layouts]
+
+    best = kernels()
     for kernel in range(len(cost_model.TILES)):
         before = library().cmx_cuda_only_product(kernel)
-        found = [chosen("cmx_chosen_product", "H200", shape, "bfloat16", "gelu", last)[0] for last in layouts]
+        found = kernels()
         assert library().cmx_cuda_only_product(before) == kernel
-        assert found == [kernel] * 2
-    assert best == [chosen("cmx_chosen_product", "H200", shape, "bfloat16", "gelu", last) for last in layouts]
+        assert [number for number, _ in found] == [kernel] * 2
+    assert best == kernels()
 
 
 def test_product() -> None:
