@@ -29,6 +29,7 @@ recast = define(
     "(Tensor[] weights, Tensor(a!)[] kept, Tensor(b!)[] samples, bool all) -> ()",
     lambda weights, kept, samples, all: None,
     reference,
+    flops=lambda weights, kept, samples, all, out_shape: 0,
 ).default
 
 
