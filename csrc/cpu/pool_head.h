@@ -7,8 +7,7 @@ namespace cmx::CMX_ISA {
 
 constexpr int kChains = 16;  // independent sums: as accurate as pairwise halves, and no chain of dependent additions
 
-template <class V>
-CMX_INLINE V total_of(V (&sums)[kChains]) {
+CMX_INLINE vf total_of(vf (&sums)[kChains]) {
   for (int half = kChains / 2; half; half /= 2)
     for (int i = 0; i < half; i++) sums[i] += sums[i + half];
   return sums[0];
