@@ -17,8 +17,7 @@ from cmx_kernels.models.fused import Fused, Stem
 from cmx_kernels.models.networks import FusedConvMixer, FusedNetwork
 from cmx_kernels.models.obstacles import check_call, plain_is_wanted
 from cmx_kernels.models.stack import Stack, current, linear_of
-from cmx_kernels.models.structure import Refusal, children, why_not_size
-from cmx_kernels.ops.batchnorm import why_not_fold
+from cmx_kernels.models.structure import Refusal, children, why_not_one_operator
 from cmx_kernels.ops.checks import autocast
 
 PLAIN = "torch"
@@ -187,7 +186,7 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
 def _in_parts(rows: Iterator[Row], part: FusedNetwork, stack: Stack, x: Tensor) -> Iterator[Row]:
     """Rows of a network whose operators run one by one, perhaps a few images at a time through all of them."""
     x, listed = autocast(x)[0], list(rows)
-    if stack.stem is not None and not (why_not_size(stack.stem.conv) or why_not_fold(stack.stem.norm)):
+    if stack.stem is not None and why_not_one_operator(stack.stem) is None:
         for i in range(stack.span[0], min(stack.span[0] + 3, stack.span[1])):
             if listed[i].backend == PLAIN:  # one of three modules that are no Stem
                 act, weights = name_of(stack.stem.act) or "", [stack.stem.conv.weight]

@@ -15,9 +15,18 @@ from cmx_kernels import backends, ops
 from cmx_kernels.activations import name_of
 from cmx_kernels.models.obstacles import check_bypass, check_call, check_unit, plain_is_wanted
 from cmx_kernels.models.stack import STATE, Stack, current
-from cmx_kernels.models.structure import BlockParts, Refusal, Unit, block_parts, children, stem_unit, why_not_size
+from cmx_kernels.models.structure import (
+    BlockParts,
+    Refusal,
+    Unit,
+    block_parts,
+    children,
+    stem_unit,
+    why_not_one_operator,
+    why_not_size,
+)
 from cmx_kernels.models.units import Parts, Units
-from cmx_kernels.ops.batchnorm import fold, why_not_fold
+from cmx_kernels.ops.batchnorm import fold
 from cmx_kernels.ops.checks import autocast, check_activations
 from cmx_kernels.ops.depthwise_block import check as check_depthwise
 from cmx_kernels.ops.kept_weights import for_autocast, forget_moved
@@ -134,7 +143,7 @@ def check_folds(x: Tensor, stack: Units, *names: str) -> None:
     names: of the operators of the units.
     """
     for op, unit in zip(names, stack.units, strict=True):
-        reason = why_not_size(unit.conv) or why_not_fold(unit.norm)
+        reason = why_not_one_operator(unit)
         if reason is not None:
             check_arguments(op, unit, x)
             obstacle = stack.obstacle(autocast(x)[0], True)

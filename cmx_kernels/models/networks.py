@@ -16,10 +16,9 @@ from cmx_kernels import backends, checkpoints
 from cmx_kernels.models.fused import Block, Fused, Stem, run_unit
 from cmx_kernels.models.obstacles import bypassable, check_bypass, check_call, check_unit, plain_is_wanted
 from cmx_kernels.models.stack import current
-from cmx_kernels.models.structure import Refusal, Unit, averages, children, stem_unit, why_not_size
+from cmx_kernels.models.structure import Refusal, Unit, averages, children, stem_unit, why_not_one_operator
 from cmx_kernels.models.training import recomputed
 from cmx_kernels.models.units import Parts, Units
-from cmx_kernels.ops.batchnorm import why_not_fold
 
 _FORWARDS = ("forward", "forward_features", "forward_head")
 _DROPS = (nn.Dropout, nn.Identity)
@@ -173,7 +172,7 @@ class FusedSequence(FusedNetwork, nn.Sequential):
         modules = children(self)
         at, _ = longest_run(modules)
         stem = self.stem_before(at)[0] if at >= begin + 3 else None
-        if stem is not None and not (why_not_size(stem.conv) or why_not_fold(stem.norm)):
+        if stem is not None and why_not_one_operator(stem) is None:
             for module in modules[begin : at - 3]:
                 x = module(x)
             x, begin = run_unit("patch_embed", stem, x), at

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cmx_kernels.activations import name_of
-from cmx_kernels.ops.batchnorm import KINDS, BatchNorm
+from cmx_kernels.ops.batchnorm import KINDS, BatchNorm, why_not_fold
 from cmx_kernels.ops.checks import MAX_KERNEL
 
 
@@ -129,6 +129,11 @@ def averages(modules: Sequence[nn.Module]) -> bool:
         return False
     pool, flatten = modules
     return pool.output_size in (1, (1, 1)) and (flatten.start_dim, flatten.end_dim) == (1, -1)
+
+
+def why_not_one_operator(unit: Unit) -> str | None:
+    """A sentence if a unit has no weight of the judged size, or no scale and shift before its batch is seen."""
+    return why_not_size(unit.conv) or why_not_fold(unit.norm)
 
 
 def why_not_size(conv: nn.Conv2d) -> str | None:
