@@ -169,7 +169,7 @@ def sanitizers(folder: Path) -> tuple[list[Job], list[Job], str | None]:
 
 def timings(part: str, options: argparse.Namespace, budget: float = BUDGET) -> Iterator[Step]:
     command = [sys.executable, "-m", f"benchmarks.gpu.{part}", "--seconds", str(max(1, budget - _AT_END))]
-    command += ["--device", options.device]
+    command += ["--device", options.device, *(f"--without={name}" for name in options.without)]
     command += [] if options.results == RESULTS else ["--results", str(options.results)]
     command += [flag for flag, wanted in (("--dry-run", options.dry_run), ("--resume", options.resume)) if wanted]
     yield run(part, command, budget)
@@ -202,6 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes; with --device cpu it needs no GPU")
     parser.add_argument("--resume", action="store_true", help="keep what was measured, and measure the rest")
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="time no provider that begins so")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="a part, building included")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--since", type=float, default=time.time(), help="when make began to build: it counts too")
     options = parser.parse_args(arguments)
@@ -215,11 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
     steps: list[Step] = []
     record = {"gpu": torch.cuda.get_device_name() if options.device == "cuda" else "none, a dry run"}
     record |= {"torch": torch.__version__, "commit": commit(), "steps": steps}
-    budget = BUDGET - (time.time() - options.since)
+    budget = options.seconds - (time.time() - options.since)
     parts = PARTS if options.part == "all" else (options.part,)
     for part in parts:
         going = timings(part, options, budget) if part != "correct" else correct(options, budget)
-        budget = BUDGET
+        budget = options.seconds
         for step in going:
             steps.append({"part": part, **step})
             save(options.results / f"gpu-check-{options.part}.json", record)

@@ -235,7 +235,7 @@ def missing(device: Device, store: Store, cell: Cell) -> list[str]:
     model, name, batch, providers = cell
     key = {"model": model, "batch": batch, "dtype": name}
     wanted = [p for p in providers if model in SPECS or not p.startswith("fused")]
-    wanted = [p for p in wanted if device.cuda or not p.startswith("fused triton")]
+    wanted = [p for p in wanted if device.wants(p) and (device.cuda or not p.startswith("fused triton"))]
     return [p for p in wanted if not store.has(section_of(model), {**key, "provider": p})]
 
 

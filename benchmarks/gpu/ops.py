@@ -72,10 +72,10 @@ def providers(device: Device, args: tuple[Tensor, ...], backend: str) -> dict[st
     }
     for name, layout in (("inductor", True), ("inductor, layout kept", False)):
         try:
-            found[name] = inductor(layout)
+            found |= {name: inductor(layout)} if device.wants(name) else {}
         except Exception as error:  # no compiler, no triton: a row without it
             say(f"   {name}: {reason(error)}")
-    return found
+    return {name: call for name, call in found.items() if device.wants(name)}
 
 
 def key_of(shape: tuple[int, int, int], k: int, dtype: str) -> dict[str, Any]:

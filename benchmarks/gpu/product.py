@@ -96,7 +96,7 @@ def providers(
         a, b, rows = weight.flatten(1), x.flatten(2), last.permute(0, 2, 3, 1).flatten(0, 2)
         found["cuBLAS"] = lambda: torch.matmul(a, b)
         found["cuBLAS channels_last"] = lambda: torch.matmul(rows, a.t())
-    return found
+    return {name: call for name, call in found.items() if device.wants(name)}
 
 
 def key_of(op: str, case: tuple[int, int, int, int], dtype: str) -> dict[str, Any]:

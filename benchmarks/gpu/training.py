@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         for model, dtype, batch, provider in [*quick, *slow]:
             key = {"model": model, "batch": batch, "dtype": dtype, "provider": provider}
-            if device.over or store.has("training", key):
+            if device.over or store.has("training", key) or not device.wants(provider):
                 continue
             record: dict[str, Any] = {**key, **described(provider, backend), "kind": provider.split()[0], "note": ""}
             record["peak_gflops"] = {}
