@@ -19,7 +19,7 @@ KINDS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "
 OURS = ("fused", "kernel")  # with one of these begins the name of each provider of ours
 _ROUNDS = 12
 _FLUSH = 256 << 20  # bytes, more than any L2
-_AHEAD = 200_000  # cycles, 0.1 ms
+_AHEAD = 1_000_000  # cycles, 0.5 ms
 
 
 class Device:
