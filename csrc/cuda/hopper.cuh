@@ -237,6 +237,20 @@ __device__ __forceinline__ void wait_for_stores_read() {
 #endif
 }
 
+// What all lanes of a warp have, so that the compiler knows it: addresses then live in the warp's own registers, where wgmma
+// takes its operands from. From the lanes' registers a step would spend more time on moving them than on its products.
+template <class V>
+__device__ __forceinline__ V of_warp(V v) {
+#ifdef CMX_EMULATED
+  return v;
+#else
+  if constexpr (sizeof(V) == 8)
+    return reinterpret_cast<V>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(v), 0));
+  else
+    return __shfl_sync(~0u, v, 0);
+#endif
+}
+
 // ---- wgmma: four warps, the first of which is a multiple of four
 
 // The descriptor of an operand in shared memory, offsets in bytes. `along_k`: its rows of 64 numbers lie along k, and
@@ -245,6 +259,11 @@ __device__ __forceinline__ void wait_for_stores_read() {
 __device__ __forceinline__ uint64_t operand(uint32_t address, int leading, int stride) {
   constexpr uint64_t kSwizzle128 = 1;
   return (address & 0x3ffff) >> 4 | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | kSwizzle128 << 62;
+}
+
+// The same operand so many times 16 bytes further: only its lower half changes, which has room for every address
+__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t sixteens) {
+  return (operand >> 32) << 32 | (static_cast<uint32_t>(operand) + sixteens);
 }
 
 // Before the first product, and after every wait: registers written so far belong to the products.

@@ -151,7 +151,7 @@ struct Shared {
   uint64_t *full, *empty;
 
   __device__ __forceinline__ explicit Shared(unsigned char* unaligned)
-      : ring(unaligned + (-shared_address(unaligned) & 1023)),
+      : ring(of_warp(unaligned + (-shared_address(unaligned) & 1023))),
         stagings(ring + Plan::kStages * Plan::kStageBytes),
         full(reinterpret_cast<uint64_t*>(stagings + Plan::kGroups * Plan::kOutBytes)),
         empty(full + Plan::kStages) {}
@@ -197,15 +197,15 @@ __device__ __forceinline__ void multiply(float (&acc)[2][64], const Plan& plan, 
   if (turn > 0) barrier_sync(kTurn + turn % Plan::kGroups, 2 * GROUP);
 #pragma unroll 1
   for (int step = 0; step < plan.steps; ++step) {
+    const uint32_t stage = of_warp(at.stage * (Plan::kStageBytes / 16));
     mbarrier_wait(shared.full + at.stage, at.parity);
-    const uint64_t offset = at.stage * Plan::kStageBytes / 16;  // descriptors count 16 bytes
     fence_products();
 #pragma unroll
     for (int kk = 0; kk < Plan::kDepth / 16; ++kk)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        multiply_async<T, LAST>(acc[i], a_ring + offset + (i * 8 * EIGHT_ROWS + kk * 32) / 16,
-                                b_ring + offset + kk * B_STEP / 16, step > 0 || kk > 0);
+        multiply_async<T, LAST>(acc[i], further(a_ring, stage + (i * 8 * EIGHT_ROWS + kk * 32) / 16),
+                                further(b_ring, stage + kk * B_STEP / 16), step > 0 || kk > 0);
     commit_products();
     wait_for_products<1>();  // the step before this one
     if (step > 0 && lane < plan.cluster) mbarrier_arrive_in(shared.empty + before, lane);
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 #if CMX_HAS_WGMMA
   CMX_DYNAMIC_SHARED(unaligned);
   const Shared shared(unaligned);
-  const int thread = threadIdx.x % GROUP, group = threadIdx.x / GROUP, warp = thread / LANES, lane = thread % LANES;
+  const int thread = threadIdx.x % GROUP, group = of_warp(int(threadIdx.x / GROUP)), warp = thread / LANES, lane = thread % LANES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Plan::kStages; ++i)
       mbarrier_init(shared.full + i, 1), mbarrier_init(shared.empty + i, plan.cluster * GROUP / LANES);
