@@ -108,7 +108,9 @@ def write_ninja(folder, cxx, torch, pybind11, report):
         else:  # nothing to compile once per architecture
             add("cxx", source, ["-x", "c++", *common, *with_cuda])
     # torch loads its libraries RTLD_LOCAL, so _C must name libtorch_cpu itself; libtorch, for the weak CUDA symbols
-    libs = [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed", *cuda_link]
+    libs = [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed"]
+    # torch's C++ library, by its name: an exception that leaves a static one, as some compilers link, ends the process
+    libs += ["-l:libstdc++.so.6", *cuda_link]
     libs += shlex.split(os.environ.get("LDFLAGS", ""))
     link = f"build {here}/_C.so: link {' '.join(objects)}\n  flags = {shlex.join(libs)}\n".replace("$", "$$")
     edges.sort(key=lambda edge: next((i for i, name in enumerate(LONGEST) if f"/{name}.cu\n" in edge), len(LONGEST)))
