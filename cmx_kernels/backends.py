@@ -44,12 +44,12 @@ def exporting() -> bool:
 class Backend:
     name: str
     why_not: Callable[[str, Tensor, str], str | None]
-    only_forced: str | None = None  # why it is never chosen unless it is asked for by name
+    why_not_unasked: Callable[[Tensor], str | None] = lambda x: None  # against taking it where nobody asks for it
 
     def reason(self, op: str, x: Tensor, act: str) -> str | None:
         if transformed() and self.name != "reference":
             return TRANSFORMED
-        return self.why_not(op, x, act) or (None if _forced == self.name else self.only_forced)
+        return self.why_not(op, x, act) or (None if _forced == self.name else self.why_not_unasked(x))
 
 
 def _why_not_cuda(op: str, x: Tensor, act: str) -> str | None:
@@ -93,15 +93,11 @@ def _why_not_reference(op: str, x: Tensor, act: str) -> str | None:
 
 
 BACKENDS = (
-    Backend(
-        "cuda",
-        _why_not_cuda,
-        "only compiled and emulated so far, never run on a GPU; use('cuda') runs it, tune() checks it",
-    ),
+    Backend("cuda", _why_not_cuda, lambda x: cuda.why_not_unasked(x.device.index or 0)),
     Backend(
         "triton",
         _why_not_triton,
-        "only compiled and interpreted so far, never run on a GPU; use('triton') runs it, tune() checks it",
+        lambda x: "slower than cuda wherever both were measured; use('triton') runs it, tune() checks and measures it",
     ),
     Backend("cpu", _why_not_cpu),
     Backend("reference", _why_not_reference),
@@ -177,7 +173,7 @@ def select(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = No
     if best is not None:
         return best
     for backend in BACKENDS:
-        if backend.only_forced is None and backend.reason(op, x, act) is None:
+        if backend.reason(op, x, act) is None:
             if backend.name == "reference" and x.dtype != torch.float64 and not quiet:
                 say_once(f"{op} runs in plain PyTorch: {_listed(op, x, act)}")
             return backend.name

@@ -14,6 +14,7 @@ OPS = (
     *("patch_embed_train", "depthwise_block_train", "pointwise_block_train"),
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MEASURED = ((9, 0),)  # compute capabilities on which they ran, were right, and faster than PyTorch: benchmarks/results
 
 
 def _load() -> tuple[Any, str | None]:
@@ -44,6 +45,19 @@ def why_not(device: int) -> str | None:
         return WHY_NOT_BUILT
     answer = _LIBRARY.cmx_cuda_why_not(device)
     return None if answer is None else answer.decode()
+
+
+@registry.constant
+def why_not_unasked(device: int) -> str | None:
+    """None where measurements say that the kernels may be taken without being asked for, else a sentence."""
+    found = torch.cuda.get_device_capability(device)
+    if found in MEASURED:
+        return None
+    measured = " and ".join("{}.{}".format(*capability) for capability in MEASURED)
+    return (
+        f"measured on GPUs of compute capability {measured} only, for this one, of {found[0]}.{found[1]}, compiled and "
+        "emulated; use('cuda') runs it, tune() checks and measures it"
+    )
 
 
 @contextmanager

@@ -12,9 +12,10 @@ import cases
 import pytest
 import torch
 from compare import check, check_equal
+from torch._subclasses import FakeTensorMode
 
 import cmx_kernels
-from cmx_kernels import backends, ops, registry
+from cmx_kernels import backends, cuda, ops, registry
 from cmx_kernels.ops.conv_block import ConvOp
 
 PACKAGE = Path(cmx_kernels.__file__).parent
@@ -42,6 +43,22 @@ def test_order() -> None:
 def test_select(op: str, dtype: torch.dtype) -> None:
     assert backends.select(op, X.to(dtype), "gelu", quiet=True) == ("cpu" if HAS_C else "reference")
     assert backends.select(op, X.double(), "gelu") == "reference"
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((9, 0), "cuda"), ((8, 0), "reference"), ((12, 0), "reference")])
+def test_a_gpu_backend_is_chosen_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], chosen: str
+) -> None:
+    monkeypatch.setattr(cuda, "why_not", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(1, 4, 5, 5, device="cuda")
+    refusals = backends.refusals("depthwise_block", x, "gelu")
+    assert backends.select("depthwise_block", x, "gelu", quiet=True) == chosen
+    assert ("cuda" in refusals) == (chosen != "cuda")
+    assert f"this one, of {capability[0]}.{capability[1]}" in refusals.get("cuda", "this one, of 9.0")
+    with backends.use("cuda"):
+        assert backends.select("depthwise_block", x, "gelu") == "cuda"
 
 
 def test_every_activation_has_a_cpu_kernel() -> None:

@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes; with --device cpu it needs no GPU")
     parser.add_argument("--resume", action="store_true", help="keep what was measured, and measure the rest")
-    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="time no provider that begins so")
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="no provider that begins so")
     parser.add_argument("--seconds", type=float, default=BUDGET, help="a part, building included")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--since", type=float, default=time.time(), help="when make began to build: it counts too")

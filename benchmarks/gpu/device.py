@@ -34,7 +34,7 @@ class Device:
         self._buffer = torch.empty(_FLUSH if self.cuda else 1, dtype=torch.uint8, device=self.type)
 
     def backend_of(self, provider: str) -> contextlib.AbstractContextManager[None]:
-        """Forces what ``provider`` names, "fused" or "fused triton": no GPU backend is chosen by itself yet."""
+        """Forces what ``provider`` names, "fused" or "fused triton": not all GPUs choose one by themselves."""
         if not self.cuda or not provider.startswith("fused"):
             return contextlib.nullcontext()
         return backends.use("triton" if provider.startswith("fused triton") else "cuda")

@@ -124,7 +124,7 @@ def measure(device: Device, record: dict[str, Any], case: tuple[int, int, int, i
     backend = "cuda" if device.cuda else backends.select(op, args[0], "gelu")
     with flags(tf32=dtype == "tf32"):
         of_eager = (eager(op, args[0][:2], *args[1:]).double() - exact).abs().max().item()
-        eps = 2**-11 if dtype == "tf32" else torch.finfo(kind).eps  # PyTorch may have no TF32 for a shape, as for patches
+        eps = 2**-11 if dtype == "tf32" else torch.finfo(kind).eps  # PyTorch may have no TF32, as for patches
         allowed = 2 * of_eager + 4 * eps * exact.abs().max().item()
         us = race(device, providers(device, op, backend, *args), exact, allowed, record, unchecked="cuBLAS")
     rated(record, us, cost(device, op, case, dtype), backend)
