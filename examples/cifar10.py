@@ -134,8 +134,10 @@ def light(pixels: Tensor) -> Tensor:
 
 
 def authors(scale: float, ra_n: int, ra_m: int, jitter: float) -> Callable[[Tensor], Tensor]:
-    """The chain of the authors' train.py up to normalisation, image by image, by torchvision's transforms."""
+    """The chain of the authors' train.py up to normalisation, by torchvision's transforms of Pillow images, as theirs:
+    they are also twice as fast as those of tensors, one by one."""
     try:
+        from PIL import Image
         from torchvision.transforms import v2
     except (ImportError, RuntimeError) as error:
         raise ImportError(
@@ -150,7 +152,12 @@ def authors(scale: float, ra_n: int, ra_m: int, jitter: float) -> Callable[[Tens
             *([v2.ColorJitter(jitter, jitter, jitter)] if jitter else []),
         ]
     )
-    return lambda pixels: torch.stack([chain(image) for image in pixels])
+
+    def augment(pixels: Tensor) -> Tensor:
+        images = (chain(Image.fromarray(image)) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy())
+        return torch.stack([v2.functional.pil_to_tensor(image) for image in images])
+
+    return augment
 
 
 def normalised(pixels: Tensor) -> Tensor:

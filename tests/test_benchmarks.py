@@ -73,6 +73,7 @@ def test_gpu_check_goes_on_in_a_new_process(tmp_path: Path, monkeypatch: pytest.
     code = f"import sys; sys.exit({store.BROKEN} if '--resume' not in sys.argv else 0)"
     assert check.run("broken", [sys.executable, "-c", code], 1200)["passed"]
     options = argparse.Namespace(results=tmp_path, name="x", resume=True, dry_run=True, device="cpu", seconds=60)
+    options.without = options.only = []
     there = device.Device(options)
     first = store.Store(there, options)
     first.add("gpu_ops", {"shape": "1", "k": 3, "note": ""})

@@ -64,7 +64,7 @@ def test_inductor_knows_its_options(name: str) -> None:
 
 def test_floor_of_a_network() -> None:
     """A block moves its activation four times and its weights; on a GPU that the cost model does not know: nothing."""
-    device = network.Device(argparse.Namespace(dry_run=True, device="cpu", seconds=60))
+    device = network.Device(argparse.Namespace(dry_run=True, device="cpu", seconds=60, without=[], only=[]))
     spec = network.SPECS[goals.WIDE]
     assert network.floor_us(device, spec, 64, torch.bfloat16) is None
     device.name = "NVIDIA H200"

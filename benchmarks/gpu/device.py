@@ -26,7 +26,7 @@ class Device:
     def __init__(self, options: argparse.Namespace) -> None:
         self.dry, self.type = options.dry_run, options.device
         self.seconds, self.start = options.seconds, time.monotonic()
-        self.without = tuple(options.without)
+        self.without, self.only = tuple(options.without), tuple(options.only)
         self.cuda = self.type == "cuda"
         if self.dry:
             torch.set_num_threads(1)  # tiny shapes on a machine that may be busy
@@ -42,6 +42,9 @@ class Device:
     def wants(self, provider: str) -> bool:
         """Unless --without names the beginning of its name."""
         return not provider.startswith(self.without)
+
+    def takes(self, model: str) -> bool:
+        return not self.only or model.startswith(self.only)
 
     def once(self, call: Callable[[], Any], flush: bool = True) -> float:
         """Microseconds by events; the L2 cache is overwritten before, unless a caller's network does that itself."""
@@ -136,6 +139,7 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     made.add_argument("--dry-run", action="store_true", help="tiny shapes, one call each: with --device cpu, no GPU")
     made.add_argument("--without", action="append", default=[], metavar="NAME", help="no provider that begins so")
+    made.add_argument("--only", action="append", default=[], metavar="MODEL", help="only models that begin so")
     made.add_argument("--resume", action="store_true", help="keep what NAME.json has, and measure the rest")
     return made
 

@@ -151,12 +151,12 @@ def precision(device: Device, name: str, benchmark: bool) -> Iterator[None]:
 
 
 def timed(device: Device, call: Call) -> dict[str, Any]:
-    """Milliseconds of a call: after three, ten or as many as fill half a second; above 0.2 s, after one, four."""
+    """Milliseconds of a call: after three, ten or as many as fill 0.3 s; above 0.2 s, after one, three."""
     slow = device.once(call, flush=False) > 2e5
     for _ in range(0 if device.dry or slow else 2):
         call()
-    first = device.once(call, flush=False)
-    rounds = 3 if device.dry else 4 if slow else max(10, min(100, int(5e5 / max(first, 1))))
+    first = 0.0 if slow else device.once(call, flush=False)
+    rounds = 3 if device.dry or slow else max(10, min(100, int(3e5 / max(first, 1))))
     times = sorted(device.once(call, flush=False) for _ in range(rounds))
     low, _, high = quantiles(times, n=4, method="inclusive")
     return {"ms": median(times) / 1e3, "spread": (high - low) / 2 / median(times), "calls": rounds}
@@ -174,31 +174,45 @@ def floor_us(device: Device, spec: Spec, batch: int, kind: torch.dtype) -> float
 
 def convmixers(spec: Spec, device: Device) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    model = plain(spec)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.05, 0.2)  # so that activations do not fade with depth
-    fused = fused_network(spec).eval()
+    with torch.device(device.type):
+        model = plain(spec)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_var, 0.05, 0.2)  # so that activations do not fade with depth
+        fused = fused_network(spec).eval()
     fused.load_state_dict(model.state_dict())
-    return model.to(device.type).requires_grad_(False), fused.to(device.type).requires_grad_(False)
+    return model.requires_grad_(False), fused.requires_grad_(False)
 
 
-def networks(device: Device, model: str) -> tuple[nn.Module, nn.Module | None]:
-    """Plain and fused on the same weights in float32; a rival has no fused one."""
+class Networks(NamedTuple):
+    """Plain and fused on the same weights in float32, a rival has no fused one; two images, their logits in float64."""
+
+    plain: nn.Module
+    fused: nn.Module | None
+    images: Tensor
+    logits: Tensor
+
+
+def networks(device: Device, model: str) -> Networks:
     if model in SPECS:
-        return convmixers(SPECS[model], device)
-    return timm_models.create(model).to(device.type), None
+        network, fused = convmixers(SPECS[model], device)
+    else:
+        network, fused = timm_models.create(model).to(device.type), None
+    torch.manual_seed(1)
+    size = SPECS[model].image_size if model in SPECS else 224
+    images = torch.randn(2, 3, size, size, device=device.type)
+    return Networks(network, fused, images, copy.deepcopy(network).double()(images.double()))
 
 
-def race(device: Device, store: Store, cell: Cell, plain_and_fused: tuple[nn.Module, nn.Module | None]) -> None:
+def race(device: Device, store: Store, cell: Cell, of_model: Networks) -> None:
     """The providers of one cell that are not there yet; one that fails is a record that says so."""
     model, name, batch, _ = cell
-    network, fused = copy.deepcopy(plain_and_fused)
-    size, kind = SPECS[model].image_size if model in SPECS else 224, PRECISIONS[name].model
-    torch.manual_seed(1)
-    x = torch.randn(batch, 3, size, size, device=device.type)
-    exact = network.double()(x[:2].double())
-    x, network = x.to(kind), network.to(kind)
+    network, fused = copy.deepcopy(of_model[:2])
+    exact, kind = of_model.logits, PRECISIONS[name].model
+    x = torch.cat([of_model.images, torch.randn(batch, *of_model.images.shape[1:], device=device.type)])[:batch].to(
+        kind
+    )
+    exact, network = exact[:batch], network.to(kind)
     fused = None if fused is None else fused.to(kind)
     with precision(device, name, False):
         of_eager = (network(x[:2]).double() - exact).abs().max().item()
@@ -266,10 +280,10 @@ def main(arguments: list[str] | None = None) -> int:
         cells = [cell for cell in cells if cell[0] in SPECS]
 
     @functools.cache
-    def networks_of(model: str) -> tuple[nn.Module, nn.Module | None]:
+    def networks_of(model: str) -> Networks:
         return networks(device, model)
 
-    for cell in cells:
+    for cell in filter(lambda cell: device.takes(cell[0]), cells):
         if device.over:
             say(f"{options.seconds:.0f} s are over: the remaining networks are left out")
             break

@@ -75,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     if device is None:
         return 2
     store = Store(device, options, goals.TRAINING)
-    cells, backend = DRY if device.dry else CELLS, "cuda" if device.cuda else "cpu"
+    cells = [cell for cell in (DRY if device.dry else CELLS) if device.takes(cell[0])]
+    backend = "cuda" if device.cuda else "cpu"
     ours = ("fused", "fused triton") if device.cuda else ("fused",)
     quick = [(*cell, provider) for cell in cells for provider in (*PROVIDERS, *ours[1:]) if provider != "inductor"]
     slow = [] if device.dry else [(*cell, "inductor") for cell in cells]  # a minute each
