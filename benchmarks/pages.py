@@ -45,8 +45,10 @@ def written(text: str) -> str:
 
 
 def rate(value: float | None) -> str:
-    """Images per second, to three digits."""
-    return "" if value is None else f"{value:#.3g}".rstrip(".")
+    """Images per second, to three digits or whole."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def by_race(rows: Rows, *keys: str) -> dict[tuple[Any, ...], dict[str, Mapping[str, Any]]]:
@@ -116,8 +118,71 @@ def published(_: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
+def fastest(race: Mapping[str, Mapping[str, Any]], begins: tuple[str, ...]) -> Mapping[str, Any] | None:
+    rows = [row for name, row in race.items() if name.startswith(begins) and row["status"] == "timed"]
+    return min(rows, key=lambda row: row["ms"], default=None)
+
+
+def gpu_networks(results: Mapping[str, Any]) -> list[list[str]]:
+    """Eager: the faster of what was measured; fused: called as it is, and the fastest way in a CUDA graph."""
+    found = by_race([*results["models"], *results.get("rival_networks", ())], "model", "batch", "dtype")
+    lines = [["network", "dtype", "batch", "eager", "Inductor", "**fused**", "**fused**, CUDA graph", "x best PyTorch"]]
+    for (model, batch, dtype), race in found.items():
+        ours = {name: row for name, row in race.items() if name.startswith("fused")}
+        graphs = {name: row for name, row in ours.items() if "CUDA graph" in name}
+        others = {name: row for name, row in race.items() if name not in ours}
+        rows = (fastest(others, ("eager",)), fastest(others, ("inductor",)), race.get("fused"))
+        cells = [rate(row and row.get("images_per_s")) for row in (*rows, fastest(graphs, ("fused",)))]
+        best, peer = fastest(ours, ("fused",)), fastest(others, ("eager", "inductor"))
+        times = f"{peer['ms'] / best['ms']:.1f}" if best and peer else ""
+        lines.append([model, dtype, str(batch), *cells[:2], *(cell and f"**{cell}**" for cell in cells[2:]), times])
+    return lines
+
+
+def gpu_training(results: Mapping[str, Any]) -> list[list[str]]:
+    lines = [["network", "dtype", "batch", "eager", "**fused**", "x eager", "MiB that a step adds: eager, fused"]]
+    for (model, batch, dtype), race in by_race(results["training"], "model", "batch", "dtype").items():
+        eager, fused = fastest(race, ("eager",)), fastest(race, ("fused",))
+        if eager and fused:
+            rates = eager["images_per_s"], fused["images_per_s"]
+            used = ", ".join(f"{row['memory']['call']:.0f}" for row in (eager, fused))
+            cells = [rate(rates[0]), f"**{rate(rates[1])}**", f"{rates[1] / rates[0]:.1f}", used]
+            lines.append([model, dtype, str(batch), *cells])
+    return lines
+
+
+def _gpu_rows(rows: Rows, columns: Mapping[str, str]) -> list[list[str]]:
+    """Microseconds of ours and of the fastest of PyTorch's ways; then columns of the records."""
+    lines = [["shape", "dtype", "**fused**, us", "channels_last", "best PyTorch", *columns.values()]]
+    for row in rows:
+        us = row.get("us", {})
+        peers = [value for name, value in us.items() if name.startswith(("eager", "inductor"))]
+        shape = f"{row['op']} {row['shape']}" + (f", k {row['k']}" if "k" in row else "")
+        times = (us.get("fused"), us.get("fused channels_last"), min(peers, default=None))
+        cells = ["" if value is None else f"{value:.1f}" for value in (*times, *map(row.get, columns))]
+        lines.append([shape, row["dtype"], *cells])
+    return lines
+
+
+def gpu_ops(results: Mapping[str, Any]) -> list[list[str]]:
+    return _gpu_rows(results["gpu_ops"], {"speedup": "x best PyTorch", "percent_of_copy": "% of copy"})
+
+
+def gpu_product(results: Mapping[str, Any]) -> list[list[str]]:
+    return _gpu_rows(results["gpu_product"], {"speedup": "x best PyTorch", "percent_of_cublas": "% of cuBLAS"})
+
+
+def gpu_goals(results: Mapping[str, Any]) -> list[list[str]]:
+    lines = [["goal", "wanted", "reached", "by", ""]]
+    for row in results["goals"]:
+        reached = f"{row['reached']:.4g}" if "reached" in row else ""
+        lines.append([row["goal"], row["wanted"], reached, row.get("of", ""), row["verdict"]])
+    return lines
+
+
+_GPU = (gpu_networks, gpu_training, gpu_ops, gpu_product, gpu_goals)
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
-    function.__name__: function for function in (networks, training, rivals, published)
+    function.__name__: function for function in (networks, training, rivals, published, *_GPU)
 }
 
 if __name__ == "__main__":
