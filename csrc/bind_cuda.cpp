@@ -7,6 +7,7 @@
 #include "bind_cuda.h"
 #include "cuda/depthwise.h"
 #include "cuda/gpu.h"
+#include "cuda/unfold.h"
 
 namespace cmx {
 namespace {
@@ -111,6 +112,31 @@ Tensor product_float32(const Tensor& x, const Tensor& weight, const Vector& bias
   return y;
 }
 
+// Unfolds the patches of a product where that is faster, and makes it one of 1x1 patches; keeps their memory alive.
+struct Unfolded {
+  Optional patches, weight;
+  Unfolded(ProductForward& p, const Gpu& gpu, cudaStream_t stream, const Tensor& x, const Tensor& dense_weight,
+           const char* op) {
+    if (!product_unfolds(p, gpu)) return;
+    const ProductShape s = p.shape, left = unfolded(s);
+    const int64_t k = left.c_in;
+    const bool last = is_last(p.y_stride);
+    patches = torch::stable::empty(
+        {s.n, k, s.h, s.w}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+        last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+    Unfold u{};
+    u.image = patches_of(s, p.x, p.x_stride, patches->mutable_data_ptr(), last, gpu);
+    if (s.k() % 8) {
+      weight = torch::stable::empty({s.c_out, k}, x.scalar_type(), std::nullopt, x.device());
+      u.weight = weight_rows_of(s, p.weight, strides_of(dense_weight), weight->mutable_data_ptr(), gpu);
+      p.weight = weight->const_data_ptr();
+    }
+    check_cuda(unfold(u, stream), op);
+    p.shape = left, p.x = patches->const_data_ptr();
+    p.x_stride = dense_strides(k, s.h, s.w, last);
+  }
+};
+
 // patch_embed, and pointwise_block, whose patches are 1x1
 Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& scale,
                      const Optional& shift, const std::string& act, bool patches) {
@@ -129,12 +155,16 @@ Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias
   const Vector bias32(bias, "bias", x, c), scale32(scale, "scale", x, c), shift32(shift, "shift", x, c);
   if (x.size(0) * c * h * w == 0) return output_like(x, c, h, w);
   if (dtype == Dtype::float32) return product_float32(x, weight, bias32, scale32, shift32, activation, device);
+  const Gpu& gpu = gpu_of(device);
+  const cudaStream_t stream = current_stream(device);
+  const char* const op = patches ? "patch_embed" : "pointwise_block";
   const Tensor dense_weight = dense(weight);
   Tensor y = output_like(x, c, h, w);
   ProductForward p = product_of(x, dense_weight, y, dtype);
   p.bias = bias32.data(), p.scale = scale32.data(), p.shift = shift32.data();
   p.act = activation;
-  check_cuda(product_fwd(p, gpu_of(device), current_stream(device)), patches ? "patch_embed" : "pointwise_block");
+  const Unfolded unfolded(p, gpu, stream, x, dense_weight, op);
+  check_cuda(product_fwd(p, gpu, stream), op);
   return y;
 }
 
