@@ -175,6 +175,20 @@ def test_a_stale_place_is_noticed(calls: list[str], monkeypatch: pytest.MonkeyPa
     check_equal(run(net), before)
 
 
+@pytest.mark.parametrize("half", (False, True), ids=("float32", "autocast"))
+def test_parameters_of_inference_mode(half: bool, calls: list[str]) -> None:
+    """PyTorch counts no changes of these."""
+    with torch.inference_mode():
+        net = model()
+        net.load_state_dict(model().state_dict())
+    wanted = run(model(), half)
+    check_equal(run(net, half), wanted)
+    with torch.inference_mode():
+        net.blocks[0][1].weight.mul_(2.0)
+    assert not torch.equal(run(net, half), wanted)
+    assert calls == ["run_blocks"] * 3
+
+
 @torch.no_grad()
 def test_what_runs_one_by_one(calls: list[str]) -> None:
     """BatchNorms that are not alike are not folded in one launch; a hook wants its module called."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from cmx_kernels.ops.batchnorm import alike, constants, fold_rows
 from cmx_kernels.ops.block_stack import ConvParams
 from cmx_kernels.ops.depth_first import Blocks
-from cmx_kernels.ops.kept_weights import converted
+from cmx_kernels.ops.kept_weights import Group, converted
 
 Stores = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # of a convolution and its BatchNorm: their __dict__
 
@@ -35,19 +35,19 @@ class Parameters:
                 return False
         return True
 
-    def prepare(self) -> None:
-        """Remember what does not change while the tensors are where they are."""
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Remember for rows() what does not change while the tensors are where they are."""
         weights, biases = zip(*self.convs, strict=True)
         self.weights = [weight.detach() for weight in weights]
+        self.same = {weight.dtype for weight in weights} == {dtype}
+        self.group = Group(weights, dtype)
         self.vectors = alike(biases, self.norms, self.eps)
 
-    def rows(self, dtype: torch.dtype) -> tuple[Sequence[Tensor], Tensor] | None:
-        """Weights in ``dtype``, and the rest folded, [units, 3, C]; None where that is not one launch for all units."""
+    def rows(self) -> tuple[Sequence[Tensor], Tensor] | None:
+        """Weights in that dtype, and the rest folded, [units, 3, C]; None where one launch cannot fold all units."""
         if self.vectors is None:
             return None
-        same = all(weight.dtype == dtype for weight in self.weights)
-        weights = self.weights if same else converted([weight for weight, _ in self.convs], dtype)
-        return weights, fold_rows(self.vectors, self.eps[0])
+        return self.weights if self.same else self.group.converted(), fold_rows(self.vectors, self.eps[0])
 
     def layers(self, dtype: torch.dtype, stem: bool) -> tuple[ConvParams | None, Blocks]:
         """Weights in ``dtype``, the rest folded in float32: of the stem, if there is one, and of each block."""

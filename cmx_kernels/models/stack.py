@@ -139,7 +139,7 @@ class Stack(Units):
         now = None if chosen is None else self._parameters(x, tensors)
         if chosen is None or now is None:
             return None
-        rows = now.rows(x.dtype) if depth_first.in_one_call(chosen) else None
+        rows = now.rows() if depth_first.in_one_call(chosen) else None
         if rows is not None:
             y.untyped_storage().resize_(0)  # the call makes its own
             return depth_first.run_blocks(x, *rows, m, self.act, bool(self.stem))
@@ -154,7 +154,7 @@ class Stack(Units):
             now = Parameters(self.stores)
             fit = now.fit(self.shapes, x, mixed)
             if fit:
-                now.prepare()
+                now.prepare(x.dtype)
             self.found = state, now if fit else None, [t.detach() for t in tensors]  # which keeps addresses in use
         return self.found[1]
 
