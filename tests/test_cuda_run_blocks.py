@@ -166,6 +166,20 @@ def test_change_is_followed(name: str, half: bool, calls: list[str]) -> None:
 
 
 @torch.no_grad()
+def test_another_parameter_in_the_same_place(calls: list[str]) -> None:
+    """It has a count of changes of its own, and the samples do not see this one."""
+    net, other = model(), model()
+    before = run(net, True)
+    for m in (net, other):
+        conv = m.blocks[0][1]
+        conv.weight = nn.Parameter(conv.weight.data)
+        conv.weight[20, 20] += 5.0
+    new = run(net, True)
+    check_equal(new, run(other, True))
+    assert not torch.equal(new, before)
+
+
+@torch.no_grad()
 def test_a_stale_place_is_noticed(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The test of the test: where nobody looks, a parameter that moved is missed."""
     net = model()

@@ -147,16 +147,18 @@ class Stack(Units):
         return depth_first.run(x, m, y, kernels, self.act, *now.layers(x.dtype, bool(self.stem)))
 
     def _parameters(self, x: Tensor, tensors: Sequence[Tensor]) -> Parameters | None:
-        """Those for ``x``, looked up again when a tensor has another place in memory; None where they do not fit."""
+        """Those for ``x``, looked up again when one is another tensor or elsewhere; None where they do not fit."""
         mixed = torch.is_autocast_enabled(x.device.type)
-        state = (x.dtype, x.device, mixed, places(tensors))
-        if self.found is None or self.found[0] != state:
+        state = (x.dtype, x.device, mixed, list(map(id, tensors)), places(tensors))
+        found = self.found  # read once: other threads may write it
+        if found is None or found[0] != state:
             now = Parameters(self.stores)
             fit = now.fit(self.shapes, x, mixed)
             if fit:
                 now.prepare(x.dtype)
-            self.found = state, now if fit else None, [t.detach() for t in tensors]  # which keeps addresses in use
-        return self.found[1]
+            # held, so that neither an identity nor an address is given to another one
+            self.found = found = state, now if fit else None, [(t, t.detach()) for t in tensors]
+        return found[1]
 
     @torch.no_grad()
     def _pack(self, x: Tensor, mixed: bool) -> PackedStack | None:

@@ -136,8 +136,8 @@ class Group:
         """As converted() of the weights."""
         if not self.all_kept:
             return converted(self.weights, self.dtype)
-        versions = [w._version for w in self.weights]
-        if versions != self.state[0]:
+        versions, state = [w._version for w in self.weights], self.state  # read once: other threads may write it
+        if versions != state[0]:
             found = converted(self.weights, self.dtype)
             copies = [(_copies.get(w) or {}).get(self.dtype) for w in self.weights]
             kept = [c for c, t in zip(copies, found, strict=True) if c is not None and c.tensor is t]
@@ -145,7 +145,7 @@ class Group:
                 made = list({id(c.made): c.made for c in kept}.values())
                 self.state = versions, made, found, [c.samples for c in kept]
             return found
-        _, made, kept, samples = self.state
+        _, made, kept, samples = state
         _wait(made, *_stream(self.weights[0].device))
         with torch.no_grad(), below_autograd():
             recast(self.weights, kept, samples, False)

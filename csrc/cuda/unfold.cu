@@ -69,7 +69,7 @@ __device__ __forceinline__ void unfold_block(const Patches& p, int block, uint16
 }
 
 template <int LAST, int EACH>
-__global__ void __launch_bounds__(UnfoldPlan::kThreads) unfold_kernel(const __grid_constant__ Unfold p) {
+__global__ void __launch_bounds__(UnfoldPlan::kThreads, 4) unfold_kernel(const __grid_constant__ Unfold p) {
   begin_chained();
   CMX_DYNAMIC_SHARED(memory);
   uint16_t* const tile = reinterpret_cast<uint16_t*>(memory);
