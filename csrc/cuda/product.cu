@@ -53,6 +53,7 @@ int64_t product_parts(const ProductForward& p, const Gpu& gpu) {
 }
 
 bool product_unfolds(const ProductForward& p, const Gpu& gpu) {
+  if (p.shape.ph == 1 && p.shape.pw == 1) return false;
   return choose_patches(p.shape, product_memory_of(p), p.x, p.x_stride, p.y, p.y_stride, gpu, p.act, has_wgmma(gpu),
                         p.use(), only)
       .unfold.blocks;
