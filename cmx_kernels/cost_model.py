@@ -28,7 +28,7 @@ LAUNCH = 2.0  # us, as in csrc/cuda/cost.h
 
 class _Prediction(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("kernel", "blocks", "threads", "shared_bytes")),
+        *((name, ctypes.c_int) for name in ("kernel", "blocks", "threads", "shared_bytes", "unfolded")),
         *((name, ctypes.c_double) for name in ("bytes", "flop", "floor_us", "predicted_us")),
         *((f"{term}_us", ctypes.c_double) for term in TERMS),
         ("why_not_wgmma", ctypes.c_char_p),
@@ -41,6 +41,7 @@ class Prediction:
     blocks: int
     threads: int
     shared_bytes: int
+    unfolded: bool  # of patches: a kernel lays them out before the product, and is counted too
     bytes: float
     flop: float
     floor_us: float
@@ -151,7 +152,8 @@ def _ask(
         raise ValueError(f"kernel: the one asked for takes no shape {shape} in {dtype}")
     values = {name: getattr(out, name) for name in Prediction.__dataclass_fields__}
     why = None if out.why_not_wgmma is None else out.why_not_wgmma.decode()
-    return Prediction(**{**values, "kernel": kernels[out.kernel], "why_not_wgmma": why})
+    found = {"kernel": kernels[out.kernel], "unfolded": bool(out.unfolded), "why_not_wgmma": why}
+    return Prediction(**{**values, **found})
 
 
 def product_note(device: str, op: str, x: Tensor, weight: Sequence[int], act: str) -> str:
@@ -162,10 +164,11 @@ def product_note(device: str, op: str, x: Tensor, weight: Sequence[int], act: st
         return ""
     last = x.stride(1) == 1 and x.shape[1] > 1
     p = product(known, tuple(x.shape), weight[0], tuple(weight[2:]), kind, act, last)  # type: ignore[arg-type]
+    before = "unfolded, then " if p.unfolded else ""
     if p.kernel == "wgmma":
-        return f"{op}: wgmma"
+        return f"{op}: {before}wgmma"
     why = "" if p.why_not_wgmma is None else f", not wgmma: {p.why_not_wgmma}"
-    return f"{op}: mma.sync {p.kernel}{why}"
+    return f"{op}: {before}mma.sync {p.kernel}{why}"
 
 
 def main() -> None:
@@ -185,6 +188,11 @@ def main() -> None:
     for n in (1, 8, 64, 256):
         for c, size in ((1536, 32), (768, 32), (1024, 16)):
             _print((n, c, size), "1x1", "bfloat16", product(gpu, (n, c, size, size), c))
+    print("patches")
+    for n in (1, 8, 64, 256):
+        for c, size, patch in ((1536, 32, 7), (768, 32, 7), (1024, 16, 14)):
+            p = product(gpu, (n, 3, size * patch, size * patch), c, (patch, patch))
+            _print((n, c, size), f"{patch}x{patch}", "bfloat16", p)
     print("products of training; in us: with their statistics, and as fast a product with a pass for them behind it")
     for c, size in ((1536, 32), (768, 32), (1024, 16)):
         shape = (64, c, size, size)

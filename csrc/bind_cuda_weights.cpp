@@ -51,18 +51,20 @@ Tensor fold_rows(std::vector<Tensor> vectors, double eps) {
                   ", wanted bias, mean, var, gamma and beta of every unit");
   const Tensor& first = vectors[0];
   const int device = first.get_device_index();
+  const int64_t channels = first.dim() ? first.size(0) : 0;
+  const ScalarType dtype = first.scalar_type();
   for (const Tensor& v : vectors)
     STD_TORCH_CHECK(v.is_cuda() && v.get_device_index() == device && v.dim() == 1 && v.is_contiguous() &&
-                        v.size(0) == first.size(0) && v.scalar_type() == first.scalar_type(),
+                        v.size(0) == channels && v.scalar_type() == dtype,
                     "vectors: got ", shape_of(v), " beside ", shape_of(first),
                     ", wanted dense vectors [C] of one device");
   check_runs(device);
   Fold p{};
   p.dtype = dtype_of(first, "vectors"), p.eps = static_cast<float>(eps);
-  p.channels = static_cast<int>(first.size(0));
+  p.channels = static_cast<int>(channels);
   const DeviceGuard guard(device);
   const int64_t units = static_cast<int64_t>(vectors.size() / kEach);
-  Tensor rows = torch::stable::empty({units, 3, first.size(0)}, ScalarType::Float, std::nullopt, first.device());
+  Tensor rows = torch::stable::empty({units, 3, channels}, ScalarType::Float, std::nullopt, first.device());
   if (!rows.numel()) return rows;
   for (int64_t done = 0; done < units; done += p.units) {
     p.units = static_cast<int>(std::min<int64_t>(units - done, Fold::kMost));

@@ -10,6 +10,7 @@ using namespace cmx;
 // As in cmx_kernels/cost_model.py
 struct Prediction {
   int kernel, blocks, threads, shared_bytes;
+  int unfolded;  // patches are, before the product
   double bytes, flop, floor_us, predicted_us, memory_us, issue_us, tensor_us, ffma_us, shared_us;
   const char* why_not_wgmma;  // null: it is, or this GPU has none
 };
@@ -38,6 +39,7 @@ static Prediction prediction(const Shape& s, const Cost& c, const Gpu& gpu, int 
           blocks,
           threads,
           shared_bytes,
+          0,
           bytes_of(s),
           flop_of(s),
           floor_seconds(s, gpu) * 1e6,
@@ -99,19 +101,25 @@ CMX_EXPORT int cmx_cost_product(const char* gpu_name, const int* shape, int chan
   if (!gpu) return 1;
   const ProductShape s{shape[0], shape[1], shape[2], shape[3],
                        shape[4], shape[5], shape[6], static_cast<Dtype>(shape[7])};
-  const auto dense = [&](int64_t c, int64_t h, int64_t w) {
-    return channels_last ? Strides{c * h * w, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
-  };
-  const Strides x = dense(s.c_in, int64_t(s.h) * s.ph, int64_t(s.w) * s.pw), y = dense(s.c_out, s.h, s.w);
-  const ProductMemory m = product_memory_of(nullptr, x, nullptr, nullptr, y, s);
+  const Strides x = dense_strides(s.c_in, int64_t(s.h) * s.ph, int64_t(s.w) * s.pw, channels_last),
+                y = dense_strides(s.c_out, s.h, s.w, channels_last);
   const ProductUse use = static_cast<ProductUse>(shape[9]);
-  const ProductChoice choice = choose_product(s, m, *gpu, static_cast<Act>(shape[8]), true, use);
-  const WgmmaPlan& wgmma = choice.wgmma;
-  *out = wgmma.blocks ? prediction(s, choice.cost, *gpu, kProductTileCount, wgmma.blocks, wgmma.kThreads, wgmma.kShared)
-                      : prediction(s, choice.cost, *gpu, choice.plan.tile, choice.plan.blocks(), kProductThreads,
-                                   choice.plan.shared_bytes);
+  const PatchChoice choice = choose_patches(s, product_memory_of(nullptr, x, nullptr, nullptr, y, s), nullptr, x,
+                                            nullptr, y, *gpu, static_cast<Act>(shape[8]), true, use);
+  const WgmmaPlan& wgmma = choice.product.wgmma;
+  const ProductPlan& plan = choice.product.plan;
+  const Cost& cost = choice.product.cost;
+  *out = wgmma.blocks ? prediction(s, cost, *gpu, kProductTileCount, wgmma.blocks, wgmma.kThreads, wgmma.kShared)
+                      : prediction(s, cost, *gpu, plan.tile, plan.blocks(), kProductThreads, plan.shared_bytes);
   out->bytes = bytes_of(s, use), out->floor_us = floor_seconds(s, *gpu, use) * 1e6;
+  if (choice.unfold.blocks) {
+    const double us = 1e6 / (gpu->multiprocessors * gpu->ghz * 1e9);
+    out->unfolded = 1, out->predicted_us += choice.unfold_cost.seconds(*gpu) * 1e6;
+    out->memory_us += choice.unfold_cost.memory * us,
+        out->issue_us += choice.unfold_cost.idle * choice.unfold_cost.issue * us;
+  }
   if (gpu->arch == 90 && !wgmma.blocks)
-    out->why_not_wgmma = m.why_no_tiles ? m.why_no_tiles : "predicted to be slower for so few pixels and channels";
+    out->why_not_wgmma = choice.memory.why_no_tiles ? choice.memory.why_no_tiles
+                                                    : "predicted to be slower for so few pixels and channels";
   return 0;
 }

@@ -16,7 +16,7 @@ PASSES = ("training_sum", "training_gradient", "training_moments", "training_sum
 WEIGHTS = ("recast", "fold_rows")
 PRODUCTS = ("training_product", "training_product_sums")
 OPERATORS = (
-    *("patch_embed", "depthwise_block", "pointwise_block", "pool_head"),
+    *("patch_embed", "depthwise_block", "pointwise_block", "pool_head", "run_blocks"),
     *(*WEIGHTS, *TRAINING, *PASSES, *PRODUCTS),
 )
 _definitions = torch.library.Library("cmx_emulated", "DEF")

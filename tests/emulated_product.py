@@ -19,6 +19,7 @@ SOURCES = (
     "csrc/cuda/epilogue_inplace.cu",
     "csrc/cuda/recast.cu",
     "csrc/cuda/fold.cu",
+    "csrc/cuda/unfold.cu",
     "csrc/cuda/training_final.cu",
     "tests/emulator/product.cpp",
 )
@@ -174,6 +175,21 @@ def recast(weight: Tensor, copy: Tensor, samples: Tensor, every: bool, *, order:
     kept = _Kept(*_pointers(weight, copy, samples), weight.numel())
     _call("cmx_emulate_recast", order, ctypes.byref(kept), DTYPES.index(copy.dtype), ctypes.c_bool(every))
     return copy
+
+
+def unfold(x: Tensor, weight: Tensor, last: bool, *, order: int = 0, multiprocessors: int = 1) -> tuple[Tensor, Tensor]:
+    """The patches of an image, [N, K, H, W] as planes or channels_last, and its weight [C, K] as rows as long."""
+    n, c, height, width = x.shape
+    c_out, _, ph, pw = weight.shape
+    h, w, k = height // ph, width // pw, -(-c * ph * pw // 8) * 8
+    layout = torch.channels_last if last else torch.contiguous_format
+    patches = torch.empty((n, k, h, w), dtype=x.dtype, memory_format=layout).fill_(torch.nan)
+    rows = torch.full((c_out, k), torch.nan, dtype=x.dtype)
+    numbers = (Int * 7)(n, c, c_out, h, w, ph, pw), (Long * 4)(*x.stride()), (Long * 4)(*weight.stride())
+    _call(
+        "cmx_emulate_unfold", order, *map(Pointer, _pointers(x, patches, weight, rows)), *numbers, last, multiprocessors
+    )
+    return patches, rows
 
 
 def fold(vectors: tuple[Tensor, ...], eps: float, *, order: int = 0) -> Tensor:

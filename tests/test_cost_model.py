@@ -113,8 +113,25 @@ def test_product() -> None:
                     p = cost_model.product(gpu, (n, c_in, h, w), c_out, tuple(patch or (1, 1)), channels_last=last)
                     assert p.blocks > 0
                     assert p.shared_bytes <= SHARED[gpu] << 10
-                    takes = not patch and c_in % 8 == 0 and (c_out if last else h * w) % 8 == 0
+                    whole = p.unfolded if patch else c_in % 8 == 0
+                    takes = whole and (c_out if last else h * w) % 8 == 0
                     assert p.kernel != "wgmma" or (takes and gpu in ("H200", "H100"))
+
+
+def test_patches_are_unfolded() -> None:
+    """For the ConvMixers, whose stems then run as 1x1 products do; not where planes are odd, or patches too large."""
+    for last in (False, True):
+        for c, size, p in ((1536, 32, 7), (768, 32, 7), (1024, 16, 14)):
+            found = cost_model.product("H200", (64, 3, size * p, size * p), c, (p, p), channels_last=last)
+            assert (found.kernel, found.unfolded) == ("wgmma", True)
+            assert found.floor_us < found.predicted_us < 2.5 * found.floor_us
+            training = cost_model.product("H200", (64, 3, size * p, size * p), c, (p, p), use="moments")
+            assert not training.unfolded  # which brings its own
+    assert not cost_model.product("H200", (64, 3, 49, 49), 768, (7, 7)).unfolded
+    assert not cost_model.product("H200", (1, 256, 256, 256), 768, (16, 16)).unfolded
+    image = torch.empty((64, 3, 224, 224), dtype=torch.bfloat16, device="meta")
+    note = cost_model.product_note("NVIDIA H200", "patch_embed", image, (768, 3, 7, 7), "gelu")
+    assert note == "patch_embed: unfolded, then wgmma"
 
 
 @pytest.mark.parametrize(

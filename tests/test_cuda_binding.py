@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import cases
 import emulated
 import emulated_binding
+import emulated_product
 import pytest
 import torch
 import training_cases as problems
@@ -148,6 +149,26 @@ def test_one_product(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 check(getattr(OURS, op)(*args), cases.expect(op, args))
     args = cases.inputs("patch_embed", cases.RAGGED["patch_embed"], BF16)
     check(OURS.patch_embed(*args), cases.expect("patch_embed", args))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unfolded_patches(layout: str) -> None:
+    """Where the cost model says so, of every layout; with a weight that is made longer, and one that is not."""
+    kernels = emulated_product.library()
+    for shape, dtype, unfolds in (
+        ((3, 3, 40, 64, 56, 7, 7), BF16, True),
+        ((2, 4, 24, 37, 70, 4, 8), F16, True),
+        ((2, 3, 40, 21, 21, 7, 7), BF16, layout == "channels_last"),  # planes of 9 pixels: no 16 bytes anywhere
+        ((3, 3, 40, 64, 56, 7, 7), F32, False),
+    ):
+        args = cases.inputs("patch_embed", shape, dtype)
+        args = (cases.LAYOUTS[layout](args[0]), *args[1:])
+        emulated.launched(kernels)
+        out = OURS.patch_embed(*args)
+        assert any(v for k, v in emulated.launched(kernels).items() if k.startswith("unfold")) == unfolds
+        check(out, cases.expect("patch_embed", args), f"{shape}")
+        assert out.stride() == promised("patch_embed", args).stride()
+    assert launches()
 
 
 # ---- training

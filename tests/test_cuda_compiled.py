@@ -87,6 +87,9 @@ def test_instructions(lines: list[str]) -> None:
             assert facts["load16"] > 0 or not wide, f"{arch} {name} has no 16-byte load"
         elif name.startswith(("training", "recast", "fold", "activation")):
             assert facts["HMMA"] == 0
+        elif name.startswith("unfold"):
+            assert facts["HMMA"] == 0
+            assert facts["copy16"] > 0 and facts["store16"] > 0, f"{arch} {name} copies or stores less than 16 bytes"
         elif "wgmma" in name:  # two products for 16 of a step; 3 tiles in, 2 or 4 out
             wanted = {"HMMA": 0, "LDSM": 0, "HGMMA": 8, "TMA": 7 if name.endswith("1>") else 5, "proxy": 2}
             wanted["membar"] = 3  # where clusters meet, and not in a step
@@ -130,7 +133,7 @@ def test_activations(lines: list[str]) -> None:
 
 def test_chained_kernels(lines: list[str]) -> None:
     """launch() may start a kernel early: one without begin_chained would read what is not yet written."""
-    chained = ("depthwise", "product", "pool", "head")
+    chained = ("depthwise", "product", "pool", "head", "unfold")
     for (arch, name), facts in _kernels(lines).items():
         assert facts["chain"] == (2 if arch == "sm_90a" and name.startswith(chained) else 0), f"{arch} {name}: {facts}"
         assert facts["early"] == 0, f"{arch} {name} touches memory before begin_chained: {facts}"
@@ -140,7 +143,7 @@ def test_every_instantiation_is_there(lines: list[str]) -> None:
     kernels = _kernels(lines)
     names = {name for _, name in kernels}
     depthwise = 2 * 3 * 5 + 2 * (2 * 2 * 4) + 2 * 2 * 2 + 2 * 2
-    product, other = 2 * (2 * 3 + 1) + 2 * 2, 3 * 3 + 2 * 2 + 3 * 4 + 2 + 3
+    product, other = 2 * (2 * 3 + 1) + 2 * 2, 3 * 3 + 2 * 2 + 3 * 4 + 2 + 3 + 3
     activations = len(cost_model.ACTS) * 3
     assert len(names) == depthwise + product + other + activations
     assert set(kernels) == {(arch, name) for arch in cuda_facts.ARCHS for name in names}

@@ -20,6 +20,7 @@ from product_checks import check_passes
 from test_cuda_training_products import EMULATED
 from torch import Tensor
 
+from cmx_kernels.ops import training_products as products
 from cmx_kernels.ops.batchnorm import fold_all
 
 pytestmark = [emulated.needs(emulated.library), emulated.needs(emulated_product.library)]
@@ -123,6 +124,11 @@ def test_product() -> None:
             check_equal(emulated_product.recast(weight, copy, samples, True, order=order), weight.to(dtype))
             weight[8192] += 1  # sampled: the first of the second run
             check_equal(emulated_product.recast(weight, copy, samples, False, order=order), weight.to(dtype))
+    for last, width in ((False, 24), (False, 15), (True, 24)):
+        x, weight = torch.randn(2, 3, 10, width).to(BF16), torch.randn(5, 3, 2, 3).to(BF16)
+        wanted = products._patches(x, weight, last)
+        for order in emulated.ORDERS:
+            check_equal(emulated_product.unfold(x, weight, last, order=order)[0], wanted)
     for dtype in cases.DTYPES:
         bias, mean, var, gamma, beta = vectors = tuple(torch.rand(5, 300).to(dtype))
         scale, shift = fold_all([(mean, var, gamma, beta)], [1e-5])[0]

@@ -7,7 +7,7 @@ import emulated
 import planted
 import pytest
 
-NAMES = ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace", "recast")
+NAMES = ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace", "recast", "unfold")
 FILES = {name: f"csrc/cuda/{name}.cu" for name in NAMES}
 SOURCES = (*FILES.values(), "tests/emulator/sanitized_product.cpp")
 
@@ -87,6 +87,8 @@ PLANTED = {  # what: file, layout, old, new, checker, what it says
         "values",
         "has exited",
     ),
+    "patches that are not yet there": ("unfold", "unfold", "  __syncthreads();\n", "", "thread", "data race"),
+    "zeros that are read": ("unfold", "unfold", "(LAST ? e : 0) < k_end ?", "e < 2 * k_end ?", "values", "wrong"),
     "no barrier in the pool": ("pool_head", "pool", "  __syncthreads();\n", "", "thread", "data race"),
 }
 

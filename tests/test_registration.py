@@ -44,7 +44,8 @@ def test_opcheck_dtypes(op: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ("block_stack", "block_stack with a head", "depthwise_packed", "pack_depthwise", "pack_pointwise")
+    "name",
+    ("block_stack", "block_stack with a head", "run_blocks", "depthwise_packed", "pack_depthwise", "pack_pointwise"),
 )
 def test_opcheck_of_the_stack(isa: str, name: str) -> None:
     weights = (torch.randn(19, 1, 3, 3), torch.randn(19, 19, 1, 1))
@@ -54,6 +55,7 @@ def test_opcheck_of_the_stack(isa: str, name: str) -> None:
     args = {
         "block_stack": (torch.randn(2, 19, 5, 7), packed.tensors, 19, [], [3, 3], "gelu", False),
         "block_stack with a head": (torch.randn(2, 19, 5, 7), packed.tensors, 19, [], [3, 3], "gelu", True, *head),
+        "run_blocks": (torch.randn(2, 19, 5, 7), weights, torch.randn(2, 3, 19), 2, "gelu", False),
         "depthwise_packed": (torch.randn(2, 19, 5, 7), *packed.tensors[:2], [3, 3], "gelu", True),
         "pack_depthwise": (weights[0],),
         "pack_pointwise": (weights[1].flatten(1),),

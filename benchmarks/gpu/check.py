@@ -38,7 +38,7 @@ from cmx_kernels import _build_info, cuda
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {  # under sanitizers: main, and the kernels it calls
     "sanitized": tuple(f"depthwise_fwd_{kernel}" for kernel in ("ffma", "mma", "mma_plane", "mma_last")),
-    "sanitized_product": ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace", "recast"),
+    "sanitized_product": ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace", "recast", "unfold"),
     "sanitized_training": (
         *(f"depthwise_{kernel}" for kernel in ("fwd_ffma", "fwd_mma", "fwd_mma_plane", "fwd_mma_last")),
         *(f"depthwise_{kernel}" for kernel in ("bwd_ffma", "bwd_mma", "fwd")),

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmx_kernels.ops.batchnorm import constants
+from cmx_kernels.ops.batchnorm import alike, constants, fold_rows
 from cmx_kernels.ops.block_stack import ConvParams
 from cmx_kernels.ops.depth_first import Blocks
-from cmx_kernels.ops.kept_weights import converted
+from cmx_kernels.ops.kept_weights import Group, converted
 
 Stores = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # of a convolution and its BatchNorm: their __dict__
 
@@ -34,6 +34,20 @@ class Parameters:
             if any(v is not None and (v.shape != shape[:1] or v.device != x.device) for v in (bias, *norm)):
                 return False
         return True
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Remember for rows() what does not change while the tensors are where they are."""
+        weights, biases = zip(*self.convs, strict=True)
+        self.weights = [weight.detach() for weight in weights]
+        self.same = {weight.dtype for weight in weights} == {dtype}
+        self.group = Group(weights, dtype)
+        self.vectors = alike(biases, self.norms, self.eps)
+
+    def rows(self) -> tuple[Sequence[Tensor], Tensor] | None:
+        """Weights in that dtype, and the rest folded, [units, 3, C]; None where one launch cannot fold all units."""
+        if self.vectors is None:
+            return None
+        return self.weights if self.same else self.group.converted(), fold_rows(self.vectors, self.eps[0])
 
     def layers(self, dtype: torch.dtype, stem: bool) -> tuple[ConvParams | None, Blocks]:
         """Weights in ``dtype``, the rest folded in float32: of the stem, if there is one, and of each block."""

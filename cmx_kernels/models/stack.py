@@ -15,7 +15,7 @@ from cmx_kernels.models.parameters import Parameters
 from cmx_kernels.models.structure import Refusal
 from cmx_kernels.models.units import Parts, Units
 from cmx_kernels.ops import block_stack, depth_first
-from cmx_kernels.ops.block_stack import PackedCache, PackedStack
+from cmx_kernels.ops.block_stack import PackedCache, PackedStack, places
 from cmx_kernels.ops.checks import autocast, memory_format
 
 STATE = "_cmx"  # the one entry a fused module has in its __dict__
@@ -49,6 +49,7 @@ class Stack(Units):
         self.always_batch = any(norm.running_mean is None or norm.running_var is None for norm in norms)
         self.count = len(self.all_tensors())
         self.cache = PackedCache()
+        self.found: tuple[Any, Parameters | None, Any] | None = None  # by _parameters
         self.lines = _lines(self.watched, self.all_tensors())
 
     def tensors(self, owner: nn.Module) -> list[Tensor] | None:
@@ -92,7 +93,7 @@ class Stack(Units):
         (x,) = autocast(x)
         trains = self.trains(x, tensors)
         if self.obstacle(x, trains) is not None:
-            y = None if trains else self._depth_first(x)
+            y = None if trains else self._depth_first(x, tensors)
             y = nn.functional.adaptive_avg_pool2d(y, 1).flatten(1) if pool and y is not None else y
         elif trains:
             y = self.train(x, pool)
@@ -128,18 +129,36 @@ class Stack(Units):
         return min(self.micro_batch or len(x), len(x)), y
 
     @torch.no_grad()
-    def _depth_first(self, x: Tensor) -> Tensor | None:
+    def _depth_first(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
         found = self.micro_batch_of(x)
         if found is None:
             return None
         ops = (*(("patch_embed",) if self.stem else ()), "depthwise_block", "pointwise_block")
-        kernels = depth_first.kernels(x, found[1], dict(zip(ops, self.shapes, strict=False)), self.act)
-        if kernels is None:
+        m, y = found
+        chosen = depth_first.backends_of(x, y, dict(zip(ops, self.shapes, strict=False)), self.act)
+        now = None if chosen is None else self._parameters(x, tensors)
+        if chosen is None or now is None:
             return None
-        now = Parameters(self.stores)
-        if not now.fit(self.shapes, x, torch.is_autocast_enabled(x.device.type)):
-            return None
-        return depth_first.run(x, *found, kernels, self.act, *now.layers(x.dtype, bool(self.stem)))
+        rows = now.rows() if depth_first.in_one_call(chosen) else None
+        if rows is not None:
+            y.untyped_storage().resize_(0)  # the call makes its own
+            return depth_first.run_blocks(x, *rows, m, self.act, bool(self.stem))
+        kernels = depth_first.kernels(chosen)
+        return depth_first.run(x, m, y, kernels, self.act, *now.layers(x.dtype, bool(self.stem)))
+
+    def _parameters(self, x: Tensor, tensors: Sequence[Tensor]) -> Parameters | None:
+        """Those for ``x``, looked up again when one is another tensor or elsewhere; None where they do not fit."""
+        mixed = torch.is_autocast_enabled(x.device.type)
+        state = (x.dtype, x.device, mixed, list(map(id, tensors)), places(tensors))
+        found = self.found  # read once: other threads may write it
+        if found is None or found[0] != state:
+            now = Parameters(self.stores)
+            fit = now.fit(self.shapes, x, mixed)
+            if fit:
+                now.prepare(x.dtype)
+            # held, so that neither an identity nor an address is given to another one
+            self.found = found = state, now if fit else None, [(t, t.detach()) for t in tensors]
+        return found[1]
 
     @torch.no_grad()
     def _pack(self, x: Tensor, mixed: bool) -> PackedStack | None:

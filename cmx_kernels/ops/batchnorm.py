@@ -97,14 +97,25 @@ _fold_rows = define(
 ).default
 
 
-def constants(biases: Vectors, norms: Sequence[Vectors], eps: Sequence[float]) -> list[tuple[Tensor | None, ...]]:
-    """bias, scale and shift of every unit in float32; of equal ones on a GPU in one launch."""
+def alike(biases: Vectors, norms: Sequence[Vectors], eps: Sequence[float]) -> list[Tensor] | None:
+    """What fold_rows takes of all units; None where they are not equal but for their values, or not on a GPU."""
     vectors = [v for bias, norm in zip(biases, norms, strict=True) for v in (bias, *norm)]
     given = [v for v in vectors if v is not None and v.dtype != torch.float64 and v.is_contiguous()]
-    alike = len(given) == len(vectors) and len({(v.dtype, v.shape) for v in given}) == len(set(eps)) == 1
-    if alike and _on_gpu(given[0]):
-        with torch.no_grad(), below_autograd():
-            rows = _fold_rows(given, eps[0]).flatten(0, 1).unbind()
+    same = len(given) == len(vectors) and len({(v.dtype, v.shape) for v in given}) == len(set(eps)) == 1
+    return given if same and _on_gpu(given[0]) else None
+
+
+def fold_rows(vectors: Sequence[Tensor], eps: float) -> Tensor:
+    """[units, 3, C] bias, scale and shift of vectors that are alike(), in one launch"""
+    with torch.no_grad(), below_autograd():
+        return _fold_rows(vectors, eps)
+
+
+def constants(biases: Vectors, norms: Sequence[Vectors], eps: Sequence[float]) -> list[tuple[Tensor | None, ...]]:
+    """bias, scale and shift of every unit in float32; of equal ones on a GPU in one launch."""
+    given = alike(biases, norms, eps)
+    if given is not None:
+        rows = fold_rows(given, eps[0]).flatten(0, 1).unbind()
         return list(zip(rows[::3], rows[1::3], rows[2::3], strict=True))
     folded = zip(float_rows(biases), fold_all(norms, eps), strict=True)
     return [(bias, *affine) for bias, affine in folded]

@@ -187,9 +187,7 @@ class PackedCache:
 
     def get(self, tensors: Sequence[Tensor], key: Hashable, build: Callable[[], Any]) -> Any:
         """``build()``, or what it returned last time; RuntimeError if a tensor comes from torch.inference_mode()."""
-        contiguous = all(map(Tensor.is_contiguous, tensors))
-        strides = None if contiguous else list(map(Tensor.stride, tensors))
-        now = (key, registry.packing(), strides, list(map(Tensor.data_ptr, tensors)), list(map(_version, tensors)))
+        now = (key, registry.packing(), places(tensors), list(map(_version, tensors)))
         state = self._state
         if state is None or state[0] != now or not state[1].unchanged():
             samples = registry.C.Samples([place for tensor in tensors for place in _places(tensor)])
@@ -204,6 +202,12 @@ class PackedCache:
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return PackedCache, ()
+
+
+def places(tensors: Sequence[Tensor]) -> tuple[Any, list[int]]:
+    """Strides and addresses: another view of the same memory is another place."""
+    contiguous = all(map(Tensor.is_contiguous, tensors))
+    return None if contiguous else list(map(Tensor.stride, tensors)), list(map(Tensor.data_ptr, tensors))
 
 
 _version = attrgetter("_version")

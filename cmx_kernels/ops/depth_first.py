@@ -9,6 +9,7 @@ the strides of the whole batch's, so what it computes for an image depends on m 
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -16,11 +17,53 @@ from torch import Tensor
 from cmx_kernels import backends, cost_model, micro_batches, profiling, tuned
 from cmx_kernels.ops.block_stack import ConvParams
 from cmx_kernels.ops.checks import memory_format
-from cmx_kernels.registry import below_autograd
+from cmx_kernels.registry import below_autograd, define
 
 OP, WHOLE, PARTS = "depth_first", "whole", "parts"  # by which tune() knows it, and what it may measure as faster
 Blocks = Sequence[tuple[ConvParams, ConvParams]]
 Kernels = dict[str, Callable[..., Tensor]]
+
+
+def _fake(x: Tensor, weights: Sequence[Tensor], constants: Tensor, images: int, act: str, stem: bool) -> Tensor:
+    c, _, p, q = weights[0].shape
+    h, w = (x.shape[2] // p, x.shape[3] // q) if stem else x.shape[2:]
+    return torch.empty((x.shape[0], c, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _reference(x: Tensor, weights: Sequence[Tensor], constants: Tensor, images: int, act: str, stem: bool) -> Tensor:
+    for i, (weight, rows) in enumerate(zip(weights, constants, strict=True)):
+        if stem and i == 0:
+            x = torch.ops.cmx.patch_embed(x, weight, *rows, act)
+        elif (i - stem) % 2 == 0:
+            x = torch.ops.cmx.depthwise_block(x, weight, *rows, act, True)
+        else:
+            x = torch.ops.cmx.pointwise_block(x, weight, *rows, act)
+    return x
+
+
+def _flops(
+    x: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    constants: Sequence[int],
+    images: int,
+    act: str,
+    stem: bool,
+    *,
+    out_shape: Sequence[int],
+) -> int:
+    pixels = out_shape[0] * out_shape[2] * out_shape[3]
+    return 2 * pixels * sum(prod(weight) for weight in weights)
+
+
+# The CUDA kernels one after the other, launched from C++: Python would take longer than they do for a few images.
+# weights: of patch_embed first if there is a stem, then of both halves of every block; constants [len(weights), 3, C]
+_run_blocks = define(
+    "run_blocks",
+    "(Tensor x, Tensor[] weights, Tensor constants, int images, str act, bool stem) -> Tensor",
+    _fake,
+    _reference,
+    flops=_flops,
+).default
 
 
 def images(y: Tensor, depth: int, kernel: tuple[int, ...], act: str) -> int:
@@ -46,19 +89,36 @@ def _gpu(device: int) -> str | None:
     return cost_model.named(torch.cuda.get_device_name(device))
 
 
-def kernels(x: Tensor, y: Tensor, sizes: Mapping[str, Sequence[int]], act: str) -> Kernels | None:
-    """What runs each operator, the first on ``x`` and the others on ``y``; None where one has no kernel for it.
+def backends_of(x: Tensor, y: Tensor, sizes: Mapping[str, Sequence[int]], act: str) -> dict[str, str] | None:
+    """The backend of each operator, the first on ``x`` and the others on ``y``; None where one has no kernel for it.
 
     sizes: shapes of the operators' weights, of patch_embed first if there is a stem.
     """
-    found: Kernels = {}
+    found: dict[str, str] = {}
     for op, size in sizes.items():
-        backend = backends.select(op, y if found else x, act, quiet=True, weight=size)
-        if backend == "reference":
+        found[op] = backends.select(op, y if found else x, act, quiet=True, weight=size)
+        if found[op] == "reference":
             return None
+    return found
+
+
+def kernels(chosen: Mapping[str, str]) -> Kernels:
+    """What runs each operator on its backend."""
+    found: Kernels = {}
+    for op, backend in chosen.items():
         kernel = getattr(torch.ops.cmx, op)
         found[op] = functools.partial(profiling.call, backends.function(backend, op, kernel, kernel), op, backend)
     return found
+
+
+def in_one_call(chosen: Mapping[str, str]) -> bool:
+    return all(backend == "cuda" for backend in chosen.values())
+
+
+def run_blocks(x: Tensor, weights: Sequence[Tensor], constants: Tensor, m: int, act: str, stem: bool) -> Tensor:
+    """As :func:`run`, where all operators are CUDA kernels, in one call; constants: from batchnorm.fold_rows."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), below_autograd():
+        return profiling.call(_run_blocks, "run_blocks", "cuda", x, weights, constants, max(m, 1), act, stem)
 
 
 def run(x: Tensor, m: int, y: Tensor, kernels: Kernels, act: str, stem: ConvParams | None, blocks: Blocks) -> Tensor:

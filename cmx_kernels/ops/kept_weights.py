@@ -91,17 +91,13 @@ def _is_dense(weight: Tensor) -> bool:
 
 
 def _kept(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    device = weights[0].device
-    stream: Any = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    capturing = stream is not None and _is_capturing(device)
+    stream, capturing = _stream(weights[0].device)
     copies = [(_copies.get(w) or {}).get(dtype) for w in weights]
     seen = [(w.data_ptr(), w._version, w.device, w.stride()) for w in weights]
     old = [i for i, copy in enumerate(copies) if copy is None or copy.seen != seen[i]]
     if capturing and old:  # what is made within a graph has no values before its first replay
         return [w.detach().to(dtype) for w in weights]
-    for first, event in {id(copy.made): copy.made for copy in copies if copy is not None}.values():
-        if first != stream and not capturing:  # whoever captures has synchronised before
-            stream.wait_event(event)
+    _wait({id(copy.made): copy.made for copy in copies if copy is not None}.values(), stream, capturing)
     fresh = [_refitted(w, copy, dtype) for w, copy in zip(weights, copies, strict=True)]
     with below_autograd():
         recast(weights, [c.tensor for c in fresh], [c.samples for c in fresh], bool(old))
@@ -111,6 +107,49 @@ def _kept(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
             copy.seen, copy.made = seen[i], made
             _copies.setdefault(weight, {})[dtype] = copy
     return [copy.tensor for copy in fresh]
+
+
+def _stream(device: torch.device) -> tuple[Any, bool]:
+    """The current one, and whether a graph captures it."""
+    stream: Any = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return stream, stream is not None and _is_capturing(device)
+
+
+def _wait(made: Iterable[tuple[Any, Any]], stream: Any, capturing: bool) -> None:
+    for first, event in made:
+        if first != stream and not capturing:  # whoever captures has synchronised before
+            stream.wait_event(event)
+
+
+class Group:
+    """Weights that are converted together in every call: their copies are looked up only after a change of one.
+
+    The caller makes another group when one of them has another place in memory.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.weights, self.dtype = weights, dtype
+        self.all_kept = all(_is_kept(w, dtype) for w in weights)
+        self.state: tuple[Any, ...] = (None,)  # versions; of the copies who made them, tensors and samples
+
+    def converted(self) -> list[Tensor]:
+        """As converted() of the weights."""
+        if not self.all_kept:
+            return converted(self.weights, self.dtype)
+        versions, state = [w._version for w in self.weights], self.state  # read once: other threads may write it
+        if versions != state[0]:
+            found = converted(self.weights, self.dtype)
+            copies = [(_copies.get(w) or {}).get(self.dtype) for w in self.weights]
+            kept = [c for c, t in zip(copies, found, strict=True) if c is not None and c.tensor is t]
+            if len(kept) == len(found):  # not while a graph is captured whose weights have changed
+                made = list({id(c.made): c.made for c in kept}.values())
+                self.state = versions, made, found, [c.samples for c in kept]
+            return found
+        _, made, kept, samples = state
+        _wait(made, *_stream(self.weights[0].device))
+        with torch.no_grad(), below_autograd():
+            recast(self.weights, kept, samples, False)
+        return kept
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -16,6 +16,8 @@ namespace cmx {
 
 namespace {
 
+bool has_wgmma(const Gpu& gpu) { return gpu.arch == 90 && product_wgmma_runs(); }
+
 // run(call, choice) for one launch after the other, each with its images
 template <class F>
 cudaError_t each_launch(const ProductForward& p, const Gpu& gpu, const F& run) {
@@ -30,8 +32,7 @@ cudaError_t each_launch(const ProductForward& p, const Gpu& gpu, const F& run) {
     part.y = static_cast<char*>(p.y) + n * p.y_stride.n * element;
     if (p.like) part.like = static_cast<const char*>(p.like) + n * p.y_stride.n * element;
     const ProductMemory m = product_memory_of(part);
-    const bool has_wgmma = gpu.arch == 90 && product_wgmma_runs();
-    const ProductChoice choice = choose_product(part.shape, m, gpu, p.act, has_wgmma, p.use(), only);
+    const ProductChoice choice = choose_product(part.shape, m, gpu, p.act, has_wgmma(gpu), p.use(), only);
     if (only != kEveryProduct && !choice.wgmma.blocks && !choice.plan.blocks()) return cudaErrorNotSupported;
     if (cudaError_t error = run(part, choice)) return error;
   }
@@ -49,6 +50,13 @@ int64_t product_parts(const ProductForward& p, const Gpu& gpu) {
     return cudaSuccess;
   });
   return parts;
+}
+
+bool product_unfolds(const ProductForward& p, const Gpu& gpu) {
+  if (p.shape.ph == 1 && p.shape.pw == 1) return false;
+  return choose_patches(p.shape, product_memory_of(p), p.x, p.x_stride, p.y, p.y_stride, gpu, p.act, has_wgmma(gpu),
+                        p.use(), only)
+      .unfold.blocks;
 }
 
 cudaError_t product_fwd(const ProductForward& p, const Gpu& gpu, cudaStream_t stream) {

@@ -31,6 +31,9 @@ inline ProductMemory product_memory_of(const ProductForward& p) {
 // 16-bit types. Enqueues on `stream`, on the current device; neither allocates nor waits.
 cudaError_t product_fwd(const ProductForward& p, const Gpu& gpu, cudaStream_t stream);
 
+// Whether its patches are to be unfolded first (unfold.h), which leaves a product of 1x1.
+bool product_unfolds(const ProductForward& p, const Gpu& gpu);
+
 // The parts of its statistics. `partials`: any address, to say that they are wanted.
 int64_t product_parts(const ProductForward& p, const Gpu& gpu);
 

@@ -29,6 +29,12 @@ inline double output_instructions(const ProductShape& s, Act act, ProductUse use
   return 0;
 }
 
+// Factor of the last round, and of multiprocessors with a single block of the `resident` ones: two fill the pipes
+inline double rounds(double blocks, double resident, const Gpu& gpu) {
+  const double of_sm = std::ceil(blocks / gpu.multiprocessors);
+  return of_sm * gpu.multiprocessors / blocks * std::fmax(1, 2 / std::fmin(of_sm, resident));
+}
+
 // Terms of one block, its steps along k and its epilogue
 inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, const Gpu& gpu,
                          ProductUse use = ProductUse::inference) {
@@ -38,13 +44,11 @@ inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, c
   const double mma = outputs * t.depth / 2048;
   const double ldsm = t.depth / 16. * t.warps() * (t.warp_rows / 16. + t.warp_columns / 16.);
   const bool gather = p.layout == ProductLayout::gather;
-  const double copies = 2. * t.depth *
-                        (t.rows * (p.a_bytes == 2 ? 8. : 4.) / p.a_bytes + t.columns *
-                                                                               (gather           ? 9.
-                                                                                : p.b_bytes == 2 ? 8.
-                                                                                                 : 4.) /
-                                                                               p.b_bytes) /
-                        32;
+  // of an access; 9 instructions where numbers are gathered, which on an H200 take the time of so many
+  const auto access = [&](int bytes, bool gathered) { return gathered ? 64. : bytes == 2 ? 8. : 4.; };
+  const double copies =
+      2. * t.depth / 32 *
+      (t.rows * access(p.a_bytes, false) / p.a_bytes + t.columns * access(p.b_bytes, gather) / p.b_bytes);
   const double sums = (t.slices() - 1) * outputs / 32 / t.slices() * 2;  // to shared memory and back
   const double per_output = output_instructions(s, act, use) + 5 + (p.y_bytes == 16 ? 1 : 24. / p.y_bytes);
   Cost c{};
@@ -53,10 +57,7 @@ inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, c
   c.tensor = blocks * steps * mma / rates.tensor;
   c.issue = blocks * (steps * (mma + ldsm + copies + 4 * 25) + outputs / 32 * per_output + sums + 4 * 300) / 4;
   c.shared = blocks * (steps * (4 * ldsm + t.stage_bytes() / 128.) + outputs / 32 + sums);
-  const double of_sm = std::ceil(blocks / gpu.multiprocessors);
-  const double resident = blocks_at_once(p.shared_bytes, t.blocks_per_sm, gpu);
-  c.idle =
-      of_sm * gpu.multiprocessors / blocks * std::fmax(1, 2 / std::fmin(of_sm, resident));  // 8 warps fill the pipes
+  c.idle = rounds(blocks, blocks_at_once(p.shared_bytes, t.blocks_per_sm, gpu), gpu);
   return c;
 }
 
@@ -104,6 +105,46 @@ inline ProductChoice choose_product(const ProductShape& s, const ProductMemory& 
   const Cost cost = wgmma_cost(s, act, plan, gpu, use);
   if (!best.plan.blocks() || cost.cycles() < best.cost.cycles()) best.wgmma = plan, best.cost = cost;
   return best;
+}
+
+// What unfolding takes. Instructions of a number that is stored: counted in the SASS of sm_90a.
+inline Cost unfold_cost(const ProductShape& s, const UnfoldPlan& p, const Gpu& gpu) {
+  const double patches = double(s.n) * s.plane(), weight = s.k() % 8 ? s.c_out : 0;
+  const double read = (patches + weight) * s.k(), stored = (patches + weight) * unfolded(s).c_in;
+  Cost c{};
+  c.memory = 2 * (read + stored) / (gpu.tb_per_s * 1e12) * gpu.multiprocessors * gpu.ghz * 1e9;
+  c.issue = (read * (p.vector_loads ? 10 : 18) + stored * (p.each == 8 ? 17 : 90)) / 32 / 4;
+  c.shared = (read / 16 + stored * (p.each == 8 ? 2 : 1)) / 32;
+  c.idle = rounds(p.blocks, blocks_at_once(p.shared_bytes, 4, gpu), gpu);
+  return c;
+}
+
+// Patches: gathered by the product, or unfolded first
+struct PatchChoice {
+  UnfoldPlan unfold;  // no blocks: gathered
+  Cost unfold_cost;
+  ProductChoice product;  // of s, or of unfolded(s)
+  ProductMemory memory;   // of its operands
+};
+
+// As choose_product, for a product of patches at `x`
+inline PatchChoice choose_patches(const ProductShape& s, const ProductMemory& m, const void* x, const Strides& xs,
+                                  const void* y, const Strides& ys, const Gpu& gpu, Act act, bool has_wgmma = true,
+                                  ProductUse use = ProductUse::inference, int only = kEveryProduct) {
+  const PatchChoice gathered{{}, {}, choose_product(s, m, gpu, act, has_wgmma, use, only), m};
+  if ((s.ph == 1 && s.pw == 1) || use != ProductUse::inference) return gathered;
+  const ProductShape u = unfolded(s);
+  const bool last = is_last(ys);
+  PatchChoice found{unfold_plan(s, x, xs, last, gpu), {}, {}, {}};
+  if (!found.unfold.blocks) return gathered;
+  found.unfold_cost = unfold_cost(s, found.unfold, gpu);
+  found.memory = product_memory_of(nullptr, dense_strides(u.c_in, u.h, u.w, last), nullptr, y, ys, u);
+  if (found.memory.layout == ProductLayout::gather) return gathered;
+  found.product = choose_product(u, found.memory, gpu, act, has_wgmma, use, only);
+  const auto none = [](const ProductChoice& c) { return !c.plan.blocks() && !c.wgmma.blocks; };
+  if (none(found.product)) return gathered;
+  const double seconds = found.unfold_cost.seconds(gpu) + found.product.cost.seconds(gpu);
+  return none(gathered.product) || seconds < gathered.product.cost.seconds(gpu) ? found : gathered;
 }
 
 }  // namespace cmx

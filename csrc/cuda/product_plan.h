@@ -142,6 +142,57 @@ inline ProductPlan product_plan(const ProductShape& s, const ProductMemory& m, i
   return p;
 }
 
+// ---- patches unfolded beforehand to rows of 16 bytes: unfold.cu
+
+// The product that is left, whose patches are 1x1
+inline ProductShape unfolded(ProductShape s) {
+  s.c_in = static_cast<int>(round_up(s.k(), 8)), s.ph = s.pw = 1;
+  return s;
+}
+
+inline Strides dense_strides(int64_t c, int64_t h, int64_t w, bool channels_last) {
+  return channels_last ? Strides{c * h * w, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
+}
+
+inline bool is_last(const Strides& s) { return s.c == 1 && s.w != 1; }
+
+// A block takes `columns` patches of a row of patches: the rows (c, a) of their pixels meet in shared memory.
+struct UnfoldPlan {
+  static constexpr int kThreads = 256, kShared = 48 << 10;
+  static constexpr int kLeast = 8;  // columns that are not divided
+
+  int columns, tiles;  // tiles: of a row of patches
+  int pitch;           // of a row in shared memory, in numbers: 16 bytes more than whole rounds of its banks
+  bool vector_loads;   // by 16 bytes
+  int each;            // numbers of a store: 8, or 1
+  int blocks;          // 0: not for this kernel
+  int shared_bytes;
+};
+
+// `from`, `strides`: of the image. `last`: patches become channels_last
+inline UnfoldPlan unfold_plan(const ProductShape& s, const void* from, const Strides& strides, bool last,
+                              const Gpu& gpu) {
+  UnfoldPlan p{};
+  const int64_t rows = int64_t(s.c_in) * s.ph;
+  const auto set = [&](int64_t columns) {
+    p.columns = static_cast<int>(columns), p.tiles = static_cast<int>(ceil_div(s.w, columns));
+    p.pitch = static_cast<int>(round_up(columns * s.pw - 8, 64) + 8);
+  };
+  const auto blocks = [&] { return int64_t(s.n) * s.h * p.tiles; };
+  const auto bytes = [&] { return 2 * rows * p.pitch; };
+  if (!rows || s.k() > INT32_MAX / 2) return p;
+  set(s.w);
+  while (p.columns > p.kLeast && (bytes() > p.kShared || blocks() < 2 * gpu.multiprocessors))
+    set(round_up(ceil_div(p.columns, 2), p.kLeast));
+  if (bytes() > p.kShared || blocks() > INT32_MAX) return UnfoldPlan{};
+  p.blocks = static_cast<int>(blocks()), p.shared_bytes = static_cast<int>(bytes());
+  p.each = last || s.w % 8 == 0 ? 8 : 1;
+  const int64_t begin = p.tiles > 1 ? int64_t(p.columns) * s.pw : 0;
+  p.vector_loads =
+      strides.w == 1 && access_bytes(from, {strides.n, strides.c, strides.h, int64_t(s.w) * s.pw, begin}, 2) == 16;
+  return p;
+}
+
 // ---- sm_90a: product_wgmma.cu. As many blocks as multiprocessors take tiles of D in turns, pairs of blocks (clusters) pairs
 // of tiles that share their channels.
 

@@ -48,14 +48,10 @@ bool product_wgmma_runs() { return true; }
 
 #define CMX_SHOWN extern "C" __attribute__((visibility("default"))) void
 
-static Strides dense(int64_t c, int64_t h, int64_t w, bool channels_last) {
-  return channels_last ? Strides{c * h * w, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
-}
-
 // `gpu`: its place in kGpus. `shape`: n c h w kh kw dtype act. `found`: kernel, blocks
 CMX_SHOWN cmx_chosen_depthwise(int gpu, const int* shape, bool channels_last, bool backward, int* found) {
   const DepthwiseShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], static_cast<Dtype>(shape[6])};
-  const Strides strides = dense(s.c, s.h, s.w, channels_last);
+  const Strides strides = dense_strides(s.c, s.h, s.w, channels_last);
   DepthwiseForward forward{};
   DepthwiseGradients gradients{};
   forward.shape = gradients.shape = s, forward.act = gradients.act = static_cast<Act>(shape[7]);
@@ -73,8 +69,12 @@ CMX_SHOWN cmx_chosen_product(int gpu, const int* shape, bool channels_last, int 
   p.partials = use ? memory : nullptr, p.like = use == 2 ? memory : nullptr;
   p.shape = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], static_cast<Dtype>(shape[7])};
   p.act = static_cast<Act>(shape[8]);
-  p.x_stride = dense(shape[1], int64_t(shape[3]) * shape[5], int64_t(shape[4]) * shape[6], channels_last);
-  p.y_stride = dense(shape[2], shape[3], shape[4], channels_last);
+  p.x_stride = dense_strides(shape[1], int64_t(shape[3]) * shape[5], int64_t(shape[4]) * shape[6], channels_last);
+  p.y_stride = dense_strides(shape[2], shape[3], shape[4], channels_last);
+  if (product_unfolds(p, kGpus[gpu].gpu)) {  // as the binding does
+    p.shape = unfolded(p.shape);
+    p.x_stride = dense_strides(p.shape.c_in, p.shape.h, p.shape.w, channels_last);
+  }
   product_fwd(p, kGpus[gpu].gpu, nullptr);
   found[0] = kernel, found[1] = blocks;
   statistics[0] = product_parts(p, kGpus[gpu].gpu), statistics[1] = partials - p.partials;

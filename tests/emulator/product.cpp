@@ -8,6 +8,7 @@
 #include "cuda/product.h"
 #include "cuda/recast.h"
 #include "cuda/training.h"
+#include "cuda/unfold.h"
 #include "launched.h"
 
 using namespace cmx;
@@ -79,4 +80,17 @@ CMX_EXPORT int cmx_emulate_fold(const void* const* vectors, float* rows, int cha
   for (int i = 0; i < 5; ++i) p.vector[0][i] = vectors[i];
   p.rows = rows, p.units = 1, p.channels = channels, p.eps = eps, p.dtype = static_cast<Dtype>(dtype);
   return emulate(*run, [&] { return fold(p, nullptr); });
+}
+
+// `shape`: n c_in c_out h w ph pw, h and w in patches
+CMX_EXPORT int cmx_emulate_unfold(const void* x, void* patches, const void* weight, void* rows, const int* shape,
+                                  const int64_t* of_x, const int64_t* of_weight, bool last, int multiprocessors,
+                                  const Run* run) {
+  const auto strides = [](const int64_t* s) { return Strides{s[0], s[1], s[2], s[3]}; };
+  const Gpu gpu{90, multiprocessors, 227 << 10, 1.755, 4.3};
+  const ProductShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], Dtype::bfloat16};
+  const Unfold p{patches_of(s, x, strides(of_x), patches, last, gpu),
+                 weight_rows_of(s, weight, strides(of_weight), rows, gpu)};
+  if (!p.image.plan.blocks) return -1;
+  return emulate(*run, [&] { return unfold(p, nullptr); });
 }

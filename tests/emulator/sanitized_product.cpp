@@ -1,5 +1,5 @@
 // The matrix product, pooling, the float32 epilogue and kept weights under a sanitizer, as sanitized.cpp. Arguments: layouts
-// (pixels, channels_last, gather, wgmma, wgmma_last, pool, epilogue, recast); all of them if none. Ends with 1 where a value
+// (pixels, channels_last, gather, wgmma, wgmma_last, pool, epilogue, recast, unfold); all of them if none. Ends with 1 where a value
 // is wrong.
 #include <cmath>
 #include <cstdio>
@@ -9,6 +9,7 @@
 #include "buffers.h"
 #include "cuda/product.h"
 #include "cuda/recast.h"
+#include "cuda/unfold.h"
 
 using namespace cmx;
 
@@ -196,14 +197,48 @@ static int kept(int order) {
   return bad;
 }
 
+// Exact copies; the weight, rows of which are seldom whole pieces, beside the image
+static int patches(const Case& k, bool last, int order) {
+  const ProductShape s{k.n, k.c_in, k.c_out, k.h, k.w, k.ph, k.pw, Dtype::bfloat16};
+  const int64_t H = int64_t(k.h) * k.ph, W = int64_t(k.w) * k.pw, pixels = k.n * s.plane(), row = unfolded(s).c_in;
+  const Buffer<bf16> x = allocate<bf16>(k.n * k.c_in * H * W), weight = allocate<bf16>(k.c_out * s.k()),
+                     to = allocate<bf16>(pixels * row), rows = allocate<bf16>(k.c_out * row);
+  std::mt19937 dice(7);
+  fill(x.get(), k.n * k.c_in * H * W, 99, dice), fill(weight.get(), k.c_out * s.k(), 99, dice);
+  const Strides xs = dense(k.c_in, H, W, last), dense_weight = dense(k.c_in, k.ph, k.pw, false);
+  const Unfold p{patches_of(s, x.get(), xs, to.get(), last, gpu),
+                 weight_rows_of(s, weight.get(), dense_weight, rows.get(), gpu)};
+  prepare(order);
+  check(unfold(p, nullptr));
+  check(finish());
+  int bad = 0;
+  for (int64_t i = 0; i < pixels * row; ++i) {
+    const int64_t n = i / (s.plane() * row), at = i % (s.plane() * row), in_k = last ? at % row : at / s.plane();
+    const int64_t pixel = last ? at / row : at % s.plane(), c = in_k / (k.ph * k.pw), a = in_k / k.pw % k.ph;
+    const int64_t from =
+        n * xs.n + c * xs.c + (pixel / k.w * k.ph + a) * xs.h + (pixel % k.w * k.pw + in_k % k.pw) * xs.w;
+    bad += float(to[i]) != (in_k < s.k() ? float(x[from]) : 0.f);
+  }
+  for (int64_t i = 0; i < k.c_out * row; ++i)
+    bad += float(rows[i]) != (i % row < s.k() ? float(weight[i / row * s.k() + i % row]) : 0.f);
+  if (bad) std::printf("unfold %dx%d last %d order %d: %d wrong\n", k.n, k.c_in, last, order, bad);
+  return bad;
+}
+
 static int all_wrong(const char* name) {
   const Case planes[] = {{2, 130, 70, 4, 18, 1, 1}, {1, 24, 131, 1, 136, 1, 1}, {3, 40, 9, 2, 2, 1, 1}};
   const Case last[] = {{2, 136, 72, 3, 11, 1, 1}, {1, 21, 33, 5, 29, 1, 1}, {3, 260, 6, 2, 2, 1, 1}};
-  const Case patches[] = {{2, 3, 70, 5, 7, 7, 7}, {3, 270, 5, 3, 5, 1, 1}, {1, 5, 9, 1, 9, 2, 3}};
+  const Case gathered[] = {{2, 3, 70, 5, 7, 7, 7}, {3, 270, 5, 3, 5, 1, 1}, {1, 5, 9, 1, 9, 2, 3}};
   const Case tiles[] = {{7, 200, 136, 5, 8, 1, 1}, {1, 72, 136, 9, 24, 1, 1}, {2, 8, 16, 4, 6, 1, 1}};
+  const Case images[] = {{2, 3, 5, 2, 8, 7, 7}, {1, 2, 3, 3, 5, 4, 3}, {1, 3, 4, 2, 24, 2, 4}};
   const Case pooled[] = {{9, 35, 11, 3, 5, 1, 1}, {2, 33, 9, 4, 8, 1, 1}};
   int bad = 0, order = 0;  // every call another order
   if (!std::strcmp(name, "recast")) return kept(0) + kept(1);
+  if (!std::strcmp(name, "unfold")) {
+    for (const Case& k : images)
+      for (const bool channels_last : {false, true}) bad += patches(k, channels_last, order++ % 6);
+    return bad;
+  }
   if (!std::strcmp(name, "pool") || !std::strcmp(name, "epilogue")) {
     for (const Case& k : pooled)
       for (const bool channels_last : {false, true})
@@ -221,13 +256,14 @@ static int all_wrong(const char* name) {
       bad += product(name,
                      *name == 'p'   ? planes[i]
                      : *name == 'c' ? last[i]
-                                    : patches[i],
+                                    : gathered[i],
                      tile, order++ % 6, static_cast<ProductUse>((i + tile) % 3));
   return bad;
 }
 
 int main(int count, char** names) {
-  const char* all[] = {"", "pixels", "channels_last", "gather", "wgmma", "wgmma_last", "pool", "epilogue", "recast"};
+  const char* all[] = {"",           "pixels", "channels_last", "gather", "wgmma",
+                       "wgmma_last", "pool",   "epilogue",      "recast", "unfold"};
   int bad = 0;
   try {
     for (int i = 1; i < (count > 1 ? count : int(std::size(all))); ++i) bad += all_wrong(count > 1 ? names[i] : all[i]);
