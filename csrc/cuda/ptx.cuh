@@ -228,6 +228,18 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 #endif
 }
 
+// x y, at least 0 and at most 1; 0 for NaN
+__device__ __forceinline__ float multiply_saturated(float x, float y) {
+#ifdef CMX_EMULATED
+  const float r = x * y;
+  return r > 0 ? r < 1 ? r : 1.f : 0.f;
+#else
+  float r;
+  asm("mul.sat.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+  return r;
+#endif
+}
+
 // max(x, 0), and NaN for NaN
 __device__ __forceinline__ float max0_or_nan(float x) {
 #ifdef CMX_EMULATED
