@@ -210,6 +210,12 @@ __device__ __forceinline__ void four_registers(float (&to)[4], float v) {
   for (int i = 0; i < 4; ++i) to[i] = __shfl_sync(ALL_LANES, v, i);
 }
 
+// v, in a register the compiler cannot rebuild: through a loop it keeps it, where it would compute it again in every turn
+template <class V>
+__device__ __forceinline__ V kept(V v) {
+  return __shfl_sync(ALL_LANES, v, threadIdx.x % 32);
+}
+
 // x' of eight numbers in shared memory, of which [from, to) lie in the plane
 template <class T>
 __device__ __forceinline__ void affine_on_load(void* shared, int from, int to, const InputAffine& affine, Act act) {

@@ -217,6 +217,7 @@ struct MmaPlan {
   static constexpr int kWarps = 4;   // of a block, or fewer; each has its own tile
   static constexpr int kStages = 2;  // tiles of a warp in shared memory: one computed, the rest on their way
   static constexpr int kPlaneStages = 3;
+  static constexpr int kPlaneTaps = 1024;  // bytes for a channel's taps in shared memory
   static constexpr int kBlocksPerSm = 4;   // what registers and shared memory allow for the planes
   static constexpr int kWaves = 4;         // so many rounds of blocks even out their ends, where there is work enough
   static constexpr int kUnitsOfAWarp = 4;  // fewer do not pay for reading and expanding the filter
@@ -336,7 +337,7 @@ inline MmaPlan mma_plane_plan(const DepthwiseShape& s, const Memory& m, const Gp
   p.half_plane = static_cast<int>(round_up((2 * ((p.rows - 1) / 4) + 2) * (p.column_tiles | 1) * 16, 128));
   p.stage_bytes = p.images() * 2 * p.half_plane;
   split_units(p, s, gpu);
-  p.shared_bytes = p.warps * MmaPlan::kPlaneStages * p.stage_bytes;
+  p.shared_bytes = MmaPlan::kPlaneTaps + p.warps * MmaPlan::kPlaneStages * p.stage_bytes;
   return p;
 }
 
