@@ -54,23 +54,24 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int c = blockIdx.x % p.shape.c, split = blockIdx.x / p.shape.c;
   const int first = split * warps + warp, step = plan.splits * warps, images = p.shape.n;
-  unsigned char* const ring = shared + MmaPlan::kPlaneTaps + warp * (STAGES * G::STAGE);
+  const int ring = MmaPlan::kPlaneTaps + warp * (STAGES * G::STAGE);  // of this warp, bytes from `shared`, as all that follows
   static_assert(Taps<T, K>::BYTES <= MmaPlan::kPlaneTaps);
 
   // this lane's blocks of 8 columns: at row lane / NT and every 32 / NT rows below, block lane % NT
-  const int mine = kept(G::row(lane / NT + G::BEFORE) + lane % NT * 16);
+  const int mine = kept(ring + G::row(lane / NT + G::BEFORE) + lane % NT * 16);
   const T* from = static_cast<const T*>(p.x) + c * p.x_stride.c + first * G::IMAGES * p.x_stride.n + lane * 8;
   T* to = static_cast<T*>(p.y) + c * p.y_stride.c + first * G::IMAGES * p.y_stride.n + lane * 8;
-  const auto load = [&](unsigned char* stage, int unit) {  // one unit after the other
+  const int64_t x_step = kept(step * G::IMAGES * p.x_stride.n), y_step = kept(step * G::IMAGES * p.y_stride.n);
+  const auto load = [&](int stage, int unit) {
+    if (unit >= plan.units) return;
 #pragma unroll
     for (int image = 0; image < G::IMAGES; ++image) {
       const bool inside = G::IMAGES == 1 || unit * G::IMAGES + image < images;
       const T* const plane = inside ? from + image * p.x_stride.n : from;
 #pragma unroll
       for (int i = 0; i < G::MOVES; ++i)
-        copy_async<16>(stage + image * G::IMAGE + mine + i * G::MOVE, plane + i * 256, inside);
+        copy_async<16>(shared + stage + image * G::IMAGE + mine + i * G::MOVE, plane + i * 256, inside);
     }
-    from += step * G::IMAGES * p.x_stride.n;
   };
 
   // zeros: the rows around the plane, as many as a lane's first move covers, and what surrounds the taps
@@ -78,14 +79,16 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
   if (around < K - 1)
 #pragma unroll
     for (int i = 0; i < STAGES; ++i)
-      put(ring + i * G::STAGE + lane / NT / 8 * G::IMAGE + G::row(row_around) + lane % NT * 16, make_uint4(0, 0, 0, 0));
+      put(shared + ring + i * G::STAGE + lane / NT / 8 * G::IMAGE + G::row(row_around) + lane % NT * 16,
+          make_uint4(0, 0, 0, 0));
   Taps<T, K>::clear(shared);
   begin_chained();
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
-    if (first + i * step < plan.units) load(ring + i * G::STAGE, first + i * step);
+    load(i * G::STAGE, first + i * step);
     commit_copies();
+    from += x_step;
   }
 
   const ChannelConstants k = constants_of(p, c);
@@ -104,31 +107,32 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
 
   // ldmatrix: lane i brings row i % 16 of the product and, for pairs of rows, row i / 16 of the pair; of one row, two blocks
   const int m = lane % 16, second = lane / 16, image_of_m = G::IMAGES == 2 ? m / 8 * G::IMAGE : 0;
-  const auto at_row = [&](int r) { return image_of_m + G::row(row_of<G::IMAGES>(m) + r); };
+  const auto at_row = [&](int r) { return ring + image_of_m + G::row(row_of<G::IMAGES>(m) + r); };
   const int pair_at[2] = {kept(at_row(second)), kept(at_row(second + 2))};
   const int last_at = kept(at_row(2 * G::PAIRS) + second * 16);
   const int own_at[2] = {kept(at_row(G::BEFORE) + second * 16), kept(at_row(G::BEFORE + 2) + second * 16)};
   // results: this lane's rows m = lane / 4 and m + 8 of a product, its columns of the first tile; from there to the last tile
-  const bool left_half = lane % 4 < 2;
-  const auto result_at = [&](int set) { return G::row(row_of<1>(lane / 4) + G::BEFORE + 2 * set) + 8 + lane % 4 * 4; };
+  const auto result_at = [&](int set) {
+    return ring + G::row(row_of<1>(lane / 4) + G::BEFORE + 2 * set) + 8 + lane % 4 * 4;
+  };
   const int out_at[2] = {kept(result_at(0)), kept(result_at(1))};
-  const int to_last = kept(left_half ? (NT - 1) * 16 : -16);
+  const int to_last = kept(lane % 4 < 2 ? (NT - 1) * 16 : -16);
+  const bool left_half = to_last > 0;
   constexpr int OTHER = G::IMAGES == 2 ? G::IMAGE : 8 * G::PITCH;  // from row m of a product to m + 8
 
-  int stage = 0;
+  int stage = 0;  // bytes from the first one
   for (int unit = first; unit < plan.units; unit += step) {
     wait_for_copies<STAGES - 1>();
-    unsigned char* const tile = ring + stage * G::STAGE;
     if (p.affine) {  // on the blocks that this lane has loaded itself
 #pragma unroll
       for (int image = 0; image < G::IMAGES; ++image)
 #pragma unroll
         for (int i = 0; i < G::MOVES; ++i)
-          affine_on_load<T>(tile + image * G::IMAGE + mine + i * G::MOVE, 0, 8, affine, p.in_act);
+          affine_on_load<T>(shared + stage + image * G::IMAGE + mine + i * G::MOVE, 0, 8, affine, p.in_act);
     }
     __syncwarp();
 
-    const uint32_t at = shared_address(tile);
+    const uint32_t at = shared_address(shared) + stage;
     float acc[2][NT + 1][4];  // [row set][column tile]; NT: the first columns, of the tile that wraps
 #pragma unroll
     for (int s = 0; s <= G::PAIRS; ++s) {
@@ -144,25 +148,23 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
           in[b][0] = two[0], in[b][1] = two[1], in[b + 1][0] = two[2], in[b + 1][1] = two[3];
         }
       }
+      // all sums take a product before the first takes its second: each waits for the one before
 #pragma unroll
-      for (int set = 0; set < 2; ++set) {
-        const int pair = s - set;
-        if (pair < 0 || pair >= G::PAIRS) continue;
-        const auto multiply = [&](int i, int b, const float* plus, const uint32_t* block) {
-          if (pair == G::PAIRS - 1)
-            multiply_k8<T>(acc[set][i], block, filter[pair][b], plus);
-          else
-            multiply_k16<T>(acc[set][i], block, filter[pair][b], plus);
-        };
+      for (int b = 0; b < 2; ++b)
 #pragma unroll
-        for (int b = 0; b < NT; ++b) {
-          multiply(b, 0, pair == 0 ? bias4 : acc[set][b], in[b]);
-          if (b == 0)
-            multiply(NT, 1, pair == 0 ? bias4 : acc[set][NT], in[b]);
-          else
-            multiply(b - 1, 1, acc[set][b - 1], in[b]);
+        for (int set = 0; set < 2; ++set) {
+          const int pair = s - set;
+          if (pair < 0 || pair >= G::PAIRS) continue;
+#pragma unroll
+          for (int block = 0; block < NT; ++block) {
+            const int i = block - b < 0 ? NT : block - b;
+            const float* const plus = pair == 0 && (b == 0 || i == NT) ? bias4 : acc[set][i];
+            if (pair == G::PAIRS - 1)
+              multiply_k8<T>(acc[set][i], in[block], filter[pair][b], plus);
+            else
+              multiply_k16<T>(acc[set][i], in[block], filter[pair][b], plus);
+          }
         }
-      }
     }
 
     float out[2][NT][4];
@@ -197,7 +199,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
     for (int set = 0; set < 2; ++set)
 #pragma unroll
       for (int i = 0; i < NT; ++i) {
-        unsigned char* const row = tile + out_at[set] + (i < NT - 1 ? i * 16 : to_last);
+        unsigned char* const row = shared + stage + out_at[set] + (i < NT - 1 ? i * 16 : to_last);
         const float* const v = out[set][i];
         put(row, pack<T>(v[0], v[1]));
         put(row + OTHER, pack<T>(v[2], v[3]));
@@ -209,21 +211,22 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
       if (G::IMAGES == 1 || unit * G::IMAGES + image < images)
 #pragma unroll
         for (int i = 0; i < G::MOVES; ++i)
-          put(to + image * p.y_stride.n + i * 256, get<uint4>(tile + image * G::IMAGE + mine + i * G::MOVE));
+          put(to + image * p.y_stride.n + i * 256, get<uint4>(shared + stage + image * G::IMAGE + mine + i * G::MOVE));
     }
-    to += step * G::IMAGES * p.y_stride.n;
+    to += y_step;
     if (p.partials) {
 #pragma unroll
       for (int image = 0; image < G::IMAGES; ++image)
         if (G::IMAGES == 1 || unit * G::IMAGES + image < images)
 #pragma unroll 1  // the code is already long
           for (int i = 0; i < G::MOVES; ++i)
-            add_moments<T>(moments, get<uint4>(tile + image * G::IMAGE + mine + i * G::MOVE), 8, p.act);
+            add_moments<T>(moments, get<uint4>(shared + stage + image * G::IMAGE + mine + i * G::MOVE), 8, p.act);
     }
     // no barrier: every lane refills just the blocks that it has read itself
-    if (unit + STAGES * step < plan.units) load(tile, unit + STAGES * step);
+    load(stage, unit + STAGES * step);
     commit_copies();
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    from += x_step;
+    stage = stage + G::STAGE == STAGES * G::STAGE ? 0 : stage + G::STAGE;
   }
   wait_for_copies<0>();
   store_moments(moments, p, split * warps + warp, c, lane);
