@@ -130,9 +130,11 @@ inline Cost mma_cost(const DepthwiseShape& s, Act act, const MmaPlan& p, bool pl
   const int pairs = (s.kh + 1) / 2, blocks = plane ? p.column_tiles : p.column_tiles + p.window - 1;
   const double tiles = double(s.c) * p.units, values = 8.0 * p.column_tiles;  // a lane's outputs
   const bool lone = plane && s.kh % 2;
-  const double k16 = 2.0 * p.column_tiles * p.window * (pairs - lone);
-  const double k8 = 2.0 * p.column_tiles * (lone * p.window + 2);  // and the residual
-  const double ldsm = blocks * (pairs + (lone ? 0.5 : 1)) + blocks, filter = plane ? 0 : pairs * p.window;
+  const double residual = 2.0 * (p.column_tiles - 1);  // of a plane: two blocks at once, but where a tile wraps
+  const double k16 = 2.0 * p.column_tiles * p.window * (pairs - lone) + (plane ? residual : 0);
+  const double k8 = 2.0 * p.column_tiles * lone * p.window + (plane ? 4 : 4 * p.column_tiles);
+  const double ldsm = blocks * (pairs + (lone ? 0.5 : 1)) + (plane ? residual : blocks);
+  const double filter = plane ? 0 : pairs * p.window;
   const double pieces = plane ? values / 8 : std::ceil(p.rows * p.images() / 4.0) * 16 / p.load_bytes;
   const double stores = values / 8 * 16 / p.store_bytes;
   const double index = plane ? 75 : 160 + pieces * 7 + stores * 6;

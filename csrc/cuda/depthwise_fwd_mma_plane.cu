@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
 #pragma unroll
         for (int e = 0; e < 4; ++e) last[e] = left_half ? last[e] : wrapped[e];
       }
-      __syncwarp();  // the results take the place of the rows that their residuals come from
     }
+    __syncwarp();  // the results take the place of the rows that their residuals come from
 #pragma unroll
     for (int set = 0; set < 2; ++set)
 #pragma unroll
