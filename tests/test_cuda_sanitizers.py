@@ -13,7 +13,7 @@ def test_clean(program: planted.Program) -> None:
 
 
 LOADED = "    __syncthreads();\n    const int y"
-SYNC_LOADED = "    }\n    __syncwarp();\n\n    const uint32_t at = shared_address(shared) + stage;"
+SYNC_LOADED = "    }\n    __syncwarp();\n\n    float acc"
 REFILL = "    __syncwarp();  // the stage is free\n"
 FILTER = "  __syncthreads();\n\n  const ChannelConstants"
 TAPS = "  __syncthreads();\n  uint32_t filter[G::PAIRS][2][2];"

@@ -45,24 +45,27 @@ struct Taps {
   }
 };
 
-template <class T, int NT, int K>
+// COMMON: as in a network's forward pass: GELU, the residual, neither an affine nor moments
+template <class T, int NT, int K, bool COMMON>
 __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
     depthwise_fwd_mma_plane_kernel(const __grid_constant__ DepthwiseForward p, const __grid_constant__ MmaPlan plan) {
   using G = Plane<NT, K>;
+  const Act act = COMMON ? Act::gelu : p.act;
+  const bool residual = COMMON || p.residual, with_affine = !COMMON && p.affine, moments_too = !COMMON && p.partials;
   constexpr int STAGES = MmaPlan::kPlaneStages;
   CMX_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int c = blockIdx.x % p.shape.c, split = blockIdx.x / p.shape.c;
   const int first = split * warps + warp, step = plan.splits * warps, images = p.shape.n;
-  const int ring = MmaPlan::kPlaneTaps + warp * (STAGES * G::STAGE);  // of this warp, bytes from `shared`, as all that follows
+  const uint32_t ring = shared_address(shared) + MmaPlan::kPlaneTaps + warp * (STAGES * G::STAGE);  // of this warp
   static_assert(Taps<T, K>::BYTES <= MmaPlan::kPlaneTaps);
 
   // this lane's blocks of 8 columns: at row lane / NT and every 32 / NT rows below, block lane % NT
-  const int mine = kept(ring + G::row(lane / NT + G::BEFORE) + lane % NT * 16);
+  const uint32_t mine = kept(ring + G::row(lane / NT + G::BEFORE) + lane % NT * 16);
   const T* from = static_cast<const T*>(p.x) + c * p.x_stride.c + first * G::IMAGES * p.x_stride.n + lane * 8;
   T* to = static_cast<T*>(p.y) + c * p.y_stride.c + first * G::IMAGES * p.y_stride.n + lane * 8;
   const int64_t x_step = kept(step * G::IMAGES * p.x_stride.n), y_step = kept(step * G::IMAGES * p.y_stride.n);
-  const auto load = [&](int stage, int unit) {
+  const auto load = [&](uint32_t stage, int unit) {
     if (unit >= plan.units) return;
 #pragma unroll
     for (int image = 0; image < G::IMAGES; ++image) {
@@ -70,7 +73,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
       const T* const plane = inside ? from + image * p.x_stride.n : from;
 #pragma unroll
       for (int i = 0; i < G::MOVES; ++i)
-        copy_async<16>(shared + stage + image * G::IMAGE + mine + i * G::MOVE, plane + i * 256, inside);
+        copy_async<16>(shared_pointer(stage + mine + image * G::IMAGE + i * G::MOVE), plane + i * 256, inside);
     }
   };
 
@@ -79,7 +82,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
   if (around < K - 1)
 #pragma unroll
     for (int i = 0; i < STAGES; ++i)
-      put(shared + ring + i * G::STAGE + lane / NT / 8 * G::IMAGE + G::row(row_around) + lane % NT * 16,
+      put(shared_pointer(ring + i * G::STAGE + lane / NT / 8 * G::IMAGE + G::row(row_around) + lane % NT * 16),
           make_uint4(0, 0, 0, 0));
   Taps<T, K>::clear(shared);
   begin_chained();
@@ -108,31 +111,30 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
   // ldmatrix: lane i brings row i % 16 of the product and, for pairs of rows, row i / 16 of the pair; of one row, two blocks
   const int m = lane % 16, second = lane / 16, image_of_m = G::IMAGES == 2 ? m / 8 * G::IMAGE : 0;
   const auto at_row = [&](int r) { return ring + image_of_m + G::row(row_of<G::IMAGES>(m) + r); };
-  const int pair_at[2] = {kept(at_row(second)), kept(at_row(second + 2))};
-  const int last_at = kept(at_row(2 * G::PAIRS) + second * 16);
-  const int own_at[2] = {kept(at_row(G::BEFORE) + second * 16), kept(at_row(G::BEFORE + 2) + second * 16)};
+  const uint32_t pair_at[2] = {kept(at_row(second)), kept(at_row(second + 2))};
+  const uint32_t last_at = kept(at_row(2 * G::PAIRS) + second * 16);
+  const uint32_t own_at[2] = {kept(at_row(G::BEFORE) + second * 16), kept(at_row(G::BEFORE + 2) + second * 16)};
   // results: this lane's rows m = lane / 4 and m + 8 of a product, its columns of the first tile; from there to the last tile
   const auto result_at = [&](int set) {
     return ring + G::row(row_of<1>(lane / 4) + G::BEFORE + 2 * set) + 8 + lane % 4 * 4;
   };
-  const int out_at[2] = {kept(result_at(0)), kept(result_at(1))};
+  const uint32_t out_at[2] = {kept(result_at(0)), kept(result_at(1))};
   const int to_last = kept(lane % 4 < 2 ? (NT - 1) * 16 : -16);
   const bool left_half = to_last > 0;
   constexpr int OTHER = G::IMAGES == 2 ? G::IMAGE : 8 * G::PITCH;  // from row m of a product to m + 8
 
-  int stage = 0;  // bytes from the first one
+  uint32_t stage = 0;  // bytes from the first one
   for (int unit = first; unit < plan.units; unit += step) {
     wait_for_copies<STAGES - 1>();
-    if (p.affine) {  // on the blocks that this lane has loaded itself
+    if (with_affine) {  // on the blocks that this lane has loaded itself
 #pragma unroll
       for (int image = 0; image < G::IMAGES; ++image)
 #pragma unroll
         for (int i = 0; i < G::MOVES; ++i)
-          affine_on_load<T>(shared + stage + image * G::IMAGE + mine + i * G::MOVE, 0, 8, affine, p.in_act);
+          affine_on_load<T>(shared_pointer(stage + mine + image * G::IMAGE + i * G::MOVE), 0, 8, affine, p.in_act);
     }
     __syncwarp();
 
-    const uint32_t at = shared_address(shared) + stage;
     float acc[2][NT + 1][4];  // [row set][column tile]; NT: the first columns, of the tile that wraps
 #pragma unroll
     for (int s = 0; s <= G::PAIRS; ++s) {
@@ -141,10 +143,10 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
 #pragma unroll
       for (int b = 0; b < NT; ++b) {
         if (!last) {
-          load_matrices(in[b], at + pair_at[s & 1] + (s >> 1) * 2 * G::PITCH + b * 16);
+          load_matrices(in[b], stage + pair_at[s & 1] + (s >> 1) * 2 * G::PITCH + b * 16);
         } else if (b % 2 == 0) {
           uint32_t two[4];
-          load_matrices(two, at + last_at + b * 16);
+          load_matrices(two, stage + last_at + b * 16);
           in[b][0] = two[0], in[b][1] = two[1], in[b + 1][0] = two[2], in[b + 1][1] = two[3];
         }
       }
@@ -174,17 +176,17 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
       for (int i = 0; i < NT; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) out[set][i][e] = i < NT - 1 || left_half ? acc[set][i][e] : acc[set][NT][e];
-    if (!p.partials) activate<T, 2 * NT * 4>(&out[0][0][0], p.act);
+    if (!moments_too) activate<T, 2 * NT * 4>(&out[0][0][0], act);
 
 #pragma unroll
     for (int i = 0; i < 2 * NT * 4; ++i) (&out[0][0][0])[i] = fmaf((&out[0][0][0])[i], k.scale, k.shift);
-    if (p.residual) {
+    if (residual) {
 #pragma unroll
       for (int set = 0; set < 2; ++set) {
         uint32_t in[NT - 1][4];  // two blocks side by side
 #pragma unroll
         for (int i = 0; i < NT - 1; ++i) {
-          load_matrices(in[i], at + own_at[set] + i * 16);
+          load_matrices(in[i], stage + own_at[set] + i * 16);
           multiply_k16<T>(out[set][i], in[i], own, out[set][i]);
         }
         float (&last)[4] = out[set][NT - 1], wrapped[4];
@@ -199,7 +201,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
     for (int set = 0; set < 2; ++set)
 #pragma unroll
       for (int i = 0; i < NT; ++i) {
-        unsigned char* const row = shared + stage + out_at[set] + (i < NT - 1 ? i * 16 : to_last);
+        unsigned char* const row = shared_pointer(stage + out_at[set] + (i < NT - 1 ? i * 16 : to_last));
         const float* const v = out[set][i];
         put(row, pack<T>(v[0], v[1]));
         put(row + OTHER, pack<T>(v[2], v[3]));
@@ -211,37 +213,43 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, MmaPlan::kBlocksPerSm)
       if (G::IMAGES == 1 || unit * G::IMAGES + image < images)
 #pragma unroll
         for (int i = 0; i < G::MOVES; ++i)
-          put(to + image * p.y_stride.n + i * 256, get<uint4>(shared + stage + image * G::IMAGE + mine + i * G::MOVE));
+          put(to + image * p.y_stride.n + i * 256,
+              get<uint4>(shared_pointer(stage + mine + image * G::IMAGE + i * G::MOVE)));
     }
     to += y_step;
-    if (p.partials) {
+    if (moments_too) {
 #pragma unroll
       for (int image = 0; image < G::IMAGES; ++image)
         if (G::IMAGES == 1 || unit * G::IMAGES + image < images)
 #pragma unroll 1  // the code is already long
           for (int i = 0; i < G::MOVES; ++i)
-            add_moments<T>(moments, get<uint4>(shared + stage + image * G::IMAGE + mine + i * G::MOVE), 8, p.act);
+            add_moments<T>(moments, get<uint4>(shared_pointer(stage + mine + image * G::IMAGE + i * G::MOVE)), 8,
+                           p.act);
     }
     // no barrier: every lane refills just the blocks that it has read itself
     load(stage, unit + STAGES * step);
     commit_copies();
     from += x_step;
-    stage = stage + G::STAGE == STAGES * G::STAGE ? 0 : stage + G::STAGE;
+    stage = stage == (STAGES - 1) * G::STAGE ? 0 : stage + G::STAGE;
   }
   wait_for_copies<0>();
-  store_moments(moments, p, split * warps + warp, c, lane);
+  if (moments_too) store_moments(moments, p, split * warps + warp, c, lane);
+}
+
+template <class T, int NT, int K>
+cudaError_t launch_size(const DepthwiseForward& p, const MmaPlan& plan, cudaStream_t stream) {
+  const bool common = p.act == Act::gelu && p.residual && !p.affine && !p.partials;
+  return launch_mma(
+      common ? depthwise_fwd_mma_plane_kernel<T, NT, K, true> : depthwise_fwd_mma_plane_kernel<T, NT, K, false>, p,
+      plan, stream);
 }
 
 template <class T>
 cudaError_t launch_plane(const DepthwiseForward& p, const MmaPlan& plan, cudaStream_t stream) {
   const bool wide = plan.column_tiles == 4;
   switch (p.shape.kw) {
-    case 7:
-      return wide ? launch_mma(depthwise_fwd_mma_plane_kernel<T, 4, 7>, p, plan, stream)
-                  : launch_mma(depthwise_fwd_mma_plane_kernel<T, 2, 7>, p, plan, stream);
-    case 9:
-      return wide ? launch_mma(depthwise_fwd_mma_plane_kernel<T, 4, 9>, p, plan, stream)
-                  : launch_mma(depthwise_fwd_mma_plane_kernel<T, 2, 9>, p, plan, stream);
+    case 7: return wide ? launch_size<T, 4, 7>(p, plan, stream) : launch_size<T, 2, 7>(p, plan, stream);
+    case 9: return wide ? launch_size<T, 4, 9>(p, plan, stream) : launch_size<T, 2, 9>(p, plan, stream);
     default: return cudaErrorInvalidValue;
   }
 }

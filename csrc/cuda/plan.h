@@ -267,7 +267,8 @@ inline void split_units(MmaPlan& p, const DepthwiseShape& s, const Gpu& gpu) {
 // The same for whole planes: of so many rounds of blocks those that end first. What a block does beside its units takes it
 // about as long as one of them.
 inline void split_planes(MmaPlan& p, int channels, const Gpu& gpu) {
-  const int64_t of_sm = std::min(MmaPlan::kBlocksPerSm * MmaPlan::kWarps / p.warps, blocks_that_fit(p.shared_bytes, gpu));
+  const int64_t of_sm =
+      std::min(MmaPlan::kBlocksPerSm * MmaPlan::kWarps / p.warps, blocks_that_fit(p.shared_bytes, gpu));
   const int64_t at_once = gpu.multiprocessors * std::max<int64_t>(1, of_sm), most = ceil_div(p.units, p.warps);
   int64_t best = 0;
   for (int rounds = 1; rounds <= MmaPlan::kPlaneRounds; ++rounds) {

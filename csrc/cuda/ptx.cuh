@@ -27,7 +27,7 @@ __device__ __forceinline__ void put(void* p, V v) {
   *static_cast<V*>(p) = v;
 }
 
-// A byte address in shared memory, as ldmatrix and cp.async take it
+// A byte address in shared memory, as ldmatrix and cp.async take it, and back
 #ifdef CMX_EMULATED
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulator::machine.shared);
@@ -39,6 +39,9 @@ inline unsigned char* shared_pointer(uint32_t address) {
 #else
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ unsigned char* shared_pointer(uint32_t address) {
+  return static_cast<unsigned char*>(__cvta_shared_to_generic(address));
 }
 #endif
 
