@@ -71,7 +71,7 @@ def test_depthwise(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype, width, k in itertools.product(HALVES, (14, 35), (5, 13, 20, 28)):  # both tiles, all windows
         depthwise("mma", dtype, 3, 1, 11, width, 4, k)
         depthwise("mma_last", dtype, 1, 8, 11, width, 4, k)
-    for dtype, size, k, act in itertools.product(HALVES, (16, 32), (7, 9), ("gelu", "relu")):  # the common form, the other
+    for dtype, size, k, act in itertools.product(HALVES, (16, 32), (7, 9), ("gelu", "relu")):  # common, and not
         depthwise("mma_plane", dtype, 3, 1, size, size, k, k, act=act)
     for dtype, width in itertools.product(HALVES, (14, 35)):
         gradients("mma", dtype, 3, 1, 11, width, 5, 5)
