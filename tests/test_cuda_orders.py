@@ -49,8 +49,8 @@ def check_library(name: str) -> None:
     assert set(found) == {k for k in gpu if k.startswith(("depthwise", "training")) == (name == "depthwise")}
 
 
-def depthwise(kernel: str, dtype: torch.dtype, *shape: int) -> None:
-    args = cases.inputs("depthwise_block", shape, dtype, "gelu", VECTORS)
+def depthwise(kernel: str, dtype: torch.dtype, *shape: int, act: str = "gelu") -> None:
+    args = cases.inputs("depthwise_block", shape, dtype, act, VECTORS)
     every_order(lambda order: [emulated.depthwise(kernel, *args, order=order)], cases.expect("depthwise_block", args))
 
 
@@ -72,8 +72,8 @@ def test_depthwise(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype, width, k in itertools.product(HALVES, (14, 35), (5, 13, 20, 28)):  # both tiles, all windows
         depthwise("mma", dtype, 3, 1, 11, width, 4, k)
         depthwise("mma_last", dtype, 1, 8, 11, width, 4, k)
-    for dtype, size, k in itertools.product(HALVES, (16, 32), (7, 9)):
-        depthwise("mma_plane", dtype, 3, 1, size, size, k, k)
+    for dtype, size, k, act in itertools.product(HALVES, (16, 32), (7, 9), ("gelu", "relu")):  # common, and not
+        depthwise("mma_plane", dtype, 3, 1, size, size, k, k, act=act)
     for dtype, width in itertools.product(HALVES, (14, 35)):
         gradients("mma", dtype, 3, 1, 11, width, 5, 5)
     for dtype, order in itertools.product(cases.DTYPES, range(3)):

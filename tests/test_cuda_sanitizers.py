@@ -13,9 +13,10 @@ def test_clean(program: planted.Program) -> None:
 
 
 LOADED = "    __syncthreads();\n    const int y"
-SYNC_LOADED = "    }\n    __syncwarp();\n\n    const uint32_t at = shared_address(tile);"
+SYNC_LOADED = "    }\n    __syncwarp();\n\n    float acc"
 REFILL = "    __syncwarp();  // the stage is free\n"
 FILTER = "  __syncthreads();\n\n  const ChannelConstants"
+TAPS = "  __syncthreads();\n  uint32_t filter[G::PAIRS][2][2];"
 MINE = "const float* const mine = plane +"
 STORED = "if (y + i < s.h) store8("
 ZEROS = "      put(tile + 4 * i, make_float4(0, 0, 0, 0));\n    __syncthreads();\n"
@@ -73,6 +74,8 @@ PLANTED = {  # what: kernel, old, new, checker, what it says
     ),
     "does not wait at the end": ("mma", "  wait_for_copies<0>();\n", "", "values", "cp.async in flight"),
     "no barrier after the filter": ("mma", FILTER, FILTER[19:], "thread", "data race"),
+    "no barrier after the taps": ("mma_plane", TAPS, TAPS[19:], "thread", "data race"),
+    "no zeros around the plane": ("mma_plane", "  if (around < K - 1)\n", "  if (around > K)\n", "values", "wrong"),
     "channels last: no barrier after the load": (
         "mma_last",
         "__syncthreads();  // x is there",

@@ -130,9 +130,13 @@ inline Cost mma_cost(const DepthwiseShape& s, Act act, const MmaPlan& p, bool pl
   const int pairs = (s.kh + 1) / 2, blocks = plane ? p.column_tiles : p.column_tiles + p.window - 1;
   const double tiles = double(s.c) * p.units, values = 8.0 * p.column_tiles;  // a lane's outputs
   const bool lone = plane && s.kh % 2;
-  const double k16 = 2.0 * p.column_tiles * p.window * (pairs - lone);
-  const double k8 = 2.0 * p.column_tiles * (lone * p.window + 2);  // and the residual
-  const double ldsm = blocks * (pairs + (lone ? 0.5 : 1)) + blocks, filter = plane ? 0 : pairs * p.window;
+  // of the residual: one product where two blocks hold a tile's own columns, but for the tile of a plane that wraps
+  const bool two = plane || p.window % 2 == 0;
+  const double own16 = two ? 2.0 * (p.column_tiles - plane) : 0, own8 = plane ? 4 : two ? 0 : 2.0 * p.column_tiles;
+  const double k16 = 2.0 * p.column_tiles * p.window * (pairs - lone) + own16;
+  const double k8 = 2.0 * p.column_tiles * lone * p.window + own8;
+  const double ldsm = blocks * (pairs + (lone ? 0.5 : 1)) + (two ? own16 : p.column_tiles);
+  const double filter = plane ? 0 : pairs * p.window;
   const double pieces = plane ? values / 8 : std::ceil(p.rows * p.images() / 4.0) * 16 / p.load_bytes;
   const double stores = values / 8 * 16 / p.store_bytes;
   const double index = plane ? 75 : 160 + pieces * 7 + stores * 6;

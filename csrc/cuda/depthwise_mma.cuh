@@ -68,7 +68,7 @@ struct Tile {
   static constexpr int RESULT_PITCH = (NT + 1) * 32;  // of results in float32
   static constexpr int FOUR_ROWS = 2 * PITCH;         // bytes from a row to the fourth below it, in the same half-plane
   // the blocks that hold the outputs' own columns start at block LEFT / 8, column LEFT % 8 of it
-  static constexpr int OWN = LEFT / 8, OFFSET = LEFT % 8, OWN_BLOCKS = NT + (OFFSET ? 1 : 0);
+  static constexpr int OWN = LEFT / 8, OFFSET = LEFT % 8;
 };
 
 struct Where {
@@ -203,11 +203,10 @@ __device__ __forceinline__ void store8_words(T* to, int x, int w, const uint4& v
   }
 }
 
-// v four times, in registers the compiler cannot know to be equal: it keeps them, as operands of a product, instead of
-// rebuilding the four from one in front of every product
-__device__ __forceinline__ void four_registers(float (&to)[4], float v) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = __shfl_sync(ALL_LANES, v, i);
+// v, in a register the compiler cannot rebuild: through a loop it keeps it, where it would compute it again in every turn
+template <class V>
+__device__ __forceinline__ V kept(V v) {
+  return __shfl_sync(ALL_LANES, v, threadIdx.x % 32);
 }
 
 // x' of eight numbers in shared memory, of which [from, to) lie in the plane
@@ -252,9 +251,6 @@ __device__ __forceinline__ void convolve_tile(unsigned char* tile, const uint2* 
                                               const DepthwiseForward& p, const MmaPlan& plan, int lane) {
   constexpr int NT = G::NT;
   const int pairs = (p.shape.kh + 1) / 2, before = (p.shape.kh - 1) / 2;
-  const uint32_t own[2] = {identity<T>(0, G::OFFSET, lane), identity<T>(1, G::OFFSET, lane)};
-  float shift4[4];
-  four_registers(shift4, k.shift);
   // ldmatrix: lane i brings row i % 16 of the product, of filter row i / 16 of a pair
   const int m = lane % 16, second = lane / 16, image = G::IMAGES == 2 ? m / 8 * 2 * plan.half_plane : 0;
   const auto at_row = [&](int r) { return image + row_offset(row_of<G::IMAGES>(m) + r, plan.half_plane, G::PITCH); };
@@ -271,30 +267,34 @@ __device__ __forceinline__ void convolve_tile(unsigned char* tile, const uint2* 
   if (!p.partials) activate<T, 2 * NT * 4>(&acc[0][0][0], p.act);
 
 #pragma unroll
-  for (int set = 0; set < 2; ++set) {
-    uint32_t in[G::OWN_BLOCKS + 1][2];
-    if (p.residual) {
+  for (int i = 0; i < 2 * NT * 4; ++i) (&acc[0][0][0])[i] = fmaf((&acc[0][0][0])[i], k.scale, k.shift);
+  if (p.residual) {
+    const uint32_t own[2] = {identity<T>(0, G::OFFSET, lane), identity<T>(1, G::OFFSET, lane)};
+    constexpr int STEP = G::OFFSET ? 1 : 2;  // two blocks at once: those of a tile, or of two
 #pragma unroll
-      for (int b = 0; b < G::OWN_BLOCKS; b += 2) {  // two blocks at once; the last may be alone
-        uint32_t two[4];
-        load_matrices(
-            two, tile_address + at_row(before + 2 * set) + 16 * (G::OWN + b + (b + 1 < G::OWN_BLOCKS ? second : 0)));
-        in[b][0] = two[0], in[b][1] = two[1], in[b + 1][0] = two[2], in[b + 1][1] = two[3];
+    for (int set = 0; set < 2; ++set)
+#pragma unroll
+      for (int i = 0; i < NT; i += STEP) {
+        uint32_t in[4];
+        load_matrices(in, tile_address + at_row(before + 2 * set) + 16 * (G::OWN + i + second));
+        if constexpr (G::OFFSET) {
+          multiply_k16<T>(acc[set][i], in, own, acc[set][i]);
+        } else {
+          multiply_k8<T>(acc[set][i], &in[0], own, acc[set][i]);
+          multiply_k8<T>(acc[set][i + 1], &in[2], own, acc[set][i + 1]);
+        }
       }
-    }
-    __syncwarp();
+  }
+  __syncwarp();  // the results take the place of the rows that their residuals come from
+#pragma unroll
+  for (int set = 0; set < 2; ++set) {
     const int to_row = row_offset(row_of<1>(lane / 4) + before + 2 * set, plan.half_plane, G::PITCH);
 #pragma unroll
     for (int i = 0; i < NT; ++i) {
-      float rest[4] = {shift4[0], shift4[1], shift4[2], shift4[3]};
-      if (p.residual) {
-        multiply_k8<T>(rest, in[i], &own[0], rest);
-        if (G::OFFSET) multiply_k8<T>(rest, in[i + 1], &own[1], rest);
-      }
       unsigned char* const to = tile + to_row + 16 * i + 4 * (lane % 4);
       const float* const v = acc[set][i];
-      put(to, pack<T>(fmaf(v[0], k.scale, rest[0]), fmaf(v[1], k.scale, rest[1])));
-      put(to + other, pack<T>(fmaf(v[2], k.scale, rest[2]), fmaf(v[3], k.scale, rest[3])));
+      put(to, pack<T>(v[0], v[1]));
+      put(to + other, pack<T>(v[2], v[3]));
     }
   }
 }

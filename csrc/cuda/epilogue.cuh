@@ -53,37 +53,39 @@ __device__ __forceinline__ void unpack8(float* v, const uint4& words) {
   v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y, v[4] = c.x, v[5] = c.y, v[6] = d.x, v[7] = d.y;
 }
 
-// gelu(v) = v Phi(v) = max(v, 0) - |v| Phi(-|v|), Phi the normal distribution, with a polynomial P = log2 Phi(-|v|) that
-// falls on where it is not fitted. NaN stays NaN, and -inf gives NaN as v Phi(v) does. For results of type T:
+// gelu(v) = v Phi(v), Phi the normal distribution: Phi(v) = |step - Phi(-|v|)|, step = 0 below zero and 1 above, and
+// Phi(-|v|) = 2^P(t), P a polynomial in t = min(|v| / 16, 1) that falls on where it is not fitted. All of it runs on the FMA
+// pipe, but 2^x: comparisons would run at half its rate. NaN stays NaN, and -inf gives NaN as v Phi(v) does. For results of
+// type T:
 //   float32  degree 10, in 15 instructions: nearer to the truth than 0.5 v (1 + erff(v / sqrt 2)), which takes 27
 //   16 bits  degree 8, in 13, for |v| to 13.3, beyond which the result leaves float32: off by 2.4e-7 at most, and by half of
 //            half an ulp: 9.3e-5 of the result for v >= -4.2, the normal numbers of fp16, 9.4e-4 below
 template <class T>
 __device__ __forceinline__ float gelu(float v) {
-  const float t = fminf(fabsf(v), 16.f);
+  const float t = multiply_saturated(fabsf(v), 0.0625f), step = multiply_saturated(v, 3e38f);
   float p;
   if constexpr (sizeof(T) == 4) {
-    p = fmaf(-5.4524193e-8f, t, 1.3556081e-6f);
-    p = fmaf(p, t, -1.4931082e-5f);
-    p = fmaf(p, t, 9.3301904e-5f);
-    p = fmaf(p, t, -3.2074229e-4f);
-    p = fmaf(p, t, 5.7768291e-5f);
-    p = fmaf(p, t, 6.9021927e-3f);
-    p = fmaf(p, t, -5.2424408e-2f);
-    p = fmaf(p, t, -0.45922306f);
-    p = fmaf(p, t, -1.1511042f);
-    p = fmaf(p, t, -1.f);
+    p = fmaf(-59949.984f, t, 93156.68f);
+    p = fmaf(p, t, -64128.508f);
+    p = fmaf(p, t, 25045.54f);
+    p = fmaf(p, t, -5381.1626f);
+    p = fmaf(p, t, 60.574444f);
+    p = fmaf(p, t, 452.3421f);
+    p = fmaf(p, t, -214.73038f);
+    p = fmaf(p, t, -117.561104f);
+    p = fmaf(p, t, -18.417667f);
+    p = fmaf(p, t, -1.0f);
   } else {
-    p = fmaf(4.6527585e-8f, t, -2.6944726e-6f);
-    p = fmaf(p, t, 6.6717759e-5f);
-    p = fmaf(p, t, -9.3819493e-4f);
-    p = fmaf(p, t, 8.4846206e-3f);
-    p = fmaf(p, t, -5.3884704e-2f);
-    p = fmaf(p, t, -0.45852131f);
-    p = fmaf(p, t, -1.1512448f);
-    p = fmaf(p, t, -0.99999422f);
+    p = fmaf(199.83446f, t, -723.292f);
+    p = fmaf(p, t, 1119.3383f);
+    p = fmaf(p, t, -983.7687f);
+    p = fmaf(p, t, 556.0481f);
+    p = fmaf(p, t, -220.71175f);
+    p = fmaf(p, t, -117.381454f);
+    p = fmaf(p, t, -18.419916f);
+    p = fmaf(p, t, -0.9999942f);
   }
-  return fmaf(-fmaxf(t, -v), exp2_approx(p), max0_or_nan(v));
+  return v * fabsf(step - exp2_approx(p));
 }
 
 // v (1 + tanh u) / 2 = v / (1 + exp(-2u)), u = sqrt(2/pi) (v + 0.044715 v^3)

@@ -217,6 +217,8 @@ struct MmaPlan {
   static constexpr int kWarps = 4;   // of a block, or fewer; each has its own tile
   static constexpr int kStages = 2;  // tiles of a warp in shared memory: one computed, the rest on their way
   static constexpr int kPlaneStages = 3;
+  static constexpr int kPlaneTaps = 1024;  // bytes for a channel's taps in shared memory
+  static constexpr int kPlaneRounds = 8;   // at most so many rounds of blocks, where there is work enough
   static constexpr int kBlocksPerSm = 4;   // what registers and shared memory allow for the planes
   static constexpr int kWaves = 4;         // so many rounds of blocks even out their ends, where there is work enough
   static constexpr int kUnitsOfAWarp = 4;  // fewer do not pay for reading and expanding the filter
@@ -260,6 +262,21 @@ inline void split_units(MmaPlan& p, int groups, int at_once, const Gpu& gpu) {
 inline void split_units(MmaPlan& p, const DepthwiseShape& s, const Gpu& gpu) {
   p.warps = std::min(MmaPlan::kWarps, p.units);
   split_units(p, s.c, p.warps, gpu);
+}
+
+// The same for whole planes: of so many rounds of blocks those that end first. What a block does beside its units takes it
+// about as long as one of them.
+inline void split_planes(MmaPlan& p, int channels, const Gpu& gpu) {
+  const int64_t of_sm =
+      std::min(MmaPlan::kBlocksPerSm * MmaPlan::kWarps / p.warps, blocks_that_fit(p.shared_bytes, gpu));
+  const int64_t at_once = gpu.multiprocessors * std::max<int64_t>(1, of_sm), most = ceil_div(p.units, p.warps);
+  int64_t best = 0;
+  for (int rounds = 1; rounds <= MmaPlan::kPlaneRounds; ++rounds) {
+    const int64_t splits = std::clamp<int64_t>(rounds * at_once / channels, 1, most);
+    const int64_t time = ceil_div(channels * splits, at_once) * (ceil_div(p.units, splits * p.warps) + 1);
+    if (!best || time < best) best = time, p.splits = static_cast<int>(splits);
+  }
+  p.blocks = channels * p.splits;
 }
 
 inline bool mma_sizes(const DepthwiseShape& s) {
@@ -335,8 +352,9 @@ inline MmaPlan mma_plane_plan(const DepthwiseShape& s, const Memory& m, const Gp
   p.rows = p.tile_rows() + s.kh - 1;
   p.half_plane = static_cast<int>(round_up((2 * ((p.rows - 1) / 4) + 2) * (p.column_tiles | 1) * 16, 128));
   p.stage_bytes = p.images() * 2 * p.half_plane;
-  split_units(p, s, gpu);
-  p.shared_bytes = p.warps * MmaPlan::kPlaneStages * p.stage_bytes;
+  p.warps = std::min(MmaPlan::kWarps, p.units);
+  p.shared_bytes = MmaPlan::kPlaneTaps + p.warps * MmaPlan::kPlaneStages * p.stage_bytes;
+  split_planes(p, s.c, gpu);
   return p;
 }
 

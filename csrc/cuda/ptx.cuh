@@ -27,7 +27,7 @@ __device__ __forceinline__ void put(void* p, V v) {
   *static_cast<V*>(p) = v;
 }
 
-// A byte address in shared memory, as ldmatrix and cp.async take it
+// A byte address in shared memory, as ldmatrix and cp.async take it, and back
 #ifdef CMX_EMULATED
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulator::machine.shared);
@@ -39,6 +39,9 @@ inline unsigned char* shared_pointer(uint32_t address) {
 #else
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ unsigned char* shared_pointer(uint32_t address) {
+  return static_cast<unsigned char*>(__cvta_shared_to_generic(address));
 }
 #endif
 
@@ -224,6 +227,18 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 #else
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+#endif
+}
+
+// x y, at least 0 and at most 1; 0 for NaN
+__device__ __forceinline__ float multiply_saturated(float x, float y) {
+#ifdef CMX_EMULATED
+  const float r = x * y;
+  return r > 0 ? r < 1 ? r : 1.f : 0.f;
+#else
+  float r;
+  asm("mul.sat.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
   return r;
 #endif
 }
