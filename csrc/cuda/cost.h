@@ -16,6 +16,8 @@ struct Rates {
   double k8;         // an m16n8k8 product, in m16n8k16
   double ffma;       // warps' instructions
   double wgmma = 0;  // m16n8k16 products in wgmma; 0 where there is none
+  // share of the issue slots that depthwise kernels fill, at the clock above: measured on an H200, elsewhere not known
+  double ffma_issue = 1, mma_issue = 1;
 };
 
 inline Rates rates_of(const Gpu& gpu) {
@@ -24,7 +26,7 @@ inline Rates rates_of(const Gpu& gpu) {
     case 86: return {0.125, 0.5, 4};  // with float32 sums, on GeForce
     case 89: return {0.25 * gpu.tensor, 0.5, 4};
     // mma.sync reaches 62 % of 2048 MAC (arXiv 2501.12084); k8 is a guess; wgmma as cuBLAS: 790 TFLOP/s on an H200
-    case 90: return {0.62, 0.75, 4, 0.83};
+    case 90: return {0.62, 0.75, 4, 0.83, 0.74, 0.6};
     default: return {0.25, 0.5, 4};  // not known: the lowest of a server GPU
   }
 }
@@ -113,7 +115,7 @@ inline Cost ffma_cost(const DepthwiseShape& s, Act act, const FfmaPlan& p, const
   const double other = load.instructions + outputs * (activation_instructions(act, s.dtype) + 2) + 8 + store + 66;
   Cost c{};
   c.memory = memory_cycles(s, gpu);
-  c.issue = warps * (fma + lds_rows + lds_weights + loop + other) / 4;
+  c.issue = warps * (fma + lds_rows + lds_weights + loop + other) / 4 / rates.ffma_issue;
   c.ffma = warps * (fma + outputs * activation_instructions(act, s.dtype)) / rates.ffma;
   // rows: two-way bank conflicts
   c.shared = warps * ((lds_rows + 8) * 8 + lds_weights * (p.channels_first ? 4 : 1) + load.numbers);
@@ -146,7 +148,7 @@ inline Cost mma_cost(const DepthwiseShape& s, Act act, const MmaPlan& p, bool pl
   c.issue = tiles *
             (k16 + k8 + ldsm + filter + pieces + stores + values / 8 + sts + values / 2 + index +
              values * (activation_instructions(act, s.dtype) + 1)) /
-            4;
+            4 / rates.mma_issue;
   c.tensor = tiles * (k16 + k8 * rates.k8) / rates.tensor;
   c.shared = tiles * (ldsm * 4 + filter * 2 + sts + (values / 8) * 8 + pieces * p.load_bytes / 4);
   c.idle = idle_factor(p.blocks, gpu.multiprocessors * blocks_at_once(p.shared_bytes, 16. / p.warps, gpu)) *
@@ -171,7 +173,7 @@ inline Cost mma_last_cost(const DepthwiseShape& s, Act act, const MmaPlan& p, co
   c.issue = tiles *
             (k16 + k8 + ldsm + fragments + in * moved(p.load_bytes) + out * moved(p.store_bytes) + values + 160 +
              expand + values * (activation_instructions(act, s.dtype) + 1)) /
-            4;
+            4 / rates.mma_issue;
   c.tensor = tiles * (k16 + k8 * rates.k8) / rates.tensor;
   c.shared = tiles * (ldsm * 4 + fragments * 2 + values / 2 + in + out + 2 * values * 32 / p.channels);
   c.idle = idle_factor(p.blocks, gpu.multiprocessors * blocks_at_once(p.shared_bytes, 16. / p.warps, gpu)) *
@@ -252,7 +254,7 @@ inline Cost backward_ffma_cost(const DepthwiseShape& s, Act act, const BackwardP
   const double end = own * (p.vector_stores ? 14 : 18);
   Cost c{};
   c.memory = backward_memory_cycles(s, gpu);
-  c.issue = tiles * (fma + fma_weight + lds + lds_weight + (da + x + end) / 32 + 4 * 60) / 4;
+  c.issue = tiles * (fma + fma_weight + lds + lds_weight + (da + x + end) / 32 + 4 * 60) / 4 / rates.ffma_issue;
   c.ffma = tiles * (fma + fma_weight + (inside * (slope + 6) + own * 12) / 32) / rates.ffma;
   c.shared = tiles * (lds * 6 + lds_weight * 4 + (halo + 4 * own) / 32);
   c.idle = idle_factor(p.blocks, gpu.multiprocessors * blocks_at_once(b.shared_bytes, 4, gpu)) * double(b.splits) *
@@ -277,7 +279,7 @@ inline Cost backward_mma_cost(const DepthwiseShape& s, Act act, const MmaPlan& p
                              around * (tall ? da : 12) + sides * (broad ? da + 10 : 12);
   Cost c{};
   c.memory = backward_memory_cycles(s, gpu);
-  c.issue = tiles * (k16 + ldsm + pairs * p.window + elementwise + 250) / 4;
+  c.issue = tiles * (k16 + ldsm + pairs * p.window + elementwise + 250) / 4 / rates.mma_issue;
   c.tensor = tiles * k16 / rates.tensor;
   c.shared = tiles * (ldsm * 4 + pairs * p.window * 2 + values * 2 + (values + around + sides) / 4 + values * 1.5);
   c.idle = idle_factor(p.blocks, gpu.multiprocessors * blocks_at_once(p.shared_bytes, 16. / p.warps, gpu)) *

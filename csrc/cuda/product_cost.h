@@ -45,7 +45,7 @@ inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, c
   const double ldsm = t.depth / 16. * t.warps() * (t.warp_rows / 16. + t.warp_columns / 16.);
   const bool gather = p.layout == ProductLayout::gather;
   // of an access; 9 instructions where numbers are gathered, which on an H200 take the time of so many
-  const auto access = [&](int bytes, bool gathered) { return gathered ? 64. : bytes == 2 ? 8. : 4.; };
+  const auto access = [&](int bytes, bool gathered) { return gathered ? 34. : bytes == 2 ? 8. : 4.; };
   const double copies =
       2. * t.depth / 32 *
       (t.rows * access(p.a_bytes, false) / p.a_bytes + t.columns * access(p.b_bytes, gather) / p.b_bytes);
@@ -57,7 +57,8 @@ inline Cost product_cost(const ProductShape& s, Act act, const ProductPlan& p, c
   c.tensor = blocks * steps * mma / rates.tensor;
   c.issue = blocks * (steps * (mma + ldsm + copies + 4 * 25) + outputs / 32 * per_output + sums + 4 * 300) / 4;
   c.shared = blocks * (steps * (4 * ldsm + t.stage_bytes() / 128.) + outputs / 32 + sums);
-  c.idle = rounds(blocks, blocks_at_once(p.shared_bytes, t.blocks_per_sm, gpu), gpu);
+  const double reached = gpu.arch == 90 ? t.reached : 1;  // not measured elsewhere
+  c.idle = rounds(blocks, blocks_at_once(p.shared_bytes, t.blocks_per_sm, gpu), gpu) / reached;
   return c;
 }
 
