@@ -3,6 +3,7 @@
 #include <climits>
 #include <tuple>
 
+#include "bind_batchnorm.h"
 #include "bind_cuda.h"
 #include "cuda/depthwise.h"
 #include "cuda/gpu.h"
@@ -316,6 +317,27 @@ Two training_product_sums(const Tensor& da, const Tensor& weight, const Tensor& 
   return {dx, run_product(p, dx, true, "training_product_sums")};
 }
 
+// ---- BatchNorm, between an operator's statistics and the next operator
+
+// The launch of p's channels on the device of `t`
+auto on_device_of(const Tensor& t, const char* op) {
+  STD_TORCH_CHECK(t.is_cuda(), op, ": wanted tensors on a CUDA device");
+  check_runs(t.get_device_index());
+  return [device = t.get_device_index(), op](const auto& p) {
+    const DeviceGuard guard(device);
+    check_cuda(batchnorm_channels(p, current_stream(device)), op);
+  };
+}
+
+Three batchnorm_rows_cuda(const Tensor& moments, const Optional& gamma, const Optional& beta, double eps,
+                          int64_t count) {
+  return batchnorm_rows(moments, gamma, beta, eps, count, on_device_of(moments, "batchnorm_rows"));
+}
+
+Three batchnorm_gradients_cuda(const Tensor& sums, const Tensor& rows, const Tensor& rstd, int64_t count, bool fixed) {
+  return batchnorm_gradients(sums, rows, rstd, count, fixed, on_device_of(sums, "batchnorm_gradients"));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cmx, CUDA, m) {
@@ -327,6 +349,8 @@ STABLE_TORCH_LIBRARY_IMPL(cmx, CUDA, m) {
   m.impl("training_sums", TORCH_BOX(&training_sums));
   m.impl("training_product", TORCH_BOX(&training_product));
   m.impl("training_product_sums", TORCH_BOX(&training_product_sums));
+  m.impl("batchnorm_rows", TORCH_BOX(&batchnorm_rows_cuda));
+  m.impl("batchnorm_gradients", TORCH_BOX(&batchnorm_gradients_cuda));
 }
 
 }  // namespace cmx

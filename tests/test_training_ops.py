@@ -22,19 +22,19 @@ def network(
     norms: list[Norm], act: str, recompute: bool, stem: bool, x: Tensor, *parameters: Tensor | None
 ) -> tuple[Tensor, ...]:
     """A stem and two blocks, or one block on a plain x. The statistics are outputs without a gradient."""
-    given, rows = list(parameters), None
+    given, rows, moments = list(parameters), None, None
     if stem:
         forward = partial(training.patch_embed_train, act=act)
 
         def backward(grad: Tensor, a: Tensor, k: Tensor, x: Tensor, weight: Tensor, *need: bool) -> Any:
             return training.patch_embed_backward(grad, a, k, x, weight, act, *need)
 
-        x, rows, _ = Unit.apply(forward, backward, x, *given[:4], norms[0])
+        x, rows, moments = Unit.apply(forward, backward, x, *given[:4], norms[0])
         given = given[4:]
     while given:
-        x, rows, *_ = Block.apply(x, rows, *given[:8], *norms[1:3], act, recompute)
+        x, rows, moments, _ = Block.apply(x, rows, moments, *given[:8], *norms[1:3], act, "", recompute)
         given = given[8:]
-    return Value.apply(x, rows, act)
+    return Value.apply(x, rows, moments, act)
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "none"])

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "../batchnorm.h"
 #include "../params.h"
 #include "plan.h"
 
@@ -23,6 +24,10 @@ struct SumsFinal {
   float* out[3];
 };
 cudaError_t sums_final(const SumsFinal& p, cudaStream_t stream);
+
+// p.channel(i) of every channel, on `stream`
+cudaError_t batchnorm_channels(const BatchNormRows& p, cudaStream_t stream);
+cudaError_t batchnorm_channels(const BatchNormGradients& p, cudaStream_t stream);
 
 // ---- elementwise passes: training_rows.cu
 
