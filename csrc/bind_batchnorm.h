@@ -19,8 +19,10 @@ inline Tensor batchnorm_input(const Tensor& t, const char* name, int64_t rows, i
   return dense(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 
+// C of [2, C]
 inline int64_t channels_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == 2, name, ": got shape ", shape_of(t), ", wanted [2, C]");
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == 2 && t.scalar_type() == ScalarType::Float, name, ": got shape ",
+                  shape_of(t), ", wanted float32 [2, C]");
   return t.size(1);
 }
 

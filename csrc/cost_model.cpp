@@ -102,9 +102,11 @@ CMX_EXPORT int cmx_cost_product(const char* gpu_name, const int* shape, int chan
   const auto dense = [&](int64_t c, int64_t h, int64_t w) {
     return channels_last ? Strides{c * h * w, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
   };
-  const Strides x = dense(s.c_in, int64_t(s.h) * s.ph, int64_t(s.w) * s.pw), y = dense(s.c_out, s.h, s.w);
-  const ProductMemory m = product_memory_of(nullptr, x, nullptr, nullptr, y, s);
   const ProductUse use = static_cast<ProductUse>(shape[9]);
+  const int64_t height = int64_t(s.h) * s.ph, width = int64_t(s.w) * s.pw;
+  const bool trains = use != ProductUse::inference && !channels_last;
+  const Strides x = trains ? channels_first(s.n, height, width) : dense(s.c_in, height, width);
+  const ProductMemory m = product_memory_of(nullptr, x, nullptr, nullptr, dense(s.c_out, s.h, s.w), s);
   const ProductChoice choice = choose_product(s, m, *gpu, static_cast<Act>(shape[8]), true, use);
   const WgmmaPlan& wgmma = choice.wgmma;
   *out = wgmma.blocks ? prediction(s, choice.cost, *gpu, kProductTileCount, wgmma.blocks, wgmma.kThreads, wgmma.kShared)
