@@ -55,8 +55,10 @@ def test_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.empty(1, 1, 1, 1, device="cuda", dtype=BF16)
     for major, ours in ((8, True), (9, True), (10, False), (11, False), (12, True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        training_products._mma_has_its_rate.cache_clear()
         assert training_products._is_ours(torch.ops.cmx, x) == ours
         assert not training_products._is_ours(torch.ops.cmx_triton, x)
+    training_products._mma_has_its_rate.cache_clear()
     assert not training_products._is_ours(torch.ops.cmx, torch.empty(1))
 
 
