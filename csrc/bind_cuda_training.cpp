@@ -167,15 +167,14 @@ Rows rows_of(const Tensor& x, RowsMode mode, const std::string& act) {
   check_input(x);
   check_dense(x, "x", x);
   Rows p{};
-  p.in[0] = x.numel() ? x.const_data_ptr() : nullptr, p.in_stride[0] = row_strides(x);
+  p.in[0] = x.numel() ? x.const_data_ptr() : nullptr, p.in_stride = row_strides(x);
   p.n = x.size(0), p.c = static_cast<int>(x.size(1)), p.pixels = x.size(2) * x.size(3);
   p.dtype = dtype_of(x, "x"), p.act = act_of(act), p.mode = mode;
   return p;
 }
 
-void add_input(Rows& p, const Tensor& t) {
-  p.in[1] = t.numel() ? t.const_data_ptr() : nullptr, p.in_stride[1] = row_strides(t);
-}
+// Of the first one's layout
+void add_input(Rows& p, const Tensor& t) { p.in[1] = t.numel() ? t.const_data_ptr() : nullptr; }
 
 void set_output(Rows& p, const Tensor& t) {
   p.out = t.numel() ? t.mutable_data_ptr() : nullptr;

@@ -90,7 +90,7 @@ class _Rows(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("in0", "in1", "out", "rows0", "rows1", "partials")),
-        ("strides", ctypes.c_int64 * 9),
+        ("strides", ctypes.c_int64 * 6),
         ("n", ctypes.c_int64),
         ("pixels", ctypes.c_int64),
         ("c", ctypes.c_int),
@@ -120,7 +120,7 @@ def _pixel_strides(t: Tensor | None) -> tuple[int, int, int]:
 
 def _pass(mode: int, inputs: tuple, rows: tuple, out: Tensor | None, result: Tensor | None, act: str) -> None:
     first, second = inputs
-    strides = [s for t in (first, second, out) for s in _pixel_strides(t)]
+    strides = [s for t in (first, out) for s in _pixel_strides(t)]  # second lies as first does
     n, c, h, w = first.shape
     size = (n, h * w, c, DTYPES.index(first.dtype), ACTS.index(act), mode)
     p = _Rows(*map(_address, (first, second, out, *rows)), None, tuple(strides), *size)
