@@ -26,9 +26,7 @@ pytestmark = [
 ]
 F32, BF16 = torch.float32, torch.bfloat16
 UNITS = 2 * DEPTH + 1
-FORWARD = Counter(
-    patch_embed_train=1, depthwise_block_train=DEPTH, pointwise_block_train=DEPTH, batchnorm_rows=UNITS
-)
+FORWARD = Counter(patch_embed_train=1, depthwise_block_train=DEPTH, pointwise_block_train=DEPTH, batchnorm_rows=UNITS)
 BACKWARD = Counter(
     patch_embed_backward=1, depthwise_block_backward=DEPTH, pointwise_block_backward=DEPTH, batchnorm_gradients=UNITS
 )

@@ -172,14 +172,14 @@ def _no_products(*_: Any, **__: Any) -> int:
 _rows = define(
     "batchnorm_rows",
     "(Tensor moments, Tensor? gamma, Tensor? beta, float eps, SymInt count) -> (Tensor, Tensor, Tensor)",
-    lambda moments, *_: (moments.new_empty((3, moments.shape[1])), moments.new_empty(moments.shape[1:]), moments.new_empty(moments.shape)),
+    lambda moments, *_: tuple(moments.new_empty((*rows, moments.shape[1])) for rows in ((3,), (), (2,))),
     _rows_reference,
     flops=_no_products,
 ).default
 _gradients = define(
     "batchnorm_gradients",
     "(Tensor sums, Tensor rows, Tensor rstd, SymInt count, bool fixed) -> (Tensor, Tensor, Tensor)",
-    lambda sums, rows, rstd, *_: (sums.new_empty((4, sums.shape[1])), torch.empty_like(rstd), torch.empty_like(rstd)),
+    lambda sums, *_: tuple(sums.new_empty((*rows, sums.shape[1])) for rows in ((4,), (), ())),
     _gradients_reference,
     flops=_no_products,
 ).default
@@ -195,7 +195,8 @@ def affine(a: Tensor, moments: Tensor, gamma: Tensor | None, beta: Tensor | None
     if norm.fixed is None and count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {a.size()}")
     run = _rows_reference if moments.dtype == torch.float64 else _rows
-    return Affine(*run(moments, gamma, beta, norm.eps, count), count)
+    rows, rstd, found = run(moments, gamma, beta, norm.eps, count)
+    return Affine(rows, rstd, found, count)
 
 
 def gradients(sums: Tensor, rows: Tensor, rstd: Tensor, count: int, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,7 +260,9 @@ def _update(turn: dict[BatchNorm, Tensor]) -> None:
                 share = turn[bn].new_zeros(()) if tracked is None else 1.0 / tracked
             for buffer, value in zip((bn.running_mean, bn.running_var), turn[bn].unbind(), strict=True):
                 if buffer is not None:
-                    running.append(buffer), now.append(value), shares.append(share)
+                    running.append(buffer)
+                    now.append(value)
+                    shares.append(share)
         if running:
             share = shares if momentum is None else momentum
             kept = [1 - s for s in shares] if momentum is None else 1 - momentum

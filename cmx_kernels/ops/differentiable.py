@@ -1,11 +1,11 @@
 """Gradients through the operators of training: autograd functions over pre-activations.
 
 Between two functions an activation X travels as three tensors (training.py): the pre-activation a, the affine rows
-[3, C] and the moments [2, C]. Two gradients travel back: in the place of a the gradient of X, in that of the moments the
-two sums over it that BatchNorm needs, which the consumer gets for nothing. Both add up over consumers, as autograd adds
+[3, C] and the moments [2, C]. Two gradients travel back: in the place of a that of X, in that of the moments the two
+sums over it that BatchNorm needs, which the consumer gets for nothing. Both add up over consumers, as autograd adds
 them. So X itself is never stored: a block keeps its two pre-activations and nothing else.
 
-Weights come in their own dtype and are multiplied in that of x: under autocast their gradient is never rounded to 16 bits.
+Weights come in their own dtype and are multiplied in that of x: autocast does not round their gradient to 16 bits.
 """
 
 import functools
@@ -79,7 +79,9 @@ def _once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Gradients:
-        if not torch.compiler.is_compiling() and (backends.transformed() or not all(_has_values(grad) for grad in grads if grad is not None)):
+        if not torch.compiler.is_compiling() and (
+            backends.transformed() or not all(_has_values(grad) for grad in grads if grad is not None)
+        ):
             raise RuntimeError(
                 "grad: got a batch of gradients (torch.vmap, is_grads_batched), or one with a tangent, which the "
                 "kernels of fused training do not follow; cmx_kernels.unfuse(model) trains in plain PyTorch, which does"

@@ -128,8 +128,8 @@ def pointwise_backward(
     elif need_input:
         dx = in_format(_product(weight.flatten(1).t(), da, None, last), layout)
         found = None if affine is None else passes.training_sums(dx, x, affine, act)
-    wide = (dweight, dbias if need_weight else None, found)
-    return x.new_empty(0) if dx is None else dx, *(_given(t, x) for t in wide)
+    dx = x.new_empty(0) if dx is None else dx
+    return dx, _given(dweight, x), _given(dbias if need_weight else None, x), _given(found, x)
 
 
 def _given(t: Tensor | None, x: Tensor) -> Tensor:
