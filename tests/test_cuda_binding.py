@@ -283,7 +283,7 @@ def test_batchnorm() -> None:
         for out, same in zip((*rows, *gradients), wanted, strict=True):
             check_equal(out, same)
     for wrong in ((moments[0], None, None), (moments.double(), None, None), (moments, gamma[1:], None)):
-        with pytest.raises(RuntimeError, match="moments: got|gamma: got"):
+        with pytest.raises(RuntimeError, match=r"moments: got|gamma: got"):
             OURS.batchnorm_rows(*wrong, 1e-5, 40)
     with pytest.raises(RuntimeError, match="rstd: got"):
         OURS.batchnorm_gradients(sums, rows[0], moments, 40, False)
