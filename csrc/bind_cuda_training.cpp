@@ -3,6 +3,7 @@
 #include <climits>
 #include <tuple>
 
+#include "bind_batchnorm.h"
 #include "bind_cuda.h"
 #include "cuda/depthwise.h"
 #include "cuda/gpu.h"
@@ -166,15 +167,14 @@ Rows rows_of(const Tensor& x, RowsMode mode, const std::string& act) {
   check_input(x);
   check_dense(x, "x", x);
   Rows p{};
-  p.in[0] = x.numel() ? x.const_data_ptr() : nullptr, p.in_stride[0] = row_strides(x);
+  p.in[0] = x.numel() ? x.const_data_ptr() : nullptr, p.in_stride = row_strides(x);
   p.n = x.size(0), p.c = static_cast<int>(x.size(1)), p.pixels = x.size(2) * x.size(3);
   p.dtype = dtype_of(x, "x"), p.act = act_of(act), p.mode = mode;
   return p;
 }
 
-void add_input(Rows& p, const Tensor& t) {
-  p.in[1] = t.numel() ? t.const_data_ptr() : nullptr, p.in_stride[1] = row_strides(t);
-}
+// Of the first one's layout
+void add_input(Rows& p, const Tensor& t) { p.in[1] = t.numel() ? t.const_data_ptr() : nullptr; }
 
 void set_output(Rows& p, const Tensor& t) {
   p.out = t.numel() ? t.mutable_data_ptr() : nullptr;
@@ -316,6 +316,27 @@ Two training_product_sums(const Tensor& da, const Tensor& weight, const Tensor& 
   return {dx, run_product(p, dx, true, "training_product_sums")};
 }
 
+// ---- BatchNorm, between an operator's statistics and the next operator
+
+// The launch of p's channels on the device of `t`
+auto on_device_of(const Tensor& t, const char* op) {
+  STD_TORCH_CHECK(t.is_cuda(), op, ": wanted tensors on a CUDA device");
+  check_runs(t.get_device_index());
+  return [device = t.get_device_index(), op](const auto& p) {
+    const DeviceGuard guard(device);
+    check_cuda(batchnorm_channels(p, current_stream(device)), op);
+  };
+}
+
+Three batchnorm_rows_cuda(const Tensor& moments, const Optional& gamma, const Optional& beta, double eps,
+                          int64_t count) {
+  return batchnorm_rows(moments, gamma, beta, eps, count, on_device_of(moments, "batchnorm_rows"));
+}
+
+Three batchnorm_gradients_cuda(const Tensor& sums, const Tensor& rows, const Tensor& rstd, int64_t count, bool fixed) {
+  return batchnorm_gradients(sums, rows, rstd, count, fixed, on_device_of(sums, "batchnorm_gradients"));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cmx, CUDA, m) {
@@ -327,6 +348,8 @@ STABLE_TORCH_LIBRARY_IMPL(cmx, CUDA, m) {
   m.impl("training_sums", TORCH_BOX(&training_sums));
   m.impl("training_product", TORCH_BOX(&training_product));
   m.impl("training_product_sums", TORCH_BOX(&training_product_sums));
+  m.impl("batchnorm_rows", TORCH_BOX(&batchnorm_rows_cuda));
+  m.impl("batchnorm_gradients", TORCH_BOX(&batchnorm_gradients_cuda));
 }
 
 }  // namespace cmx

@@ -1,5 +1,6 @@
 // The operators of training on the CPU (cmx_kernels/ops/training.py has their formulas): checks, allocation, launches,
 // and the sums of the pieces, in double and in a fixed order.
+#include "bind_batchnorm.h"
 #include "bind_memory.h"
 
 namespace cmx {
@@ -401,6 +402,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_backward(const Tensor& gr
   return {need_input ? folded(dx, x, p, q) : dx, dw, db, sums};
 }
 
+// ---- BatchNorm: too few numbers for threads
+
+constexpr auto each_channel = [](const auto& p) {
+  for (int64_t i = 0; i < p.c; i++) p.channel(i);
+};
+
+Three batchnorm_rows_cpu(const Tensor& moments, const Optional& gamma, const Optional& beta, double eps,
+                         int64_t count) {
+  return batchnorm_rows(moments, gamma, beta, eps, count, each_channel);
+}
+
+Three batchnorm_gradients_cpu(const Tensor& sums, const Tensor& rows, const Tensor& rstd, int64_t count, bool fixed) {
+  return batchnorm_gradients(sums, rows, rstd, count, fixed, each_channel);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cmx, CPU, m) {
@@ -410,6 +426,8 @@ STABLE_TORCH_LIBRARY_IMPL(cmx, CPU, m) {
   m.impl("pointwise_block_backward", TORCH_BOX(&pointwise_backward));
   m.impl("patch_embed_train", TORCH_BOX(&patch_embed_train));
   m.impl("patch_embed_backward", TORCH_BOX(&patch_embed_backward));
+  m.impl("batchnorm_rows", TORCH_BOX(&batchnorm_rows_cpu));
+  m.impl("batchnorm_gradients", TORCH_BOX(&batchnorm_gradients_cpu));
 }
 
 void release_memory() { KeptMemory::of_process().release(); }

@@ -101,9 +101,11 @@ CMX_EXPORT int cmx_cost_product(const char* gpu_name, const int* shape, int chan
   if (!gpu) return 1;
   const ProductShape s{shape[0], shape[1], shape[2], shape[3],
                        shape[4], shape[5], shape[6], static_cast<Dtype>(shape[7])};
-  const Strides x = dense_strides(s.c_in, int64_t(s.h) * s.ph, int64_t(s.w) * s.pw, channels_last),
-                y = dense_strides(s.c_out, s.h, s.w, channels_last);
   const ProductUse use = static_cast<ProductUse>(shape[9]);
+  const int64_t height = int64_t(s.h) * s.ph, width = int64_t(s.w) * s.pw;
+  const bool trains = use != ProductUse::inference && !channels_last;
+  const Strides x = trains ? channels_first(s.n, height, width) : dense_strides(s.c_in, height, width, channels_last),
+                y = dense_strides(s.c_out, s.h, s.w, channels_last);
   const PatchChoice choice = choose_patches(s, product_memory_of(nullptr, x, nullptr, nullptr, y, s), nullptr, x,
                                             nullptr, y, *gpu, static_cast<Act>(shape[8]), true, use);
   const WgmmaPlan& wgmma = choice.product.wgmma;

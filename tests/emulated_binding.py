@@ -14,10 +14,11 @@ SOURCES = ("tests/emulator/binding.cpp", "csrc/cuda/product.cu")
 TRAINING = ("depthwise_block_train", "depthwise_block_backward")
 PASSES = ("training_sum", "training_gradient", "training_moments", "training_sums")
 WEIGHTS = ("recast", "fold_rows")
+BATCHNORM = ("batchnorm_rows", "batchnorm_gradients")
 PRODUCTS = ("training_product", "training_product_sums")
 OPERATORS = (
     *("patch_embed", "depthwise_block", "pointwise_block", "pool_head", "run_blocks"),
-    *(*WEIGHTS, *TRAINING, *PASSES, *PRODUCTS),
+    *(*WEIGHTS, *TRAINING, *PASSES, *BATCHNORM, *PRODUCTS),
 )
 _definitions = torch.library.Library("cmx_emulated", "DEF")
 

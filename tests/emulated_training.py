@@ -10,6 +10,7 @@ from torch import Tensor
 from cmx_kernels.ops import training_passes
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 class _Backward(ctypes.Structure):
@@ -89,7 +90,7 @@ class _Rows(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("in0", "in1", "out", "rows0", "rows1", "partials")),
-        ("strides", ctypes.c_int64 * 9),
+        ("strides", ctypes.c_int64 * 6),
         ("n", ctypes.c_int64),
         ("pixels", ctypes.c_int64),
         ("c", ctypes.c_int),
@@ -119,7 +120,7 @@ def _pixel_strides(t: Tensor | None) -> tuple[int, int, int]:
 
 def _pass(mode: int, inputs: tuple, rows: tuple, out: Tensor | None, result: Tensor | None, act: str) -> None:
     first, second = inputs
-    strides = [s for t in (first, second, out) for s in _pixel_strides(t)]
+    strides = [s for t in (first, out) for s in _pixel_strides(t)]  # second lies as first does
     n, c, h, w = first.shape
     size = (n, h * w, c, DTYPES.index(first.dtype), ACTS.index(act), mode)
     p = _Rows(*map(_address, (first, second, out, *rows)), None, tuple(strides), *size)
@@ -153,3 +154,40 @@ def sums(grad: Tensor, x: Tensor, affine: Tensor, act: str) -> Tensor:
     found = torch.full((2, x.shape[1]), torch.nan)
     _pass(3, (grad, x), (None, affine), None, found, act)
     return found
+
+
+class _BatchNormRows(ctypes.Structure):
+    """As csrc/batchnorm.h has it; the next one too"""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("moments", "gamma", "beta", "rows", "rstd", "statistics")),
+        ("c", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("unbiased", ctypes.c_float),
+    )
+
+
+class _BatchNormGradients(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("sums", "rows", "rstd", "coefficients", "dgamma", "dbeta")),
+        ("c", ctypes.c_int64),
+        ("count", ctypes.c_float),
+        ("fixed", ctypes.c_bool),
+    )
+
+
+def batchnorm_rows(moments: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, count: int) -> Three:
+    """As the operator of this name; the next one too."""
+    c = moments.shape[1]
+    out = torch.full((3, c), torch.nan), torch.full((c,), torch.nan), torch.full((2, c), torch.nan)
+    p = _BatchNormRows(*map(_address, (moments, gamma, beta, *out)), c, eps, count / max(1, count - 1))
+    _run(lambda *call: library().cmx_emulate_batchnorm_rows(call[0], ORDER, *call[1:]), p)
+    return out
+
+
+def batchnorm_gradients(sums: Tensor, rows: Tensor, rstd: Tensor, count: int, fixed: bool) -> Three:
+    c = sums.shape[1]
+    out = torch.full((4, c), torch.nan), torch.full((c,), torch.nan), torch.full((c,), torch.nan)
+    p = _BatchNormGradients(*map(_address, (sums, rows, rstd, *out)), c, count, fixed)
+    _run(lambda *call: library().cmx_emulate_batchnorm_gradients(call[0], ORDER, *call[1:]), p)
+    return out

@@ -289,3 +289,22 @@ def test_refusals_of_training() -> None:
         with pytest.raises(RuntimeError, match=message):
             op(*given)
         assert launches() == 0, message
+
+
+def test_batchnorm() -> None:
+    """A launch each; the bits of the CPU's operators, vectors of any dtype; wrong shapes are refused."""
+    moments, gamma, beta, sums = torch.rand(2, 5), torch.rand(5).to(BF16), torch.rand(10)[::2], torch.rand(2, 5)
+    for given in ((moments, gamma, beta, 1e-5, 40), (moments, None, None, 1e-3, 1)):
+        rows = OURS.batchnorm_rows(*given)
+        assert launches() == 1
+        gradients = OURS.batchnorm_gradients(sums, rows[0], rows[1], 40, given[1] is None)
+        assert launches() == 1
+        wanted = (*torch.ops.cmx.batchnorm_rows(*given),)
+        wanted += torch.ops.cmx.batchnorm_gradients(sums, wanted[0], wanted[1], 40, given[1] is None)
+        for out, same in zip((*rows, *gradients), wanted, strict=True):
+            check_equal(out, same)
+    for wrong in ((moments[0], None, None), (moments.double(), None, None), (moments, gamma[1:], None)):
+        with pytest.raises(RuntimeError, match=r"moments: got|gamma: got"):
+            OURS.batchnorm_rows(*wrong, 1e-5, 40)
+    with pytest.raises(RuntimeError, match="rstd: got"):
+        OURS.batchnorm_gradients(sums, rows[0], moments, 40, False)

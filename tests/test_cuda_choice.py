@@ -96,6 +96,14 @@ def test_product() -> None:
             assert use == "inference" or p.kernel != "64x32"  # whose panels are too narrow for statistics
 
 
+def test_training_multiplies_by_wgmma() -> None:
+    """In both layouts, NCHW as [C, N, H, W] in memory: mma.sync would take twice the time."""
+    for size, last, use in itertools.product(((1536, 32), (768, 32), (1024, 16)), (False, True), (0, 1, 2)):
+        c, plane = size
+        found, _ = product("H200", (64, c, c, plane, plane, 1, 1), "bfloat16", "gelu", last, use)
+        assert cost_model.TILES[found[0]] == "wgmma", f"{size}, channels_last {last}, {cost_model.USES[use]}"
+
+
 @pytest.mark.parametrize("last", (False, True))
 @pytest.mark.parametrize("gpu", GPUS)
 def test_statistics_of_several_launches(gpu: str, last: bool) -> None:

@@ -47,6 +47,8 @@ def test_layers_of_the_models(shape: tuple[int, ...], dtype: torch.dtype) -> Non
     check(run("pointwise_block", args), expected)
     last = args[0].cuda().contiguous(memory_format=torch.channels_last)
     check(run("pointwise_block", args, last), expected, "channels_last")
+    inside = args[0].cuda().transpose(0, 1).contiguous().transpose(0, 1)
+    check(run("pointwise_block", args, inside), expected, "images inside of channels, as training has them")
 
 
 @pytest.mark.parametrize("act", cases.ACTS)

@@ -74,6 +74,21 @@ def test_statistics(dtype: torch.dtype, layout: str, tile: int) -> None:
 
 
 @every_tile
+def test_images_inside_of_channels(tile: int) -> None:
+    """x as [C, N, H, W] in memory, which training hands over; NaN around it."""
+    x, weight, bias, like = inputs((3, 24, 136, 6, 8), BF16, "pixels")
+    memory = torch.full((26, 3, 6, 8), torch.nan, dtype=BF16)
+    memory[1:-1] = x.transpose(0, 1)
+    inside = memory[1:-1].transpose(0, 1)
+    for sums in (None, problems.rows(1, 136)[0]):
+        wanted = run((x, weight, bias, like), tile, "gelu", "pixels", sums)
+        found = run((inside, weight, bias, like), tile, "gelu", "pixels", sums)
+        assert found is not None
+        for out, same in zip(found, wanted, strict=True):
+            check_equal(out, same)
+
+
+@every_tile
 @every_layout
 def test_thread_orders(layout: str, tile: int) -> None:
     """Any order of threads, any arrival of the copies give the same bits; several tiles."""

@@ -9,6 +9,8 @@ import training_cases as problems
 from compare import check, check_equal
 from torch import Tensor
 
+from cmx_kernels.ops import batchnorm
+
 pytestmark = emulated.needs(emulated.library)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ids = cases.name
@@ -196,3 +198,21 @@ def test_layouts(layout: str, kernel: str, dtype: torch.dtype) -> None:
             continue
         found = run((grad, a, k, x, *rest), kernel, dx=out)
         check_equal(found[0], first[0])
+
+
+@pytest.mark.parametrize("channels", (1, 5, 128, 300))
+def test_batchnorm(channels: int) -> None:
+    """The bits of the CPU's loop, and of the reference."""
+    generator = torch.Generator().manual_seed(channels)
+    moments, sums, vectors = (torch.rand(2, channels, generator=generator) - f for f in (0, 0.5, 0.5))
+    for gamma, beta, count, fixed in ((None, None, 2, True), (*vectors, 1 << 20, False), (vectors[0], None, 77, False)):
+        given = moments, gamma, beta, 1e-5, count
+        found = emulated_training.batchnorm_rows(*given)
+        back = sums, found[0], found[1], count, fixed
+        both = (*found, *emulated_training.batchnorm_gradients(*back))
+        for wanted in (
+            (*torch.ops.cmx.batchnorm_rows(*given), *torch.ops.cmx.batchnorm_gradients(*back)),
+            (*batchnorm._rows_reference(*given), *batchnorm._gradients_reference(*back)),
+        ):
+            for out, same in zip(both, wanted, strict=True):
+                check_equal(out, same)

@@ -55,12 +55,21 @@ def test_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.empty(1, 1, 1, 1, device="cuda", dtype=BF16)
     for major, ours in ((8, True), (9, True), (10, False), (11, False), (12, True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        training_products._mma_has_its_rate.cache_clear()
         assert training_products._is_ours(torch.ops.cmx, x) == ours
         assert not training_products._is_ours(torch.ops.cmx_triton, x)
+    training_products._mma_has_its_rate.cache_clear()
     assert not training_products._is_ours(torch.ops.cmx, torch.empty(1))
 
 
-ROWS = (((3, 5, 7, 9), "gelu"), ((2, 70, 4, 8), "relu"), ((300, 2, 2, 2), "gelu_tanh"), ((1, 6, 3, 3), "none"))
+ROWS = (
+    ((3, 5, 7, 9), "gelu"),
+    ((2, 70, 4, 8), "relu"),
+    ((300, 2, 2, 2), "gelu_tanh"),
+    ((1, 6, 3, 3), "none"),
+    ((5, 12, 2, 6), "gelu"),  # a unit of 16 bytes and a half, in accesses of 8
+    ((40, 72, 4, 10), "gelu"),  # several images on, in whole units
+)
 
 
 @pytest.mark.parametrize(("shape", "act"), ROWS, ids=cases.name)
@@ -69,7 +78,7 @@ ROWS = (((3, 5, 7, 9), "gelu"), ((2, 70, 4, 8), "relu"), ((300, 2, 2, 2), "gelu_
 def test_passes(
     layout: str, dtype: torch.dtype, shape: tuple[int, ...], act: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sizes around four; any order of threads gives the same bits."""
+    """Sizes around the units of 16 bytes; any order of threads gives the same bits."""
     first = check_passes(EMULATED, shape, dtype, act, layout)
     for order in (1, 2):
         monkeypatch.setattr(emulated_training, "ORDER", order)

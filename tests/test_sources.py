@@ -239,7 +239,7 @@ def test_rows_of_the_list_of_activations(act: str) -> None:
 @needs_sources
 @pytest.mark.parametrize("path", NATIVE_FILES, ids=_name)
 def test_native_includes(path: Path) -> None:
-    """Only bind*.{h,cpp} know torch, only module.cpp Python; kernels include the shared lists and their own folder."""
+    """Only bind*.{h,cpp} know torch, only module.cpp Python; kernels include what both share and their own folder."""
     includes = re.findall(r'#include\s*[<"]([^>"]+)[>"]', path.read_text())
     torch_headers = [i for i in includes if i.split("/")[0] in ("torch", "ATen", "c10")]
     assert re.fullmatch(r"bind(_cuda\w*)?\.(h|cpp)", path.name) or not torch_headers
@@ -250,7 +250,7 @@ def test_native_includes(path: Path) -> None:
     for include in includes:
         local = include.removeprefix("../").split("/")[-1]
         if (CSRC / local).is_file():
-            shared = ("lists.h", "params.h", "activation.h", "dispatch.h", "cpu_levels.h")
+            shared = ("lists.h", "params.h", "batchnorm.h", "activation.h", "dispatch.h", "cpu_levels.h")
             assert local in shared, f"{_name(path)} includes {include}"
         for other in ("cpu", "cuda"):
             assert path.parent.name == other or f"{other}/" not in include

@@ -25,8 +25,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:cmx_kernels"),
 ]
 F32, BF16 = torch.float32, torch.bfloat16
-FORWARD = Counter(patch_embed_train=1, depthwise_block_train=DEPTH, pointwise_block_train=DEPTH)
-BACKWARD = Counter(patch_embed_backward=1, depthwise_block_backward=DEPTH, pointwise_block_backward=DEPTH)
+UNITS = 2 * DEPTH + 1
+FORWARD = Counter(patch_embed_train=1, depthwise_block_train=DEPTH, pointwise_block_train=DEPTH, batchnorm_rows=UNITS)
+BACKWARD = Counter(
+    patch_embed_backward=1, depthwise_block_backward=DEPTH, pointwise_block_backward=DEPTH, batchnorm_gradients=UNITS
+)
 
 
 @pytest.fixture(autouse=True)

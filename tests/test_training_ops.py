@@ -22,19 +22,19 @@ def network(
     norms: list[Norm], act: str, recompute: bool, stem: bool, x: Tensor, *parameters: Tensor | None
 ) -> tuple[Tensor, ...]:
     """A stem and two blocks, or one block on a plain x. The statistics are outputs without a gradient."""
-    given, rows = list(parameters), None
+    given, rows, moments = list(parameters), None, None
     if stem:
         forward = partial(training.patch_embed_train, act=act)
 
         def backward(grad: Tensor, a: Tensor, k: Tensor, x: Tensor, weight: Tensor, *need: bool) -> Any:
             return training.patch_embed_backward(grad, a, k, x, weight, act, *need)
 
-        x, rows, _ = Unit.apply(forward, backward, x, *given[:4], norms[0])
+        x, rows, moments = Unit.apply(forward, backward, x, *given[:4], norms[0])
         given = given[4:]
     while given:
-        x, rows, *_ = Block.apply(x, rows, *given[:8], *norms[1:3], act, recompute)
+        x, rows, moments, _ = Block.apply(x, rows, moments, *given[:8], *norms[1:3], act, "", recompute)
         given = given[8:]
-    return Value.apply(x, rows, act)
+    return Value.apply(x, rows, moments, act)
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "none"])
@@ -66,7 +66,10 @@ def arguments(dtype: torch.dtype, layout: torch.memory_format, need: tuple[bool,
     def plane(channels: int, h: int = 5, w: int = 4) -> Tensor:
         return torch.randn(2, channels, h, w).to(dtype).contiguous(memory_format=layout)
 
-    rows, skip_rows = (torch.rand(3, C, dtype=exact) + 0.5 if affine else None for _ in range(2))
+    def rows_of(count: int) -> Tensor:
+        return torch.rand(count, C, dtype=exact) + 0.5
+
+    rows, skip_rows = (rows_of(3) if affine else None for _ in range(2))
     k, act = torch.randn(4, C, dtype=exact), "gelu"
     x, a, grad, bias = plane(C), plane(C), plane(C), torch.randn(C, dtype=dtype)
     dw, pw, stem = (torch.randn(shape).to(dtype) for shape in ((C, 1, 3, 2), (C, C, 1, 1), (C, 2, 2, 2)))
@@ -78,6 +81,8 @@ def arguments(dtype: torch.dtype, layout: torch.memory_format, need: tuple[bool,
         "pointwise_block_backward": (grad, a, k, x, rows, a if affine else None, skip_rows, pw, act, *need),
         "patch_embed_train": (image, stem, bias, act),
         "patch_embed_backward": (grad, a, k, image, stem, act, *need),
+        "batchnorm_rows": (rows_of(2), bias if affine else None, bias, EPS, 40),
+        "batchnorm_gradients": (rows_of(2), rows_of(3), rows_of(1)[0], 40, affine),
     }
 
 

@@ -13,7 +13,7 @@ from cmx_kernels import backends
 from cmx_kernels.models.structure import Unit, why_not_size
 from cmx_kernels.ops import batchnorm
 from cmx_kernels.ops.batchnorm import BatchNorm
-from cmx_kernels.ops.checks import autocast, memory_format
+from cmx_kernels.ops.checks import autocast, autocast_is_on, memory_format
 from cmx_kernels.ops.differentiable import Block, Pooled, Value
 from cmx_kernels.ops.differentiable import Unit as UnitFunction
 from cmx_kernels.ops.training_forms import patches_backward, patches_forward
@@ -45,13 +45,14 @@ def run(
     None where dtypes or sizes do not fit, as the modules would refuse.
     Running statistics are updated as nn.BatchNorm2d updates them.
     """
+    mixed = autocast_is_on(x) and x.dtype != torch.float64  # the operators take a weight in the dtype of x
     (x,) = autocast(x)
     units = ([stem] if stem else []) + [unit for block in blocks for unit in block]
-    weights = [autocast(unit.conv.weight)[0] for unit in units]
-    if any(weight.dtype != x.dtype or weight.device != x.device for weight in weights):
-        return None
-    if any(why_not_size(unit.conv) is not None for unit in units):
-        return None
+    for conv, _, _ in units:
+        weight = conv.weight
+        fits = weight.dtype == x.dtype or (mixed and weight.is_floating_point())
+        if not fits or weight.device != x.device or why_not_size(conv) is not None:
+            return None
     layout = memory_format(x)
     if x.device.type == "cpu":
         x = x.contiguous(memory_format=torch.channels_last)  # the CPU kernels read vectors of channels
@@ -59,28 +60,29 @@ def run(
     if recompute and torch.compiler.is_compiling():
         run_block, recompute = _recomputed_block, False
     with torch.autocast(x.device.type, enabled=False):
-        weight_of = iter(weights)
         updates: list[tuple[BatchNorm, Tensor]] = []
         rows: Tensor | None = None
+        moments: Tensor | None = None
         if stem:
             backend = backends.select("patch_embed_train", x, act, quiet=True)
             forward = partial(patches_forward, act=act, backend=backend)
             backward = partial(patches_backward, act=act, backend=backend)
-            given = _parameters(stem, next(weight_of))
-            x, rows, moments = UnitFunction.apply(forward, backward, x, *given, batchnorm.norm_of(stem.norm))
+            x, rows, moments = UnitFunction.apply(forward, backward, x, *_parameters(stem), _norm(stem))
             updates.append((stem.norm, moments))
-        for depthwise, pointwise in blocks:
-            given = (*_parameters(depthwise, next(weight_of)), *_parameters(pointwise, next(weight_of)))
-            norms = [batchnorm.norm_of(unit.norm) for unit in (depthwise, pointwise)]
-            x, rows, moments1, moments2 = run_block(x, rows, *given, *norms, act, recompute)
-            updates += [(depthwise.norm, moments1), (pointwise.norm, moments2)]
-        y = (Pooled if pool else Value).apply(x, rows, act)
-        for norm, moments in updates:
-            batchnorm.update_running(norm, moments)
+        backend = backends.select("depthwise_block_train", x, act, quiet=True)
+        for one, two in blocks:
+            how = (_norm(one), _norm(two), act, backend, recompute)
+            x, rows, moments, inner = run_block(x, rows, moments, *_parameters(one), *_parameters(two), *how)
+            updates += [(one.norm, inner), (two.norm, moments)]
+        y = (Pooled if pool else Value).apply(x, rows, moments, act)
+        batchnorm.update_running(updates)
     return y if pool else y.contiguous(memory_format=layout)
 
 
-_KEPT = partial(create_selective_checkpoint_contexts, [torch.ops.cmx.pointwise_block_train.default])
+_KEPT = partial(
+    create_selective_checkpoint_contexts,
+    [torch.ops.cmx.pointwise_block_train.default, torch.ops.cmx.batchnorm_rows.default],
+)
 
 
 def _recomputed_block(*args: Any) -> Any:
@@ -88,8 +90,12 @@ def _recomputed_block(*args: Any) -> Any:
     return checkpoint(Block.apply, *args, use_reentrant=False, context_fn=_KEPT)
 
 
-def _parameters(unit: Unit, weight: Tensor) -> tuple[Any, ...]:
-    return weight, unit.conv.bias, unit.norm.weight, unit.norm.bias
+def _parameters(unit: Unit) -> tuple[Any, ...]:
+    return unit.conv.weight, unit.conv.bias, unit.norm.weight, unit.norm.bias
+
+
+def _norm(unit: Unit) -> batchnorm.Norm:
+    return batchnorm.norm_of(unit.norm)
 
 
 def recomputed(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -154,6 +154,48 @@ def norm_of(bn: BatchNorm) -> Norm:
     return Norm(bn.eps, None, group)
 
 
+def _rows_reference(
+    moments: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var = moments
+    rstd = torch.rsqrt(var + eps)
+    scale = rstd if gamma is None else rstd * gamma.to(rstd.dtype)
+    shift = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
+    unbiased = var * (count / max(1, count - 1))
+    return torch.stack((mean, scale, shift)), rstd, torch.stack((mean, unbiased))
+
+
+def _gradients_reference(
+    sums: Tensor, rows: Tensor, rstd: Tensor, count: int, fixed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, scale, _ = rows
+    p, nothing = scale, torch.zeros_like(scale)
+    total, centred = sums / count
+    q, r = (nothing, nothing) if fixed else (-scale * rstd * rstd * centred, -scale * total)
+    return torch.stack((p, q, r, mean)), sums[1] * rstd, sums[0].clone()
+
+
+def _no_products(*_: Any, **__: Any) -> int:
+    return 0
+
+
+# A launch each: what follows a unit's moments, and what its sums become in backward
+_rows = define(
+    "batchnorm_rows",
+    "(Tensor moments, Tensor? gamma, Tensor? beta, float eps, SymInt count) -> (Tensor, Tensor, Tensor)",
+    lambda moments, *_: tuple(moments.new_empty((*rows, moments.shape[1])) for rows in ((3,), (), (2,))),
+    _rows_reference,
+    flops=_no_products,
+).default
+_gradients = define(
+    "batchnorm_gradients",
+    "(Tensor sums, Tensor rows, Tensor rstd, SymInt count, bool fixed) -> (Tensor, Tensor, Tensor)",
+    lambda sums, *_: tuple(sums.new_empty((*rows, sums.shape[1])) for rows in ((4,), (), ())),
+    _gradients_reference,
+    flops=_no_products,
+).default
+
+
 def affine(a: Tensor, moments: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm) -> Affine:
     """a: the pre-activation [N, C, H, W] that the moments are of."""
     count = a.numel() // a.shape[1]
@@ -163,29 +205,26 @@ def affine(a: Tensor, moments: Tensor, gamma: Tensor | None, beta: Tensor | None
         moments, count = _gather(moments, count, norm.group)
     if norm.fixed is None and count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {a.size()}")
-    mean, var = moments
-    rstd = torch.rsqrt(var + norm.eps)
-    scale = rstd if gamma is None else rstd * gamma
-    shift = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
-    unbiased = torch.stack((mean, var * (count / max(1, count - 1))))
-    return Affine(torch.stack((mean, scale, shift)), rstd, unbiased, count)
+    run = _rows_reference if moments.dtype == torch.float64 else _rows
+    rows, rstd, found = run(moments, gamma, beta, norm.eps, count)
+    return Affine(rows, rstd, found, count)
 
 
-def coefficients(sums: Tensor, rows: Tensor, rstd: Tensor, count: int, norm: Norm) -> Tensor:
-    """[4, C]: p, q, r, mean, with p * grad + q * (g - mean) + r the gradient of g = act(a).
+def gradients(sums: Tensor, rows: Tensor, rstd: Tensor, count: int, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients [4, C], and the gradients of gamma and beta.
 
+    Coefficients p, q, r, mean: p * grad + q * (g - mean) + r is the gradient of g = act(a).
     sums [2, C]: sum(grad), sum(grad * (g - mean)), of this process.
 
     dg = scale * (grad - sum(grad) / count - (g - mean) * rstd^2 * sum(grad * (g - mean)) / count)
     """
-    mean, scale, _ = rows
-    if norm.fixed is not None:
-        return torch.stack((scale, torch.zeros_like(scale), torch.zeros_like(scale), mean))
-    if norm.group is not None:
+    run = _gradients_reference if sums.dtype == torch.float64 else _gradients
+    k, dgamma, dbeta = run(sums, rows, rstd, count, norm.fixed is not None)
+    if norm.group is not None and norm.fixed is None:
         sums = sums.clone()
         torch.distributed.all_reduce(sums, group=norm.group)
-    total, centred = sums / count
-    return torch.stack((scale, -scale * rstd * rstd * centred, -scale * total, mean))
+        k, *_ = run(sums, rows, rstd, count, False)
+    return k, dgamma, dbeta
 
 
 def _gather(moments: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
@@ -203,15 +242,40 @@ def _gather(moments: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
 
 
 @torch.no_grad()
-def update_running(bn: BatchNorm, moments: Tensor) -> None:
-    """What nn.BatchNorm2d does to its buffers in a training step. moments [2, C]: mean and unbiased variance."""
-    if not (bn.training and bn.track_running_stats):
-        return
-    factor: float | Tensor | None = bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        factor = 1.0 / bn.num_batches_tracked if factor is None else factor  # a tensor: no graph may ask for its value
-    factor = 0.0 if factor is None else factor
-    for running, now in zip((bn.running_mean, bn.running_var), moments, strict=True):
-        if running is not None:
-            running.mul_(1 - factor).add_((now * factor).to(running.dtype))
+def update_running(found: Sequence[tuple[BatchNorm, Tensor]]) -> None:
+    """What nn.BatchNorm2d does to its buffers in a training step. moments [2, C]: mean and unbiased variance.
+
+    All at once, in a few launches; one that is met again waits for its first turn.
+    """
+    turn: dict[BatchNorm, Tensor] = {}
+    for bn, moments in found:
+        if bn.training and bn.track_running_stats:
+            if bn in turn:
+                _update(turn)
+                turn = {}
+            turn[bn] = moments
+    _update(turn)
+
+
+def _update(turn: dict[BatchNorm, Tensor]) -> None:
+    for momentum in dict.fromkeys(bn.momentum for bn in turn):
+        group = [bn for bn in turn if bn.momentum == momentum]
+        counters = [bn.num_batches_tracked for bn in group if bn.num_batches_tracked is not None]
+        if counters:
+            torch._foreach_add_(counters, 1)
+        running, now, shares = [], [], []
+        for bn in group:
+            share: Any = momentum
+            if share is None:  # a cumulative average; a tensor: no graph may ask for its value
+                tracked = bn.num_batches_tracked
+                share = turn[bn].new_zeros(()) if tracked is None else 1.0 / tracked
+            for buffer, value in zip((bn.running_mean, bn.running_var), turn[bn].unbind(), strict=True):
+                if buffer is not None:
+                    running.append(buffer)
+                    now.append(value)
+                    shares.append(share)
+        if running:
+            share = shares if momentum is None else momentum
+            kept = [1 - s for s in shares] if momentum is None else 1 - momentum
+            torch._foreach_mul_(running, kept)
+            torch._foreach_add_(running, torch._foreach_mul(now, share))

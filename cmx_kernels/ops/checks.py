@@ -88,6 +88,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def in_format(y: Tensor, wanted: torch.memory_format) -> Tensor:
     """``y`` in a layout, with the strides of a new tensor also where a size of 1 leaves them open."""
     y = y.contiguous(memory_format=wanted)
+    if all(size > 1 for size in y.shape):  # strides are the layout's
+        return y
     new = torch.empty(y.shape, dtype=y.dtype, device="meta").to(memory_format=wanted)
     return y if y.stride() == new.stride() else y.clone(memory_format=wanted)
 

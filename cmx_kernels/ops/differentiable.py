@@ -1,9 +1,11 @@
 """Gradients through the operators of training: autograd functions over pre-activations.
 
-Between two functions an activation X travels as two tensors (training.py): the pre-activation a and the affine rows
-[3, C]. Their gradients travel back the same way: in the place of a the gradient of X, in that of the rows the two sums
-over it that BatchNorm needs, which the consumer gets for nothing. Both add up over consumers, as autograd adds them.
-So X itself is never stored: a block keeps its two pre-activations and nothing else.
+Between two functions an activation X travels as three tensors (training.py): the pre-activation a, the affine rows
+[3, C] and the moments [2, C]. Two gradients travel back: in the place of a that of X, in that of the moments the two
+sums over it that BatchNorm needs, which the consumer gets for nothing. Both add up over consumers, as autograd adds
+them. So X itself is never stored: a block keeps its two pre-activations and nothing else.
+
+Weights come in their own dtype and are multiplied in that of x: autocast does not round their gradient to 16 bits.
 """
 
 import functools
@@ -31,19 +33,19 @@ def _incoming(grad: Tensor, a: Tensor) -> Tensor:
     return grad.to(a.dtype).contiguous(memory_format=memory_format(a))
 
 
-def _as_rows(sums: Tensor, like: Tensor) -> Tensor:
-    """Sums [2, C] in the place of rows [3, C]"""
-    rows = torch.zeros_like(like)
-    rows[:2] = sums
-    return rows
-
-
 def _cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if grad is None or like is None else grad.to(like.dtype)
 
 
 def _wanted(grad: Tensor, want: bool) -> Tensor | None:
     return grad if want else None
+
+
+def _differentiable_but(ctx: Any, *outputs: Tensor) -> None:
+    """Marks the outputs that have no gradient; backward gets None for them, and not a launch's worth of zeros each."""
+    ctx.mark_non_differentiable(*outputs)
+    if not torch.compiler.is_compiling():  # which cannot be told, and drops them itself
+        ctx.set_materialize_grads(False)
 
 
 class _Final(Function):
@@ -76,8 +78,10 @@ def _once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """
 
     @functools.wraps(backward)
-    def run(ctx: Any, *grads: Tensor) -> Gradients:
-        if not torch.compiler.is_compiling() and (backends.transformed() or not all(map(_has_values, grads))):
+    def run(ctx: Any, *grads: Tensor | None) -> Gradients:
+        if not torch.compiler.is_compiling() and (
+            backends.transformed() or not all(_has_values(grad) for grad in grads if grad is not None)
+        ):
             raise RuntimeError(
                 "grad: got a batch of gradients (torch.vmap, is_grads_batched), or one with a tangent, which the "
                 "kernels of fused training do not follow; cmx_kernels.unfuse(model) trains in plain PyTorch, which does"
@@ -105,37 +109,38 @@ class Unit(Function):
         beta: Tensor | None,
         norm: Norm,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        a, moments = forward(x, weight, bias)
+        used = weight.to(x.dtype)
+        a, moments = forward(x, used, bias)
         found = batchnorm.affine(a, moments, gamma, beta, norm)
-        ctx.save_for_backward(x, weight, bias, gamma, beta, a, found.rows, found.rstd)
-        ctx.run, ctx.norm, ctx.count = backward, norm, found.values
-        ctx.mark_non_differentiable(found.moments)
+        ctx.save_for_backward(x, used, bias, gamma, beta, a, found.rows, found.rstd)
+        ctx.run, ctx.norm, ctx.count, ctx.dtype = backward, norm, found.values, weight.dtype
+        _differentiable_but(ctx, found.rows)
         return a, found.rows, found.moments
 
     @staticmethod
     @_once
-    def backward(ctx: Any, saved: Any, grad: Tensor, row_grads: Tensor, _: Tensor) -> Gradients:
+    def backward(ctx: Any, saved: Any, grad: Tensor, _: Any, sums: Tensor) -> Gradients:
         x, weight, bias, gamma, beta, a, rows, rstd = saved
         need = ctx.needs_input_grad
-        sums = row_grads[:2]
-        k = batchnorm.coefficients(sums, rows, rstd, ctx.count, ctx.norm)
+        k, dgamma, dbeta = batchnorm.gradients(sums, rows, rstd, ctx.count, ctx.norm)
         dx, dweight, dbias, _ = ctx.run(_incoming(grad, a), a, k, x, weight, need[2], need[3] or need[4])
         return (
             None,
             None,
             _wanted(dx, need[2]),
-            _cast(dweight, weight) if need[3] else None,
+            dweight.to(ctx.dtype) if need[3] else None,
             _cast(dbias, bias) if need[4] else None,
-            _cast(sums[1] * rstd, gamma),
-            _cast(sums[0], beta),
+            _cast(dgamma, gamma),
+            _cast(dbeta, beta),
             None,
         )
 
 
 class Block(Function):
-    """A block on X = (x, rows): (a of the pointwise half, its rows, moments of both halves)
+    """A block on X = (x, rows, moments): the same of the pointwise half, and moments of the depthwise half
 
-    x without rows is plain. recompute: the depthwise pre-activation is computed again in backward, not kept.
+    x without rows and moments is plain. ``backend``: that of depthwise_block_train.
+    recompute: the depthwise pre-activation is computed again in backward, not kept.
     """
 
     @staticmethod
@@ -143,6 +148,7 @@ class Block(Function):
         ctx: Any,
         x: Tensor,
         x_rows: Tensor | None,
+        x_moments: Tensor | None,
         weight1: Tensor,
         bias1: Tensor | None,
         gamma1: Tensor | None,
@@ -154,61 +160,64 @@ class Block(Function):
         norm1: Norm,
         norm2: Norm,
         act: str,
+        backend: str,
         recompute: bool,
     ) -> tuple[Tensor, ...]:
-        on = {"backend": backends.select("depthwise_block_train", x, act, quiet=True)}
-        a1, moments1 = training.depthwise_train(x, x_rows, weight1, bias1, act, **on)
+        used1, used2 = weight1.to(x.dtype), weight2.to(x.dtype)
+        a1, moments1 = training.depthwise_train(x, x_rows, used1, bias1, act, backend=backend)
         one = batchnorm.affine(a1, moments1, gamma1, beta1, norm1)
-        a2, moments2 = training.pointwise_train(a1, one.rows, x, x_rows, weight2, bias2, act, **on)
+        a2, moments2 = training.pointwise_train(a1, one.rows, x, x_rows, used2, bias2, act, backend=backend)
         two = batchnorm.affine(a2, moments2, gamma2, beta2, norm2)
         ctx.save_for_backward(
-            *(x, x_rows, weight1, bias1, gamma1, beta1, weight2, bias2, gamma2, beta2),
+            *(x, x_rows, used1, bias1, gamma1, beta1, used2, bias2, gamma2, beta2),
             *(None if recompute else a1, one.rows, one.rstd, a2, two.rows, two.rstd),
         )
-        ctx.norms, ctx.counts, ctx.act, ctx.on = (norm1, norm2), (one.values, two.values), act, on
-        ctx.mark_non_differentiable(one.moments, two.moments)
-        return a2, two.rows, one.moments, two.moments
+        ctx.norms, ctx.counts, ctx.act, ctx.backend = (norm1, norm2), (one.values, two.values), act, backend
+        ctx.dtypes = weight1.dtype, weight2.dtype
+        _differentiable_but(ctx, two.rows, one.moments)
+        return a2, two.rows, two.moments, one.moments
 
     @staticmethod
     @_once
-    def backward(ctx: Any, saved: Any, grad: Tensor, row_grads: Tensor, *_: Tensor) -> Gradients:
+    def backward(ctx: Any, saved: Any, grad: Tensor, _: Any, sums2: Tensor, __: Any) -> Gradients:
         x, x_rows, weight1, bias1, gamma1, beta1, weight2, bias2, gamma2, beta2, *rest = saved
         a1, rows1, rstd1, a2, rows2, rstd2 = rest
         need = ctx.needs_input_grad
+        act, backend = ctx.act, ctx.backend
         if a1 is None:
-            a1, _ = training.depthwise_train(x, x_rows, weight1, bias1, ctx.act, **ctx.on)
-        sums2 = row_grads[:2]
-        k = batchnorm.coefficients(sums2, rows2, rstd2, ctx.counts[1], ctx.norms[1])
+            a1, _ = training.depthwise_train(x, x_rows, weight1, bias1, act, backend=backend)
+        k, dgamma2, dbeta2 = batchnorm.gradients(sums2, rows2, rstd2, ctx.counts[1], ctx.norms[1])
         du, dweight2, dbias2, sums1 = training.pointwise_backward(
-            *(_incoming(grad, a2), a2, k, a1, rows1, x, x_rows, weight2, ctx.act),
-            *(any(need[:6]), need[6] or need[7]),
-            **ctx.on,
+            *(_incoming(grad, a2), a2, k, a1, rows1, x, x_rows, weight2, act),
+            *(any(need[:7]), need[7] or need[8]),
+            backend=backend,
         )
-        found: list[Tensor | None] = [None] * 6
-        if any(need[:6]):
-            k = batchnorm.coefficients(sums1, rows1, rstd1, ctx.counts[0], ctx.norms[0])
+        found: list[Tensor | None] = [None] * 7
+        if any(need[:7]):
+            k, dgamma1, dbeta1 = batchnorm.gradients(sums1, rows1, rstd1, ctx.counts[0], ctx.norms[0])
             dx, dweight1, dbias1, sums = training.depthwise_backward(
-                *(du, a1, k, x, x_rows, weight1, ctx.act, True),
-                *(need[0] or need[1], need[2] or need[3]),
-                **ctx.on,
+                *(du, a1, k, x, x_rows, weight1, act, True),
+                *(need[0] or need[2], need[3] or need[4]),
+                backend=backend,
             )
             found = [
                 _wanted(dx, need[0]),
-                None if x_rows is None or not need[1] else _as_rows(sums, x_rows),
-                _cast(dweight1, weight1) if need[2] else None,
-                _cast(dbias1, bias1) if need[3] else None,
-                _cast(sums1[1] * rstd1, gamma1),
-                _cast(sums1[0], beta1),
+                None,
+                None if x_rows is None else _wanted(sums, need[2]),
+                dweight1.to(ctx.dtypes[0]) if need[3] else None,
+                _cast(dbias1, bias1) if need[4] else None,
+                _cast(dgamma1, gamma1),
+                _cast(dbeta1, beta1),
             ]
-        found += [_cast(dweight2, weight2) if need[6] else None, _cast(dbias2, bias2) if need[7] else None]
-        return (*found, _cast(sums2[1] * rstd2, gamma2), _cast(sums2[0], beta2), None, None, None, None)
+        found += [dweight2.to(ctx.dtypes[1]) if need[7] else None, _cast(dbias2, bias2) if need[8] else None]
+        return (*found, _cast(dgamma2, gamma2), _cast(dbeta2, beta2), None, None, None, None, None)
 
 
 class Value(Function):
     """X itself, in the dtype and layout of a."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, rows: Tensor, act: str) -> Tensor:
+    def forward(ctx: Any, a: Tensor, rows: Tensor, moments: Tensor, act: str) -> Tensor:
         ctx.save_for_backward(a, rows)
         ctx.act = act
         return in_format(training.value(a, rows, act).to(a.dtype), memory_format(a))
@@ -218,7 +227,7 @@ class Value(Function):
     def backward(ctx: Any, saved: Any, grad: Tensor) -> Gradients:
         a, rows = saved
         grad = _incoming(grad, a)
-        return grad, _as_rows(training.affine_sums(grad, a, rows, ctx.act), rows), None
+        return grad, None, training.affine_sums(grad, a, rows, ctx.act), None
 
 
 class Pooled(Function):
@@ -228,7 +237,7 @@ class Pooled(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, rows: Tensor, act: str) -> Tensor:
+    def forward(ctx: Any, a: Tensor, rows: Tensor, moments: Tensor, act: str) -> Tensor:
         mean, scale, shift = rows
         centred = (activation(act)(a.to(rows.dtype)) - column(mean)).mean((2, 3))
         ctx.save_for_backward(centred, rows)
@@ -243,4 +252,4 @@ class Pooled(Function):
         grad = grad.to(rows.dtype)
         sums = torch.stack((grad.sum(0), (grad * centred).sum(0)))
         each = (grad / (shape[2] * shape[3])).to(dtype)[:, :, None, None]
-        return each.expand(shape).contiguous(memory_format=layout), _as_rows(sums, rows), None
+        return each.expand(shape).contiguous(memory_format=layout), None, sums, None

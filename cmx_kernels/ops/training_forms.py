@@ -76,8 +76,9 @@ def _run(name: str, x: Tensor, weight: Tensor, vectors: tuple[Any, Any, Any], ac
     check(x, weight, *vectors, act)
     backend = backends.select(f"{name}_train", x, act)  # says, or with a forced backend raises, what does not run
     run = partial(forward, act=act, backend=backend), partial(backward, act=act, backend=backend)
-    a, rows, (mean, var) = Unit.apply(*run, x, weight, *vectors, Norm(eps))
-    return Value.apply(a, rows, act), mean, var
+    a, rows, moments = Unit.apply(*run, x, weight, *vectors, Norm(eps))
+    mean, var = moments.detach()
+    return Value.apply(a, rows, moments, act), mean, var
 
 
 def patch_embed_train(

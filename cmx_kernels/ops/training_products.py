@@ -11,6 +11,7 @@ so; torch's product gives a 16-bit pre-activation its bias in its own dtype, as 
 operators of training_passes.py: torch.ops.cmx has them in CUDA C++, torch.ops.cmx_triton in Triton.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -30,7 +31,12 @@ def _is_ours(passes: Any, x: Tensor) -> bool:
     """Whether a product of x takes its statistics itself."""
     if x.dtype == torch.float32 or passes is torch.ops.cmx_triton:
         return False
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] not in (10, 11)
+    return not x.is_cuda or _mma_has_its_rate(x.device)
+
+
+@functools.cache
+def _mma_has_its_rate(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] not in (10, 11)
 
 
 def _matrix(t: Tensor, last: bool) -> Tensor:
@@ -114,16 +120,21 @@ def pointwise_backward(
     skip = None if skip is None else in_format(skip, layout)
     last = layout == LAST
     da, dbias = passes.training_gradient(grad, a, coefficients, act)
-    wide, nothing = torch.float32, x.new_empty
-    dx, dweight, found = nothing(0), nothing(0, dtype=wide), nothing(0, dtype=wide)
+    dx = dweight = found = None
     if need_weight:
         dweight = _outer(da, passes.training_sum(x, affine, skip, skip_affine, act), last).view_as(weight)
     if need_input and affine is not None and _is_ours(passes, da):
         dx, found = passes.training_product_sums(da, weight, x, affine, act)
     elif need_input:
         dx = in_format(_product(weight.flatten(1).t(), da, None, last), layout)
-        found = found if affine is None else passes.training_sums(dx, x, affine, act)
-    return dx, dweight, dbias if need_weight else nothing(0, dtype=wide), found
+        found = None if affine is None else passes.training_sums(dx, x, affine, act)
+    dx = x.new_empty(0) if dx is None else dx
+    return dx, _given(dweight, x), _given(dbias if need_weight else None, x), _given(found, x)
+
+
+def _given(t: Tensor | None, x: Tensor) -> Tensor:
+    """float32, empty where it is not wanted; an operator returns no tensor twice"""
+    return x.new_empty(0, dtype=torch.float32) if t is None else t
 
 
 def _whole(k: int) -> int:

@@ -79,6 +79,13 @@ inline TensorView tensor_view(const ProductShape& s, ProductLayout layout, int64
   return {{inner, outer, s.n}, {2 * step, 2 * (s.n == 1 ? outer * step : strides.n)}};
 }
 
+// Neither rows nor images overlap: a whole image in front of the next, or in [C, N, H, W], as training has it, a whole channel
+inline bool is_apart(const TensorView& v) {
+  const bool images_first = v.stride[1] < v.stride[0];
+  const int64_t inner = v.stride[images_first], outer = v.stride[!images_first], count = v.size[images_first ? 2 : 1];
+  return inner >= 2 * v.size[0] && outer >= count * inner && outer % inner == 0 && outer >> 40 == 0;
+}
+
 inline const char* why_no_tiles(const ProductShape& s, const ProductMemory& m, const Strides& xs, const Strides& ys) {
   if (m.layout == ProductLayout::gather) return "patches, or pixels that TMA would have to gather";
   if (s.k() == 0) return "no input channels";
@@ -86,11 +93,12 @@ inline const char* why_no_tiles(const ProductShape& s, const ProductMemory& m, c
     return m.layout == ProductLayout::pixels ? "addresses, planes or c_in are not multiples of 16 bytes"
                                              : "addresses, c_in or c_out are not multiples of 16 bytes";
   for (const TensorView& v : {tensor_view(s, m.layout, s.c_in, xs), tensor_view(s, m.layout, s.c_out, ys)})
-    if (v.stride[0] < 2 * v.size[0] || v.stride[1] < v.size[1] * v.stride[0] || v.stride[1] % v.stride[0] ||
-        v.stride[1] >> 40)
-      return "strides that overlap, are no multiples of each other, or reach 2^40 bytes";
+    if (!is_apart(v)) return "strides that overlap, are no multiples of each other, or reach 2^40 bytes";
   return nullptr;
 }
+
+// Of x as training hands it to a product: [C, N, H, W] in memory, so that torch's product sees one matrix (training_products.py)
+inline Strides channels_first(int64_t n, int64_t h, int64_t w) { return {h * w, n * h * w, w, 1}; }
 
 inline int access_bytes(const void* address, std::initializer_list<int64_t> elements, int64_t element) {
   int64_t bits = reinterpret_cast<intptr_t>(address) | 16;

@@ -27,6 +27,17 @@ __device__ __forceinline__ void put(void* p, V v) {
   *static_cast<V*>(p) = v;
 }
 
+// 16 bytes to global memory in one access, also in loops where the compiler would take put() apart
+__device__ __forceinline__ void store16(void* p, uint4 v) {
+#ifdef CMX_EMULATED
+  put(p, v);
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+#endif
+}
+
 // A byte address in shared memory, as ldmatrix and cp.async take it, and back
 #ifdef CMX_EMULATED
 inline uint32_t shared_address(const void* p) {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "../batchnorm.h"
 #include "../params.h"
 #include "plan.h"
 
@@ -24,6 +25,10 @@ struct SumsFinal {
 };
 cudaError_t sums_final(const SumsFinal& p, cudaStream_t stream);
 
+// p.channel(i) of every channel, on `stream`
+cudaError_t batchnorm_channels(const BatchNormRows& p, cudaStream_t stream);
+cudaError_t batchnorm_channels(const BatchNormGradients& p, cudaStream_t stream);
+
 // ---- elementwise passes: training_rows.cu
 
 enum class RowsMode : int {
@@ -42,7 +47,7 @@ struct Rows {
   void* out;
   const float* rows[2];
   float* partials;  // [splits][...]: [c][3] of moments, [c] or [2][c] of sums
-  RowStrides in_stride[2], out_stride;
+  RowStrides in_stride, out_stride;
   int64_t n, pixels;
   int c;
   Dtype dtype;
@@ -50,30 +55,38 @@ struct Rows {
   RowsMode mode;
 };
 
+// A thread takes 16 bytes at a time, a unit: neighbouring pixels of a channel or, where these lie side by side, channels of a
+// pixel. Then it goes on by step_images and step_units.
 struct RowsPlan {
-  static constexpr int kThreads = 128, kUnitsOfAThread = 4;
-  int lanes_c, groups, splits, blocks;  // lanes_c: threads side by side along the channels, 1: along the pixels
-  bool vector;
+  static constexpr int kThreads = 128, kUnitsOfAThread = 4, kChannels = 64;
+  bool along_channels;
+  int lanes_c, groups, splits, blocks;  // threads side by side along the channels
+  int bytes;                            // of an access: a unit's, of 16-bit types half of one, or a number's
+  int64_t of_image, step_images, step_units;
 };
 
 inline RowsPlan rows_plan(const Rows& p, const Gpu& gpu) {
   RowsPlan plan{};
-  const bool along_channels = p.in_stride[0].p != 1 && p.in_stride[0].c == 1;
-  plan.lanes_c = along_channels ? 16 : 1;
-  plan.groups = along_channels ? static_cast<int>(ceil_div(p.c, 4 * plan.lanes_c)) : p.c;
-  const int64_t units = p.n * (along_channels ? p.pixels : ceil_div(p.pixels, 4));
+  const int64_t size = size_of(p.dtype), numbers = 16 / size;
+  plan.along_channels = p.in_stride.p != 1 && p.in_stride.c == 1;
+  plan.lanes_c = plan.along_channels ? static_cast<int>(RowsPlan::kChannels / numbers) : 1;
+  plan.groups = plan.along_channels ? static_cast<int>(ceil_div(p.c, RowsPlan::kChannels)) : p.c;
+  plan.of_image = plan.along_channels ? p.pixels : ceil_div(p.pixels, numbers);
+  const int64_t units = p.n * plan.of_image, lanes = RowsPlan::kThreads / plan.lanes_c;
   if (!units || !plan.groups) return plan;
-  const int64_t most = ceil_div(units, RowsPlan::kThreads / plan.lanes_c * RowsPlan::kUnitsOfAThread);
+  const int64_t most = ceil_div(units, lanes * RowsPlan::kUnitsOfAThread);
   const int64_t wanted = ceil_div(int64_t(gpu.multiprocessors) * 64, plan.groups);
   plan.splits = static_cast<int>(std::max<int64_t>(1, std::min(most, wanted)));
   plan.blocks = plan.groups * plan.splits;
-  const int64_t four = 4 * size_of(p.dtype);
-  const auto aligned = [&](const void* data, const RowStrides& s) {
-    const int64_t strides = s.n | (along_channels ? s.p : s.c);
-    return !data || (reinterpret_cast<intptr_t>(data) % four == 0 && strides % 4 == 0);
+  const int64_t step = plan.splits * lanes;
+  plan.step_images = step / plan.of_image, plan.step_units = step % plan.of_image;
+  int64_t bits = (plan.along_channels ? p.c : p.pixels) * size | 16;
+  const auto add = [&](const void* data, const RowStrides& s) {
+    if (data) bits |= reinterpret_cast<intptr_t>(data) | (s.n | (plan.along_channels ? s.p : s.c)) * size;
   };
-  plan.vector = (along_channels ? p.c : p.pixels) % 4 == 0 && aligned(p.in[0], p.in_stride[0]) &&
-                aligned(p.in[1], p.in_stride[1]) && aligned(p.out, p.out_stride);
+  add(p.in[0], p.in_stride), add(p.in[1], p.in_stride), add(p.out, p.out_stride);
+  const int64_t bytes = bits & -bits;
+  plan.bytes = static_cast<int>(bytes == 16 || bytes == 4 * size ? bytes : size);
   return plan;
 }
 

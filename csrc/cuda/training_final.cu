@@ -1,4 +1,5 @@
-// The second stage of every reduction: the blocks' parts, in their order, in float64. Small beside the first.
+// The second stage of every reduction: the blocks' parts, in their order, in float64. Small beside the first. And BatchNorm,
+// which stands between these and the next operator.
 #include "platform.cuh"
 #include "training.h"
 
@@ -72,7 +73,24 @@ __global__ void __launch_bounds__(THREADS) sums_final_kernel(const __grid_consta
   to[i] = static_cast<float>(sum);
 }
 
+template <class P>
+__global__ void __launch_bounds__(THREADS) batchnorm_kernel(const __grid_constant__ P p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (i < p.c) p.channel(i);
+}
+
+template <class P>
+cudaError_t launch_channels(const P& p, cudaStream_t stream) {
+  if (!p.c) return cudaSuccess;
+  const int64_t blocks = ceil_div(p.c, THREADS);
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  return launch(batchnorm_kernel<P>, {.grid = blocks, .threads = THREADS, .stream = stream, .chained = false}, p);
+}
+
 }  // namespace
+
+cudaError_t batchnorm_channels(const BatchNormRows& p, cudaStream_t stream) { return launch_channels(p, stream); }
+cudaError_t batchnorm_channels(const BatchNormGradients& p, cudaStream_t stream) { return launch_channels(p, stream); }
 
 cudaError_t moments_final(const float* partials, int64_t parts, int c, float* moments, cudaStream_t stream) {
   if (!c) return cudaSuccess;

@@ -1,7 +1,7 @@
 // Elementwise work and sums per channel between the products: four passes that read what they need once.
 //
-// Neighbouring threads take neighbouring numbers, four at a time: of the pixels of one channel, or, where channels lie
-// side by side, of the channels of one pixel. A block keeps its channels; its threads' sums are added in their order.
+// Neighbouring threads take neighbouring numbers, 16 bytes each: of the pixels of one channel or, where channels lie side by
+// side, of the channels of one pixel. A block keeps its channels; its threads' sums are added in their order.
 #include "moments.cuh"
 #include "neighbours.cuh"
 #include "training.h"
@@ -12,37 +12,68 @@ namespace {
 constexpr int THREADS = RowsPlan::kThreads;
 
 template <class T>
-__device__ __forceinline__ void load4(float* v, const void* data, int64_t at, int valid, bool vector) {
-  const T* const from = static_cast<const T*>(data) + at;
-  if (vector) return load4_vector(v, from);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) v[j] = j < valid ? to_float(from[j]) : 0.f;
-}
+constexpr int kNumbers = 16 / sizeof(T);  // of a unit
 
-template <class T>
-__device__ __forceinline__ void store4(void* data, int64_t at, const float* v, int valid, bool vector) {
-  T* const to = static_cast<T*>(data) + at;
-  if (!vector) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (j < valid) to[j] = from_float<T>(v[j]);
-  } else if constexpr (sizeof(T) == 4) {
-    put(to, make_float4(v[0], v[1], v[2], v[3]));
+// The first `valid` numbers of a unit, zeros behind them; WHOLE: all, in one access. `bytes`: 8 where `valid` is 4 or 8
+template <class T, bool WHOLE>
+__device__ __forceinline__ void load_unit(float* v, const void* data, int64_t at, int valid, int bytes) {
+  const T* const from = static_cast<const T*>(data) + at;
+  if constexpr (WHOLE && sizeof(T) == 4) {
+    load4(v, from);
+  } else if constexpr (WHOLE) {
+    unpack8<T>(v, get<uint4>(from));
   } else {
-    put(to, make_uint2(pack<T>(v[0], v[1]), pack<T>(v[2], v[3])));
+#pragma unroll
+    for (int j = 0; j < kNumbers<T>; ++j) v[j] = bytes != 8 && j < valid ? to_float(from[j]) : 0.f;
+    if constexpr (sizeof(T) == 2)
+#pragma unroll
+      for (int j = 0; j < 8; j += 4)
+        if (bytes == 8 && j < valid) load4_vector(v + j, from + j);
   }
 }
 
-__device__ __forceinline__ int64_t offset(const RowStrides& s, int64_t n, int c, int64_t pixel) {
-  return n * s.n + c * s.c + pixel * s.p;
+template <class T, bool WHOLE>
+__device__ __forceinline__ void store_unit(void* data, int64_t at, const float* v, int valid, int bytes) {
+  T* const to = static_cast<T*>(data) + at;
+  if constexpr (WHOLE) {
+    uint4 words;
+    if constexpr (sizeof(T) == 4)
+      memcpy(&words, v, 16);
+    else
+      words = make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));
+    store16(to, words);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kNumbers<T>; ++j)
+      if (bytes != 8 && j < valid) to[j] = from_float<T>(v[j]);
+    if constexpr (sizeof(T) == 2)
+#pragma unroll
+      for (int j = 0; j < 8; j += 4)
+        if (bytes == 8 && j < valid) put(to + j, make_uint2(pack<T>(v[j], v[j + 1]), pack<T>(v[j + 2], v[j + 3])));
+  }
 }
 
-// X of four numbers: (act(x) - mean) * scale + shift
-__device__ __forceinline__ void apply(float* v, const InputAffine* affine, bool wanted, Act act) {
+// Where a thread's unit lies in a tensor, and how far on the next one, in this image or in a later one
+struct Place {
+  int64_t at, step, over;
+
+  __device__ __forceinline__ Place(const RowStrides& s, const RowsPlan& plan, int64_t n, int c, int64_t unit,
+                                   int pixels) {
+    const int64_t of_unit = pixels * s.p;
+    at = n * s.n + c * s.c + unit * of_unit;
+    step = plan.step_images * s.n + plan.step_units * of_unit;
+    over = step + s.n - plan.of_image * of_unit;
+  }
+  __device__ __forceinline__ void go_on(bool into_next_image) { at += into_next_image ? over : step; }
+};
+
+// X of N numbers, to be stored in T: (act(x) - mean) * scale + shift, of one channel or one each
+template <class T, int N, int CHANNELS>
+__device__ __forceinline__ void apply(float* v, const InputAffine (&affine)[CHANNELS], bool wanted, Act act) {
   if (!wanted) return;
-  activate<float, 4>(v, act);
+  activate<T, N>(v, act);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) v[j] = affine[j](v[j]);
+  for (int j = 0; j < N; ++j) v[j] = affine[j % CHANNELS](v[j]);
 }
 
 template <RowsMode MODE>
@@ -51,21 +82,22 @@ __device__ __forceinline__ PartMoments combine(const PartMoments& a, const PartM
   return {a.count + b.count, a.mean + b.mean, 0.f};
 }
 
-template <class T, int WHAT>
-__global__ void __launch_bounds__(THREADS, 8)
+template <class T, int WHAT, bool ALONG_CHANNELS, bool WHOLE>
+__global__ void __launch_bounds__(THREADS, (ALONG_CHANNELS ? 4 : 7) - !WHOLE)
     training_rows_kernel(const __grid_constant__ Rows p, const __grid_constant__ RowsPlan plan) {
   constexpr RowsMode MODE = static_cast<RowsMode>(WHAT);
+  constexpr int N = kNumbers<T>, CHANNELS = ALONG_CHANNELS ? N : 1;            // of a thread's units
+  constexpr int SUMS = ALONG_CHANNELS ? N : 4, STEP = ALONG_CHANNELS ? 1 : N;  // pixels from unit to unit
   CMX_DYNAMIC_SHARED(shared);
-  const bool along_channels = plan.lanes_c > 1;
   const int lane_c = threadIdx.x % plan.lanes_c, lane_u = threadIdx.x / plan.lanes_c, lanes_u = THREADS / plan.lanes_c;
   const int group = blockIdx.x % plan.groups, split = blockIdx.x / plan.groups;
-  const int c = along_channels ? (group * plan.lanes_c + lane_c) * 4 : group;
-  const int channels = c >= p.c ? 0 : along_channels ? (p.c - c < 4 ? p.c - c : 4) : 1;
+  const int c = (group * plan.lanes_c + lane_c) * CHANNELS, left_c = p.c - c;
+  const int channels = left_c < 0 ? 0 : left_c < CHANNELS ? left_c : CHANNELS;
 
-  InputAffine affine[2][4];
-  GradientAffine gradient[4];
+  InputAffine affine[2][CHANNELS];
+  GradientAffine gradient[CHANNELS];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
+  for (int j = 0; j < CHANNELS; ++j) {
     const int channel = j < channels ? c + j : c;
     if (!channels) continue;
     if constexpr (MODE == RowsMode::gradient) {
@@ -76,70 +108,77 @@ __global__ void __launch_bounds__(THREADS, 8)
     }
   }
 
-  RunningMoments running[MODE == RowsMode::moments ? 4 : 1];
-  float sums[2][4] = {};
-  if (channels) {
-    const int64_t per_image = along_channels ? p.pixels : (p.pixels + 3) / 4, units = p.n * per_image;
-    for (int64_t unit = static_cast<int64_t>(split) * lanes_u + lane_u; unit < units;
-         unit += static_cast<int64_t>(plan.splits) * lanes_u) {
-      const int64_t n = unit / per_image, i = unit % per_image, pixel = along_channels ? i : 4 * i;
-      const int valid = along_channels ? channels : p.pixels - pixel < 4 ? static_cast<int>(p.pixels - pixel) : 4;
-      float v[4], w[4];
-      load4<T>(v, p.in[0], offset(p.in_stride[0], n, c, pixel), valid, plan.vector);
-      if (p.in[1]) load4<T>(w, p.in[1], offset(p.in_stride[1], n, c, pixel), valid, plan.vector);
-      if constexpr (MODE == RowsMode::sum) {
-        apply(v, affine[0], p.rows[0], p.act);
-        if (p.in[1]) {
-          apply(w, affine[1], p.rows[1], p.act);
+  RunningMoments running[MODE == RowsMode::moments ? CHANNELS : 1];
+  float sums[2][SUMS] = {};
+  const int64_t units = channels ? p.n * plan.of_image : 0, step = static_cast<int64_t>(plan.splits) * lanes_u;
+  int64_t unit = static_cast<int64_t>(split) * lanes_u + lane_u, i = unit % plan.of_image;
+  Place in(p.in_stride, plan, unit / plan.of_image, c, i, STEP),
+      out(p.out_stride, plan, unit / plan.of_image, c, i, STEP);
+  while (unit < units) {
+    const int64_t left = p.pixels - i * STEP;
+    const int valid = WHOLE ? N : ALONG_CHANNELS ? channels : left < N ? static_cast<int>(left) : N;
+    float v[N], w[N];
+    load_unit<T, WHOLE>(v, p.in[0], in.at, valid, plan.bytes);
+    if (p.in[1]) load_unit<T, WHOLE>(w, p.in[1], in.at, valid, plan.bytes);
+    if constexpr (MODE == RowsMode::sum) {
+      apply<T, N>(v, affine[0], p.rows[0], p.act);
+      if (p.in[1]) {
+        apply<T, N>(w, affine[1], p.rows[1], p.act);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) v[j] += w[j];
-        }
-        store4<T>(p.out, offset(p.out_stride, n, c, pixel), v, valid, plan.vector);
-      } else if constexpr (MODE == RowsMode::gradient) {
-        float slope[4];
-        activate_with_slope<4>(w, slope, p.act);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          v[j] = pre_gradient(v[j], w[j], slope[j], gradient[j], p.act);
-          sums[0][j] += j < valid ? v[j] : 0.f;
-        }
-        store4<T>(p.out, offset(p.out_stride, n, c, pixel), v, valid, plan.vector);
-      } else if constexpr (MODE == RowsMode::moments) {
-        activate<float, 4>(v, p.act);
-        if (along_channels) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            if (j < valid) running[j].template add<1>(v + j, 1);
-        } else {
-          running[0].template add<4>(v, valid);
-        }
-      } else {  // v: the gradient, w: the pre-activation
-        activate<float, 4>(w, p.act);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float g = j < valid ? v[j] : 0.f;
-          sums[0][j] += g, sums[1][j] = fmaf(g, w[j] - affine[1][j].mean, sums[1][j]);
-        }
+        for (int j = 0; j < N; ++j) v[j] += w[j];
       }
+      store_unit<T, WHOLE>(p.out, out.at, v, valid, plan.bytes);
+    } else if constexpr (MODE == RowsMode::gradient) {
+      float slope[N];
+      activate_with_slope<N>(w, slope, p.act);
+#pragma unroll
+      for (int j = 0; j < N; ++j) v[j] = pre_gradient(v[j], w[j], slope[j], gradient[j % CHANNELS], p.act);
+      store_unit<T, WHOLE>(p.out, out.at, v, valid, plan.bytes);
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        if (j < valid) sums[0][j % SUMS] += v[j];
+    } else if constexpr (MODE == RowsMode::moments) {
+      activate<float, N>(v, p.act);
+      if constexpr (ALONG_CHANNELS) {
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+          if (j < valid) running[j].template add<1>(v + j, 1);
+      } else {
+        running[0].template add<N>(v, valid);
+      }
+    } else {  // v: the gradient, zero where there is none; w: the pre-activation
+      activate<float, N>(w, p.act);
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        sums[0][j % SUMS] += v[j],
+            sums[1][j % SUMS] = fmaf(v[j], w[j] - affine[1][j % CHANNELS].mean, sums[1][j % SUMS]);
     }
+    unit += step, i += plan.step_units;
+    const bool into_next_image = i >= plan.of_image;
+    if (into_next_image) i -= plan.of_image;
+    in.go_on(into_next_image), out.go_on(into_next_image);
   }
   if constexpr (MODE == RowsMode::sum) return;
 
-  PartMoments* const all = reinterpret_cast<PartMoments*>(shared) + lane_c * 4;  // [lane_u][lane_c][4]
-  const int row = plan.lanes_c * 4;
+  PartMoments* const all = reinterpret_cast<PartMoments*>(shared) + lane_c * SUMS;  // [lane_u][lane_c][SUMS]
+  const int row = plan.lanes_c * SUMS;
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
-    all[lane_u * row + j] = MODE == RowsMode::moments ? running[MODE == RowsMode::moments ? j : 0].result()
-                                                      : PartMoments{sums[0][j], sums[1][j], 0.f};
+  for (int j = 0; j < SUMS; ++j) {
+    const RunningMoments none{};
+    if constexpr (MODE == RowsMode::moments)
+      all[lane_u * row + j] = (j < CHANNELS ? running[j % CHANNELS] : none).result();
+    else
+      all[lane_u * row + j] = PartMoments{sums[0][j], sums[1][j], 0.f};
+  }
   for (int step = 1; step < lanes_u; step *= 2) {
     __syncthreads();
     if (lane_u % (2 * step) == 0 && lane_u + step < lanes_u)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
+      for (int j = 0; j < SUMS; ++j)
         all[lane_u * row + j] = combine<MODE>(all[lane_u * row + j], all[(lane_u + step) * row + j]);
   }
   if (lane_u != 0 || !channels) return;
-  if (!along_channels) all[0] = combine<MODE>(combine<MODE>(all[0], all[1]), combine<MODE>(all[2], all[3]));
+  if (!ALONG_CHANNELS) all[0] = combine<MODE>(combine<MODE>(all[0], all[1]), combine<MODE>(all[2], all[3]));
   for (int j = 0; j < channels; ++j) {
     if constexpr (MODE == RowsMode::moments) {
       store_part(p.partials, split, p.c, c + j, all[j]);
@@ -152,21 +191,30 @@ __global__ void __launch_bounds__(THREADS, 8)
   }
 }
 
-template <class T>
+template <class T, bool ALONG_CHANNELS, bool WHOLE>
 cudaError_t launch_mode(const Rows& p, const RowsPlan& plan, cudaStream_t stream) {
-  constexpr int kShared = THREADS * 4 * sizeof(PartMoments);
+  constexpr int kShared = THREADS * (ALONG_CHANNELS ? kNumbers<T> : 4) * sizeof(PartMoments);
   const auto run = [&](auto kernel) {
     const Launch how{
         .grid = plan.blocks, .threads = THREADS, .shared_bytes = kShared, .stream = stream, .chained = false};
     return launch(kernel, how, p, plan);
   };
   switch (p.mode) {
-    case RowsMode::sum: return run(training_rows_kernel<T, 0>);
-    case RowsMode::gradient: return run(training_rows_kernel<T, 1>);
-    case RowsMode::moments: return run(training_rows_kernel<T, 2>);
-    case RowsMode::sums: return run(training_rows_kernel<T, 3>);
+    case RowsMode::sum: return run(training_rows_kernel<T, 0, ALONG_CHANNELS, WHOLE>);
+    case RowsMode::gradient: return run(training_rows_kernel<T, 1, ALONG_CHANNELS, WHOLE>);
+    case RowsMode::moments: return run(training_rows_kernel<T, 2, ALONG_CHANNELS, WHOLE>);
+    case RowsMode::sums: return run(training_rows_kernel<T, 3, ALONG_CHANNELS, WHOLE>);
   }
   return cudaErrorInvalidValue;
+}
+
+template <class T>
+cudaError_t launch_layout(const Rows& p, const RowsPlan& plan, cudaStream_t stream) {
+  if (plan.bytes == 16)
+    return plan.along_channels ? launch_mode<T, true, true>(p, plan, stream)
+                               : launch_mode<T, false, true>(p, plan, stream);
+  return plan.along_channels ? launch_mode<T, true, false>(p, plan, stream)
+                             : launch_mode<T, false, false>(p, plan, stream);
 }
 
 }  // namespace
@@ -174,9 +222,9 @@ cudaError_t launch_mode(const Rows& p, const RowsPlan& plan, cudaStream_t stream
 cudaError_t training_rows(const Rows& p, const RowsPlan& plan, cudaStream_t stream) {
   if (!plan.blocks) return cudaSuccess;
   switch (p.dtype) {
-    case Dtype::float32: return launch_mode<float>(p, plan, stream);
-    case Dtype::float16: return launch_mode<fp16>(p, plan, stream);
-    case Dtype::bfloat16: return launch_mode<bf16>(p, plan, stream);
+    case Dtype::float32: return launch_layout<float>(p, plan, stream);
+    case Dtype::float16: return launch_layout<fp16>(p, plan, stream);
+    case Dtype::bfloat16: return launch_layout<bf16>(p, plan, stream);
   }
   return cudaErrorInvalidValue;
 }

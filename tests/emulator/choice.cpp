@@ -69,7 +69,10 @@ CMX_SHOWN cmx_chosen_product(int gpu, const int* shape, bool channels_last, int 
   p.partials = use ? memory : nullptr, p.like = use == 2 ? memory : nullptr;
   p.shape = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], static_cast<Dtype>(shape[7])};
   p.act = static_cast<Act>(shape[8]);
-  p.x_stride = dense_strides(shape[1], int64_t(shape[3]) * shape[5], int64_t(shape[4]) * shape[6], channels_last);
+  const int64_t height = int64_t(shape[3]) * shape[5], width = int64_t(shape[4]) * shape[6];
+  const bool trains = use && !channels_last;
+  p.x_stride =
+      trains ? channels_first(shape[0], height, width) : dense_strides(shape[1], height, width, channels_last);
   p.y_stride = dense_strides(shape[2], shape[3], shape[4], channels_last);
   if (product_unfolds(p, kGpus[gpu].gpu)) {  // as the binding does
     p.shape = unfolded(p.shape);

@@ -169,7 +169,7 @@ static int rows(const Case& k, Dtype dtype, bool last) {
     p.out = mode == RowsMode::sum || gradient ? out.get() : nullptr;
     p.rows[0] = first.get(), p.rows[1] = second.get();
     const RowStrides dense = last ? RowStrides{k.c * plane, 1, k.c} : RowStrides{k.c * plane, plane, 1};
-    p.in_stride[0] = p.in_stride[1] = p.out_stride = dense;
+    p.in_stride = p.out_stride = dense;
     p.n = k.n, p.pixels = plane, p.c = k.c, p.dtype = dtype, p.mode = mode;
     const RowsPlan plan = rows_plan(p, gpu);
     const Buffer<float> partials = unknown<float>(plan.splits * 3 * int64_t(k.c));

@@ -71,3 +71,15 @@ CMX_SHOWN cmx_emulate_rows(const RowsCall* call, char* message, size_t size) {
     return sums_final({p.partials, plan.splits, {count, 0, 0}, {call->result, nullptr, nullptr}}, nullptr);
   });
 }
+
+template <class P>
+static int channels(const P* p, int order, char* message, size_t size) {
+  return guarded(order, message, size, [&]() -> int { return batchnorm_channels(*p, nullptr); });
+}
+
+CMX_SHOWN cmx_emulate_batchnorm_rows(const BatchNormRows* p, int order, char* message, size_t size) {
+  return channels(p, order, message, size);
+}
+CMX_SHOWN cmx_emulate_batchnorm_gradients(const BatchNormGradients* p, int order, char* message, size_t size) {
+  return channels(p, order, message, size);
+}
