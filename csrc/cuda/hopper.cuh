@@ -159,17 +159,18 @@ inline auto tensor_map_encoder() {
 }
 #endif
 
-// A tensor of `size` numbers, strides of the second and third dimension in bytes, in boxes of 64 x rows x 1
+// A tensor of `size` numbers, strides of the second and third dimension in bytes, in boxes of 64 x rows x 1 or 64 x 1 x rows
 inline cudaError_t encode_tensor_map(TensorMap* map, const void* base, const int64_t (&size)[3],
-                                     const int64_t (&stride)[2], int rows) {
+                                     const int64_t (&stride)[2], int rows, bool rows_last = false) {
+  const int second = rows_last ? 1 : rows, third = rows_last ? rows : 1;
 #ifdef CMX_EMULATED
-  const int box[3] = {64, rows, 1};
+  const int box[3] = {64, second, third};
   return emulator::encode_tensor_map(map, base, size, stride, box) ? cudaSuccess : cudaErrorInvalidValue;
 #else
   if (!tensor_map_encoder()) return cudaErrorNotSupported;
   const cuuint64_t sizes[3] = {cuuint64_t(size[0]), cuuint64_t(size[1]), cuuint64_t(size[2])};
   const cuuint64_t strides[2] = {cuuint64_t(stride[0]), cuuint64_t(stride[1])};
-  const cuuint32_t box[3] = {64, cuuint32_t(rows), 1}, every[3] = {1, 1, 1};
+  const cuuint32_t box[3] = {64, cuuint32_t(second), cuuint32_t(third)}, every[3] = {1, 1, 1};
   const CUresult result =
       tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(base), sizes, strides, box, every,
                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

@@ -67,23 +67,25 @@ struct ProductMemory {
   const char* why_no_tiles;            // why TMA cannot copy tiles of x, the weight and y; null where it can
 };
 
-// A tensor as TMA wants it: the first dimension without gaps, strides of the others in bytes
+// A tensor as TMA wants it: the first dimension without gaps, strides of the others in bytes, each a multiple of the one before
 struct TensorView {
   int64_t size[3], stride[2];
+  bool
+      images_second;  // [C, N, H, W] in memory, as training has it: images are the second dimension, and rows the third
 };
 
 inline TensorView tensor_view(const ProductShape& s, ProductLayout layout, int64_t channels, const Strides& strides) {
   const bool last = layout == ProductLayout::channels_last;
   const int64_t inner = last ? channels : s.plane(), outer = last ? s.plane() : channels;
   const int64_t step = outer == 1 ? inner : last ? strides.w : strides.c;
-  return {{inner, outer, s.n}, {2 * step, 2 * (s.n == 1 ? outer * step : strides.n)}};
+  const int64_t image = s.n == 1 ? outer * step : strides.n;
+  if (image < step) return {{inner, s.n, outer}, {2 * image, 2 * step}, true};
+  return {{inner, outer, s.n}, {2 * step, 2 * image}, false};
 }
 
-// Neither rows nor images overlap: a whole image in front of the next, or in [C, N, H, W], as training has it, a whole channel
-inline bool is_apart(const TensorView& v) {
-  const bool images_first = v.stride[1] < v.stride[0];
-  const int64_t inner = v.stride[images_first], outer = v.stride[!images_first], count = v.size[images_first ? 2 : 1];
-  return inner >= 2 * v.size[0] && outer >= count * inner && outer % inner == 0 && outer >> 40 == 0;
+inline bool is_nested(const TensorView& v) {
+  return v.stride[0] >= 2 * v.size[0] && v.stride[1] >= v.size[1] * v.stride[0] && v.stride[1] % v.stride[0] == 0 &&
+         v.stride[1] >> 40 == 0;
 }
 
 inline const char* why_no_tiles(const ProductShape& s, const ProductMemory& m, const Strides& xs, const Strides& ys) {
@@ -93,7 +95,7 @@ inline const char* why_no_tiles(const ProductShape& s, const ProductMemory& m, c
     return m.layout == ProductLayout::pixels ? "addresses, planes or c_in are not multiples of 16 bytes"
                                              : "addresses, c_in or c_out are not multiples of 16 bytes";
   for (const TensorView& v : {tensor_view(s, m.layout, s.c_in, xs), tensor_view(s, m.layout, s.c_out, ys)})
-    if (!is_apart(v)) return "strides that overlap, are no multiples of each other, or reach 2^40 bytes";
+    if (!is_nested(v)) return "strides that overlap, are no multiples of each other, or reach 2^40 bytes";
   return nullptr;
 }
 

@@ -25,6 +25,7 @@ using Plan = WgmmaPlan;
 
 struct Maps {
   TensorMap x, weight, y;
+  bool x_images_second, y_images_second;
 };
 
 #if CMX_HAS_WGMMA
@@ -175,9 +176,11 @@ __device__ __forceinline__ void produce(const Maps& maps, const Plan& plan, cons
       for (int i = rank; i < 2; i += cluster)
         load_tile<true>(to + WEIGHT_AT + i * PANEL_BYTES, maps.weight, k, tile.channel + i * 64, 0, full, all);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        load_tile(to + X_AT + i * PANEL_BYTES, maps.x, LAST ? k : tile.pixel[i], LAST ? tile.pixel[i] : k,
-                  tile.image[i], full);
+      for (int i = 0; i < 2; ++i) {
+        const int row = LAST ? tile.pixel[i] : k, image = tile.image[i];
+        load_tile(to + X_AT + i * PANEL_BYTES, maps.x, LAST ? k : tile.pixel[i], maps.x_images_second ? image : row,
+                  maps.x_images_second ? row : image, full);
+      }
       at.advance();
     }
   }
@@ -221,16 +224,18 @@ __device__ __forceinline__ void multiply(float (&acc)[2][64], const Plan& plan, 
 
 // One thread begins the stores of a group's tile.
 template <bool LAST>
-__device__ __forceinline__ void store(const TensorMap& y, const Tile& tile, const unsigned char* staging) {
+__device__ __forceinline__ void store(const Maps& maps, const Tile& tile, const unsigned char* staging) {
+  const auto box = [&](const unsigned char* from, int first, int row, int image) {
+    store_tile(from, maps.y, first, maps.y_images_second ? image : row, maps.y_images_second ? row : image);
+  };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const unsigned char* const from = staging + half * HALF_BYTES;
     if constexpr (LAST) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        store_tile(from + i * PANEL_BYTES, y, tile.channel + half * 64, tile.pixel[i], tile.image[i]);
+      for (int i = 0; i < 2; ++i) box(from + i * PANEL_BYTES, tile.channel + half * 64, tile.pixel[i], tile.image[i]);
     } else {
-      store_tile(from, y, tile.pixel[half], tile.channel, tile.image[half]);
+      box(from, tile.pixel[half], tile.channel, tile.image[half]);
     }
   }
   commit_stores();
@@ -244,7 +249,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
 #if CMX_HAS_WGMMA
   CMX_DYNAMIC_SHARED(unaligned);
   const Shared shared(unaligned);
-  const int thread = threadIdx.x % GROUP, group = of_warp(int(threadIdx.x / GROUP)), warp = thread / LANES, lane = thread % LANES;
+  const int thread = threadIdx.x % GROUP, group = of_warp(int(threadIdx.x / GROUP)), warp = thread / LANES,
+            lane = thread % LANES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Plan::kStages; ++i)
       mbarrier_init(shared.full + i, 1), mbarrier_init(shared.empty + i, plan.cluster * GROUP / LANES);
@@ -271,7 +277,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1)
       finish<T, LAST>(acc, p, tile.channel, warp, lane, staging);
       show_to_copies();
       barrier_sync(kStaged + group, GROUP);  // this one is there
-      if (thread == 0) store<LAST>(maps.y, tile, staging);
+      if (thread == 0) store<LAST>(maps, tile, staging);
       if (p.partials) statistics<T, LAST>(p, plan, tile, warp, lane, staging);
     }
     if (thread == 0) wait_for_stores_read();  // shared memory must outlive them
@@ -285,12 +291,12 @@ cudaError_t launch_kernel(const ProductForward& p, const Plan& plan, cudaStream_
   const int64_t k = p.shape.k(), c_out = p.shape.c_out;
   const TensorView x = tensor_view(p.shape, plan.layout, k, p.x_stride),
                    y = tensor_view(p.shape, plan.layout, c_out, p.y_stride),
-                   weight{{k, c_out, 1}, {2 * k, 2 * k * c_out}};
-  Maps maps;
+                   weight{{k, c_out, 1}, {2 * k, 2 * k * c_out}, false};
+  Maps maps{{}, {}, {}, x.images_second, y.images_second};
   for (const cudaError_t error :
-       {encode_tensor_map(&maps.x, p.x, x.size, x.stride, Plan::kPanel),
+       {encode_tensor_map(&maps.x, p.x, x.size, x.stride, Plan::kPanel, x.images_second),
         encode_tensor_map(&maps.weight, p.weight, weight.size, weight.stride, Plan::kTile / 2),
-        encode_tensor_map(&maps.y, p.y, y.size, y.stride, LAST ? Plan::kPanel : Plan::kTile)})
+        encode_tensor_map(&maps.y, p.y, y.size, y.stride, LAST ? Plan::kPanel : Plan::kTile, y.images_second)})
     if (error) return error;
   const Launch how{plan.blocks, Plan::kThreads, Plan::kShared, stream, plan.cluster};
   return launch(product_wgmma_kernel<T, LAST>, how, maps, p, plan);

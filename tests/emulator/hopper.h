@@ -118,7 +118,7 @@ inline bool encode_tensor_map(TensorMap* map, const void* base, const int64_t* s
     if (i == 0) continue;
     map->stride[i] = stride[i - 1];
     if (map->stride[i] <= 0 || map->stride[i] % 16 || map->stride[i] >> 40) return false;
-    if (map->stride[i] < 2 * size[0]) return false;  // in which order the others grow is free: a map adds products
+    if (map->stride[i] < 2 * size[0] || (i == 2 && map->stride[2] % map->stride[1])) return false;
   }
   return true;
 }
