@@ -3,12 +3,16 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmx_kernels import registry
+from cmx_kernels.ops import differentiable
+from cmx_kernels.ops.differentiable import Pooled
 
 STATUS = Path("/proc/self/status")
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="memory is kept on Linux")
@@ -46,6 +50,23 @@ def test_free_memory_is_released_when_asked_for() -> None:
     registry.C.release_memory()
     assert before - resident() > 30
     assert float(forward(40).max()) == 40
+
+
+def test_pooling_never_holds_all_of_an_activation_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, rows = torch.randn(7, 3, 8, 8).bfloat16(), torch.rand(3, 3)
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = op(*args, **(kwargs or {}))
+            sizes.extend([out.numel()] if isinstance(out, Tensor) and out.dtype == torch.float32 else [])
+            return out
+
+    whole = Pooled.apply(a, rows, torch.zeros(2, 3), "gelu")
+    monkeypatch.setattr(differentiable, "_PIECE", 2 * a[0].numel())
+    with Sizes():
+        assert torch.equal(Pooled.apply(a, rows, torch.zeros(2, 3), "gelu"), whole)
+    assert max(sizes) == 2 * a[0].numel()
 
 
 def growth() -> float:

@@ -230,6 +230,9 @@ class Value(Function):
         return grad, None, training.affine_sums(grad, a, rows, ctx.act), None
 
 
+_PIECE = 1 << 24  # numbers
+
+
 class Pooled(Function):
     """The mean of X over its pixels, [N, C]: X is not formed.
 
@@ -239,7 +242,9 @@ class Pooled(Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, rows: Tensor, moments: Tensor, act: str) -> Tensor:
         mean, scale, shift = rows
-        centred = (activation(act)(a.to(rows.dtype)) - column(mean)).mean((2, 3))
+        # some images at a time: in float32 all of them would be the most memory that a step takes
+        pieces = (a,) if torch.compiler.is_compiling() else a.split(max(1, _PIECE // max(1, a[0].numel())))
+        centred = torch.cat([(activation(act)(piece.to(rows.dtype)) - column(mean)).mean((2, 3)) for piece in pieces])
         ctx.save_for_backward(centred, rows)
         ctx.like = a.shape, a.dtype, memory_format(a)
         return (centred * scale + shift).to(a.dtype)
