@@ -35,7 +35,7 @@ def test_every_shape_has_a_plan(gpu: str) -> None:
 
 
 def test_float32_reaches_the_pipes() -> None:
-    """Instructions take at most 1 / 0.7 of the floor, the bytes, or an FFMA for every tap, 128 of them a cycle, were every
+    """Instructions take at most 1 / 0.7 of the floor, the bytes, or an FFMA for every tap, 128 a cycle, were every
     issue slot filled; of an H200's, 0.74 are."""
     n, c, size = 64, 1536, 32
     for k in (7, 9):
