@@ -7,23 +7,50 @@
 
 #include "bind_cuda.h"
 #include "cuda/depthwise.h"
+#include "cuda/fold.h"
 #include "cuda/gpu.h"
 #include "cuda/unfold.h"
 
 namespace cmx {
 namespace {
 
-// [count] as dense float32; the tensor keeps its memory alive until the launch is enqueued
-struct Vector {
-  Optional tensor;
-  Vector(const Optional& v, const char* name, const Tensor& x, int64_t count) {
-    if (!v) return;
-    STD_TORCH_CHECK(
-        v->is_cuda() && v->get_device_index() == x.get_device_index() && v->dim() == 1 && v->size(0) == count, name,
-        ": got shape ", shape_of(*v), ", wanted [", count, "] on x's device");
-    tensor = dense(v->scalar_type() == ScalarType::Float ? *v : torch::stable::to(*v, ScalarType::Float));
+// Up to three vectors [count] as dense float32, those of 16 bits in one launch; keeps their memory alive until it is enqueued
+class Vectors {
+ public:
+  using Named = std::pair<const Optional*, const char*>;
+  Vectors(std::initializer_list<Named> given, const Tensor& x, int64_t count) {
+    Widen narrow{};
+    std::array<int, Widen::kMost> place{};
+    int i = 0;
+    for (const auto& [v, name] : given) {
+      if (*v) {
+        const Tensor& t = **v;
+        STD_TORCH_CHECK(
+            t.is_cuda() && t.get_device_index() == x.get_device_index() && t.dim() == 1 && t.size(0) == count, name,
+            ": got shape ", shape_of(t), ", wanted [", count, "] on x's device");
+        const bool narrow_type = t.scalar_type() == x.scalar_type() && x.scalar_type() != ScalarType::Float;
+        kept_[i] =
+            dense(t.scalar_type() == ScalarType::Float || narrow_type ? t : torch::stable::to(t, ScalarType::Float));
+        if (narrow_type)
+          narrow.vector[narrow.vectors] = kept_[i]->const_data_ptr(), place[narrow.vectors++] = i;
+        else
+          data_[i] = static_cast<const float*>(kept_[i]->const_data_ptr());
+      }
+      ++i;
+    }
+    if (!narrow.vectors || !count) return;
+    rows_ = torch::stable::empty({narrow.vectors, count}, ScalarType::Float, std::nullopt, x.device());
+    narrow.rows = static_cast<float*>(rows_->mutable_data_ptr());
+    narrow.channels = static_cast<int>(count), narrow.dtype = dtype_of(x, "x");
+    check_cuda(widen(narrow, current_stream(x.get_device_index())), "conversion of vectors");
+    for (int k = 0; k < narrow.vectors; ++k) data_[place[k]] = narrow.rows + k * count;
   }
-  const float* data() const { return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr; }
+  const float* operator[](int i) const { return data_[i]; }
+
+ private:
+  std::array<Optional, Widen::kMost> kept_;
+  std::array<const float*, Widen::kMost> data_{};
+  Optional rows_;
 };
 
 // Checks x [N, C, H, W] and the weight's place and dtype; returns the device.
@@ -86,11 +113,10 @@ Tensor depthwise_block(const Tensor& x, const Tensor& weight, const Optional& bi
   const Act activation = act_of(act);
 
   const DeviceGuard guard(device);
-  const Vector bias32(bias, "bias", x, x.size(1)), scale32(scale, "scale", x, x.size(1)),
-      shift32(shift, "shift", x, x.size(1));
+  const Vectors float32({{&bias, "bias"}, {&scale, "scale"}, {&shift, "shift"}}, x, x.size(1));
   Tensor y = output_like(x, x.size(1), x.size(2), x.size(3));
   if (!y.numel()) return y;
-  run_depthwise(x, weight, y, {bias32.data(), scale32.data(), shift32.data(), activation}, residual, dtype, device);
+  run_depthwise(x, weight, y, {float32[0], float32[1], float32[2], activation}, residual, dtype, device);
   return y;
 }
 
@@ -178,9 +204,9 @@ Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias
   const Act activation = act_of(act);
 
   const DeviceGuard guard(device);
-  const Vector bias32(bias, "bias", x, c), scale32(scale, "scale", x, c), shift32(shift, "shift", x, c);
+  const Vectors float32({{&bias, "bias"}, {&scale, "scale"}, {&shift, "shift"}}, x, c);
   if (x.size(0) * c * h * w == 0) return output_like(x, c, h, w);
-  const Epilogue after{bias32.data(), scale32.data(), shift32.data(), activation};
+  const Epilogue after{float32[0], float32[1], float32[2], activation};
   if (dtype == Dtype::float32) return product_float32(x, weight, after, device);
   Tensor y = output_like(x, c, h, w);
   run_product(x, weight, y, after, dtype, device, patches ? "patch_embed" : "pointwise_block");
@@ -205,14 +231,14 @@ Tensor pool_head(const Tensor& x, const Tensor& weight, const Optional& bias) {
   STD_TORCH_CHECK(x.size(2) * x.size(3) > 0, "x: got shape ", shape_of(x), ", wanted at least one pixel to average");
   const int64_t n = x.size(0), c = x.size(1), classes = weight.size(0);
   const DeviceGuard guard(device);
-  const Vector bias32(bias, "bias", x, classes);
+  const Vectors float32({{&bias, "bias"}}, x, classes);
   const Tensor w = dense(weight);
   Tensor y = torch::stable::empty({n, classes}, x.scalar_type(), std::nullopt, x.device());
   if (!y.numel()) return y;
   Tensor pooled = torch::stable::empty({n, c}, ScalarType::Float, std::nullopt, x.device());
   PoolHeadForward p{};
   p.x = x.const_data_ptr(), p.weight = w.const_data_ptr(), p.y = y.mutable_data_ptr();
-  p.bias = bias32.data(), p.pooled = static_cast<float*>(pooled.mutable_data_ptr());
+  p.bias = float32[0], p.pooled = static_cast<float*>(pooled.mutable_data_ptr());
   p.n = static_cast<int>(n), p.c = static_cast<int>(c), p.classes = static_cast<int>(classes);
   p.h = static_cast<int>(x.size(2)), p.w = static_cast<int>(x.size(3)), p.dtype = dtype;
   p.x_stride = strides_of(x);

@@ -39,7 +39,7 @@ COLUMNS = {  # of the table, after registers, stack, static shared memory: instr
 # the last two, of the loop without other branches that has most FFMA: its instructions, and its FFMA
 LOOP = ("loop", "loopFMA")
 _NAME = re.compile(
-    r"((?:depthwise|product|pool|head|epilogue|recast|unfold|fold|training|activation)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16)?((?:L[ib]\d+E)*)E"
+    r"((?:depthwise|product|pool|head|epilogue|recast|unfold|fold|widen|training|activation)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16)?((?:L[ib]\d+E)*)E"
 )
 _TYPES = {"f": "float", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 

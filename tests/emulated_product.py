@@ -192,6 +192,15 @@ def unfold(x: Tensor, weight: Tensor, last: bool, *, order: int = 0, multiproces
     return patches, rows
 
 
+def widen(vectors: tuple[Tensor, ...], *, order: int = 0) -> Tensor:
+    """Vectors of 16 bits as float32, [vectors, C]."""
+    rows = torch.full((len(vectors), len(vectors[0])), torch.nan)
+    places = (Pointer * len(vectors))(*_pointers(*vectors))
+    numbers = len(vectors[0]), DTYPES.index(vectors[0].dtype)
+    _call("cmx_emulate_widen", order, places, len(vectors), Pointer(rows.data_ptr()), *numbers)
+    return rows
+
+
 def fold(vectors: tuple[Tensor, ...], eps: float, *, order: int = 0) -> Tensor:
     """[3, C] bias, scale and shift of bias, mean, variance, gamma and beta."""
     rows = torch.full((3, len(vectors[0])), torch.nan)

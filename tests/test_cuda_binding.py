@@ -151,6 +151,14 @@ def test_one_product(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(OURS.patch_embed(*args), cases.expect("patch_embed", args))
 
 
+def test_vectors_of_16_bits_are_converted_in_one_launch() -> None:
+    kernels, (x, weight, *vectors) = emulated_product.library(), cases.inputs("pointwise_block", (2, 8, 16, 4, 4), BF16)
+    for given, launched in ((vectors, 1), ([vectors[0], vectors[1].float(), None, "gelu"], 1), ([None] * 3, 0)):
+        emulated.launched(kernels)
+        OURS.pointwise_block(x, weight, *given[:3], "gelu")
+        assert sum(v for k, v in emulated.launched(kernels).items() if k.startswith("widen")) == launched
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_unfolded_patches(layout: str) -> None:
     """Where the cost model says so, of every layout; with a weight that is made longer, and one that is not."""

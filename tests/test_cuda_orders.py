@@ -129,6 +129,9 @@ def test_product() -> None:
         wanted = products._patches(x, weight, last)
         for order in emulated.ORDERS:
             check_equal(emulated_product.unfold(x, weight, last, order=order)[0], wanted)
+    for dtype, order in itertools.product(HALVES, emulated.ORDERS):
+        vectors = tuple(torch.rand(3, 300).to(dtype))
+        check_equal(emulated_product.widen(vectors, order=order), torch.stack(vectors).float())
     for dtype in cases.DTYPES:
         bias, mean, var, gamma, beta = vectors = tuple(torch.rand(5, 300).to(dtype))
         scale, shift = fold_all([(mean, var, gamma, beta)], [1e-5])[0]

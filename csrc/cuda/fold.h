@@ -1,4 +1,4 @@
-// BatchNorms in eval mode to what the kernels take, those of a whole network in one launch. No torch here.
+// BatchNorms in eval mode to what the kernels take, those of a whole network in one launch; an operator's vectors. No torch here.
 #pragma once
 
 #include <driver_types.h>
@@ -18,5 +18,16 @@ struct Fold {
 };
 
 cudaError_t fold(const Fold& p, cudaStream_t stream);
+
+// Vectors of a 16-bit type as float32
+struct Widen {
+  static constexpr int kMost = 3;
+  const void* vector[kMost];  // dense [channels] in `dtype`
+  float* rows;                // [vectors][channels]
+  int vectors, channels;
+  Dtype dtype;
+};
+
+cudaError_t widen(const Widen& p, cudaStream_t stream);
 
 }  // namespace cmx

@@ -82,6 +82,14 @@ CMX_EXPORT int cmx_emulate_fold(const void* const* vectors, float* rows, int cha
   return emulate(*run, [&] { return fold(p, nullptr); });
 }
 
+CMX_EXPORT int cmx_emulate_widen(const void* const* vectors, int count, float* rows, int channels, int dtype,
+                                 const Run* run) {
+  Widen p{};
+  for (int i = 0; i < count; ++i) p.vector[i] = vectors[i];
+  p.rows = rows, p.vectors = count, p.channels = channels, p.dtype = static_cast<Dtype>(dtype);
+  return emulate(*run, [&] { return widen(p, nullptr); });
+}
+
 // `shape`: n c_in c_out h w ph pw, h and w in patches
 CMX_EXPORT int cmx_emulate_unfold(const void* x, void* patches, const void* weight, void* rows, const int* shape,
                                   const int64_t* of_x, const int64_t* of_weight, bool last, int multiprocessors,
