@@ -136,7 +136,13 @@ def gpu_networks(results: Mapping[str, Any]) -> list[list[str]]:
         best, peer = fastest(ours, ("fused",)), fastest(others, ("eager", "inductor"))
         times = f"{peer['ms'] / best['ms']:.1f}" if best and peer else ""
         lines.append([model, dtype, str(batch), *cells[:2], *(cell and f"**{cell}**" for cell in cells[2:]), times])
-    return lines
+    return filled(lines)
+
+
+def filled(lines: list[list[str]]) -> list[list[str]]:
+    """Without the columns that are empty."""
+    keep = [any(line[i] for line in lines[1:]) for i in range(len(lines[0]))]
+    return [[cell for cell, kept in zip(line, keep, strict=True) if kept] for line in lines]
 
 
 def gpu_training(results: Mapping[str, Any]) -> list[list[str]]:

@@ -73,6 +73,32 @@ def of_training() -> Iterator[str]:
     yield f"Spreads up to {100 * max(row['spread'] for row in pages.stored(TRAINING)['training']):.1f} %."
 
 
+def of_the_gpu() -> Iterator[str]:
+    about = pages.stored("h200-network")["machine"]
+    yield f"An H200 (CUDA {about['cuda']}, cuDNN {about['cudnn']}), {conditions('h200-network', ['torch'])}, commit"
+    yield f"`{about['command']}`"
+    rows = {row["provider"]: row for row in pages.stored("h200-training")["training"]}
+    rates = [rows[name]["images_per_s"] for name in ("fused", "eager")]
+    part = rows["fused"]["memory"]["call"] / rows["eager"]["memory"]["call"]
+    yield f"{rates[0]:.0f} images per second, {rates[0] / rates[1]:.1f} times plain PyTorch's {rates[1]:.0f}, with {part:.3f}"
+    ratios = [row["speedup"] for row in pages.stored("h200-ops")["gpu_ops"]]
+    yield f"{min(ratios):.2f} to {max(ratios):.1f} times as fast in all of {len(ratios)} shapes"
+    found = pages.stored("h200-product")["gpu_product"]
+    one, more = ([row["speedup"] for row in found if row["shape"].startswith("1x") == first] for first in (True, False))
+    yield f"{span(more)} times in {len(more)} and {span(one)} in the three of batch 1"
+    networks = pages.by_race(pages.stored("h200-network")["models"], "model")
+    ratios = [race["fused triton"]["ms"] / race["fused"]["ms"] for race in networks.values()]
+    yield f"in {span(ratios, '.1f')} times the time of the CUDA kernels"
+    for name in ("network", "training", "ops", "product"):
+        for row in (row for rows in pages.stored(f"h200-{name}").values() if isinstance(rows, list) for row in rows):
+            assert row.get("match", True), row
+
+
+def of_the_tables_of_a_gpu() -> Iterator[str]:
+    for name in ("ops", "product"):
+        yield f"`{pages.stored(f'h200-{name}')['machine']['command']}`"
+
+
 def of_layers() -> Iterator[str]:
     ops = pages.stored("epyc-zen5-2-cores-layers")["ops"]
     slower = [op for op in ops if op["slower"]]
@@ -123,8 +149,8 @@ def of_the_example() -> Iterator[str]:
 
 
 SENTENCES = {
-    "README.md": (of_networks, of_training),
-    "RESULTS.md": (of_layers, of_rivals),
+    "README.md": (of_networks, of_training, of_the_gpu),
+    "RESULTS.md": (of_layers, of_rivals, of_the_tables_of_a_gpu),
     "examples/README.md": (of_the_example,),
 }
 
