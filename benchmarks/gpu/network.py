@@ -206,10 +206,8 @@ def race(device: Device, store: Store, cell: Cell, of_model: Networks) -> None:
     model, name, batch, _ = cell
     network, fused = copy.deepcopy(of_model[:2])
     exact, kind = of_model.logits, PRECISIONS[name].model
-    x = torch.cat([of_model.images, torch.randn(batch, *of_model.images.shape[1:], device=device.type)])[:batch].to(
-        kind
-    )
-    exact, network = exact[:batch], network.to(kind)
+    x = torch.cat([of_model.images, torch.randn(batch, *of_model.images.shape[1:], device=device.type)])
+    x, exact, network = x[:batch].to(kind), exact[:batch], network.to(kind)
     fused = None if fused is None else fused.to(kind)
     with precision(device, name, False):
         of_eager = (network(x[:2]).double() - exact).abs().max().item()
