@@ -1,6 +1,9 @@
 """Fused kernels for ConvMixer and large depthwise convolutions, for training-compatible PyTorch modules."""
 
-from cmx_kernels import ops
+from cmx_kernels import (
+    ops,
+    self_check,  # noqa: F401  (cuda.py asks it)
+)
 from cmx_kernels.backends import use
 from cmx_kernels.checkpoints import convert_state_dict, load_checkpoint
 from cmx_kernels.explain import Report, explain

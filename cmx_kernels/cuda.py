@@ -1,7 +1,7 @@
 """Whether the CUDA kernels of ``_C`` run on a device, and if not, why: answered by the CUDA runtime inside ``_C``."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,12 +47,22 @@ def why_not(device: int) -> str | None:
     return None if answer is None else answer.decode()
 
 
+def _untried(device: int) -> str | None:
+    return "the operators are not loaded, which would try the kernels"
+
+
+tried: Callable[[int], str | None] = _untried  # self_check.py puts its own here, which knows the operators
+
+
 @registry.constant
 def why_not_unasked(device: int) -> str | None:
-    """None where measurements say that the kernels may be taken without being asked for, else a sentence."""
+    """None where the kernels may be taken without being asked for, else a sentence.
+
+    They were measured on such a device, and compute on this one what PyTorch does.
+    """
     found = torch.cuda.get_device_capability(device)
     if found in MEASURED:
-        return None
+        return tried(device)
     measured = " and ".join("{}.{}".format(*capability) for capability in MEASURED)
     return (
         f"measured on GPUs of compute capability {measured} only, for this one, of {found[0]}.{found[1]}, compiled and "

@@ -39,7 +39,7 @@ COLUMNS = {  # of the table, after registers, stack, static shared memory: instr
 # the last two, of the loop without other branches that has most FFMA: its instructions, and its FFMA
 LOOP = ("loop", "loopFMA")
 _NAME = re.compile(
-    r"((?:depthwise|product|pool|head|epilogue|recast|unfold|fold|widen|training|activation)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16)?((?:L[ib]\d+E)*)E"
+    r"((?:depthwise|product|pool|head|epilogue|recast|unfold|fold|widen|batchnorm|training|activation)(?:_[a-z]+)*)_kernelI(f|6__half|13__nv_bfloat16|NS_\d+\w+?E)?((?:L[ib]\d+E)*)E"
 )
 _TYPES = {"f": "float", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 
@@ -49,7 +49,8 @@ def kernel_name(symbol: str) -> str | None:
     match = _NAME.search(symbol)
     if not match:
         return None
-    arguments = [*([_TYPES[match[2]]] if match[2] else []), *re.findall(r"L[ib](\d+)E", match[3])]
+    named = re.sub(r"NS_\d+(\w+)E", r"\1", match[2] or "")  # a struct of ours
+    arguments = [*([_TYPES.get(named, named)] if named else []), *re.findall(r"L[ib](\d+)E", match[3])]
     return f"{match[1]}<{', '.join(arguments)}>"
 
 

@@ -51,6 +51,7 @@ def test_a_gpu_backend_is_chosen_where_it_was_measured(
 ) -> None:
     monkeypatch.setattr(cuda, "why_not", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(cuda, "tried", lambda device: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(1, 4, 5, 5, device="cuda")
     refusals = backends.refusals("depthwise_block", x, "gelu")

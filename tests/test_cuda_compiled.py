@@ -60,7 +60,8 @@ def test_no_local_memory(lines: list[str]) -> None:
 
 
 def test_registers_allow_the_planned_blocks(lines: list[str]) -> None:
-    """Of 65536 registers: depthwise 4 blocks of 128 threads; product 2 or 3, wgmma 1 of 384; the rest 4 of 256."""
+    """Of 65536 registers: depthwise 4 blocks of 128 threads; product 2 or 3, wgmma 1 of 384; rows of training 3 to 7 of
+    128; the rest 4 of 256."""
     for (arch, name), facts in _kernels(lines).items():
         if name.startswith("activation"):
             continue
@@ -69,6 +70,9 @@ def test_registers_allow_the_planned_blocks(lines: list[str]) -> None:
             threads, blocks = 384, 1
         elif name.startswith("product"):
             threads, blocks = 128, (2, 3, 3)[int(name.rstrip(">")[-1])]
+        elif name.startswith("training_rows"):
+            along_channels, whole = (int(name[i]) for i in (-5, -2))
+            threads, blocks = 128, (4 if along_channels else 7) - (not whole)
         allowed = min(255, 65536 // (threads * blocks) // 8 * 8)
         assert facts["regs"] <= allowed, f"{arch} {name}: {facts}"
 
@@ -85,7 +89,7 @@ def test_instructions(lines: list[str]) -> None:
             assert facts["HMMA"] == 0
             wide = "planes" in name or name.endswith("4>")
             assert facts["load16"] > 0 or not wide, f"{arch} {name} has no 16-byte load"
-        elif name.startswith(("training", "recast", "fold", "widen", "activation")):
+        elif name.startswith(("training", "batchnorm", "recast", "fold", "widen", "activation")):
             assert facts["HMMA"] == 0
         elif name.startswith("unfold"):
             assert facts["HMMA"] == 0
@@ -143,7 +147,7 @@ def test_every_instantiation_is_there(lines: list[str]) -> None:
     kernels = _kernels(lines)
     names = {name for _, name in kernels}
     depthwise = 2 * 3 * 5 + 2 * (2 * 2 * 4) + 2 * 2 * 2 * 2 + 2 * 2
-    product, other = 2 * (2 * 3 + 1) + 2 * 2, 3 * 3 + 2 * 2 + 3 * 4 + 2 + 3 + 2 + 3
+    product, other = 2 * (2 * 3 + 1) + 2 * 2, 3 * 3 + 2 * 2 + 3 * 4 * 4 + 2 + 2 + 3 + 2 + 3
     activations = len(cost_model.ACTS) * 3
     assert len(names) == depthwise + product + other + activations
     assert set(kernels) == {(arch, name) for arch in cuda_facts.ARCHS for name in names}

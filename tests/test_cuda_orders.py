@@ -46,7 +46,9 @@ def check_library(name: str) -> None:
     found = emulated.launched(LIBRARIES[name]())
     assert not {kernel for kernel, orders in found.items() if orders != 0b111}, "not run in all orders"
     gpu = set(re.findall(r"^sm_80\s+(?!activation)(\w+<.*?>)", cuda_facts.TABLE.read_text(), re.M))
-    assert set(found) == {k for k in gpu if k.startswith(("depthwise", "training")) == (name == "depthwise")}
+    assert set(found) == {
+        k for k in gpu if k.startswith(("depthwise", "training", "batchnorm")) == (name == "depthwise")
+    }
 
 
 def depthwise(kernel: str, dtype: torch.dtype, *shape: int, act: str = "gelu") -> None:
@@ -76,9 +78,17 @@ def test_depthwise(monkeypatch: pytest.MonkeyPatch) -> None:
         depthwise("mma_plane", dtype, 3, 1, size, size, k, k, act=act)
     for dtype, width in itertools.product(HALVES, (14, 35)):
         gradients("mma", dtype, 3, 1, 11, width, 5, 5)
-    for dtype, order in itertools.product(cases.DTYPES, range(3)):
+    passes = itertools.product(cases.DTYPES, range(3), ((2, 6, 3, 5), (2, 8, 4, 4)), ("contiguous", "channels_last"))
+    for dtype, order, shape, layout in passes:  # ragged, and whole units of 16 bytes
         monkeypatch.setattr(emulated_training, "ORDER", order)
-        check_passes(EMULATED, (2, 6, 3, 5), dtype, "gelu", "contiguous")
+        check_passes(EMULATED, shape, dtype, "gelu", layout)
+    moments, sums, gamma, beta = torch.rand(2, 300), torch.randn(2, 300), *torch.randn(2, 300)
+    rows, rstd, _ = torch.ops.cmx.batchnorm_rows(moments, gamma, beta, 1e-5, 40)
+    for order in range(3):
+        monkeypatch.setattr(emulated_training, "ORDER", order)
+        check_equal(emulated_training.batchnorm_rows(moments, gamma, beta, 1e-5, 40)[0], rows)
+        found = emulated_training.batchnorm_gradients(sums, rows, rstd, 40, False)
+        check_equal(found[0], torch.ops.cmx.batchnorm_gradients(sums, rows, rstd, 40, False)[0])
     check_library("depthwise")
 
 

@@ -27,7 +27,7 @@ LAYERS = (
     {"cuda", "triton_kernels", "cost_model", "tuned"},
     {"backends", "checkpoints", "micro_batches"},
     {"ops"},
-    {"models"},
+    {"models", "self_check"},
     {"layers"},
     {"fuse"},
     {"info", "explain", "bench", "classify"},
