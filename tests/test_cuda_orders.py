@@ -43,7 +43,11 @@ def every_order(run: Callable[[int], Iterable[Tensor]], *expected: Expected) -> 
 
 def check_library(name: str) -> None:
     """All of its kernels have run in all orders since the last question; they are those that are compiled for GPUs."""
-    found = emulated.launched(LIBRARIES[name]())
+
+    def mine(kernel: str) -> bool:  # both libraries have second stages
+        return kernel.startswith(("depthwise", "training", "batchnorm")) == (name == "depthwise")
+
+    found = {kernel: orders for kernel, orders in emulated.launched(LIBRARIES[name]()).items() if mine(kernel)}
     assert not {kernel for kernel, orders in found.items() if orders != 0b111}, "not run in all orders"
     gpu = set(re.findall(r"^sm_80\s+(?!activation)(\w+<.*?>)", cuda_facts.TABLE.read_text(), re.M))
     assert set(found) == {
