@@ -50,9 +50,7 @@ def check_library(name: str) -> None:
     found = {kernel: orders for kernel, orders in emulated.launched(LIBRARIES[name]()).items() if mine(kernel)}
     assert not {kernel for kernel, orders in found.items() if orders != 0b111}, "not run in all orders"
     gpu = set(re.findall(r"^sm_80\s+(?!activation)(\w+<.*?>)", cuda_facts.TABLE.read_text(), re.M))
-    assert set(found) == {
-        k for k in gpu if k.startswith(("depthwise", "training", "batchnorm")) == (name == "depthwise")
-    }
+    assert set(found) == set(filter(mine, gpu))
 
 
 def depthwise(kernel: str, dtype: torch.dtype, *shape: int, act: str = "gelu") -> None:
