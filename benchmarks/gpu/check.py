@@ -68,6 +68,11 @@ def _code(command: list[str], seconds: float, log: Path | None = None) -> int | 
             return str(error)
 
 
+def measuring(seconds: float) -> float:
+    """Of the seconds that a part has, those in which something new is begun."""
+    return max(1.0, seconds - min(_AT_END, seconds / 4))
+
+
 def run(name: str, command: list[str], seconds: float, end: float = math.inf, log: Path | None = None) -> Step:
     """``end``: of the part, by time.monotonic()."""
     start = time.monotonic()
@@ -77,7 +82,7 @@ def run(name: str, command: list[str], seconds: float, end: float = math.inf, lo
     say(f"== {name}: {' '.join(map(str, command))}")
     code = _code(command, last - start, log)
     while code == BROKEN and (left := last - time.monotonic()) > _SHORTEST:  # a new process has a new CUDA context
-        code = _code([*command, "--resume", "--seconds", str(max(1, left - _AT_END))], left, log)
+        code = _code([*command, "--resume", "--seconds", str(measuring(left))], left, log)
     if log and code != 0:
         say(f"== {name}: {code}, {log}\n{log.read_text(errors='replace')[-_TAIL:]}")
     return {"step": name, "passed": code == 0, "result": code, "seconds": round(time.monotonic() - start, 1)}
@@ -168,7 +173,7 @@ def sanitizers(folder: Path) -> tuple[list[Job], list[Job], str | None]:
 
 
 def timings(part: str, options: argparse.Namespace, budget: float = BUDGET) -> Iterator[Step]:
-    command = [sys.executable, "-m", f"benchmarks.gpu.{part}", "--seconds", str(max(1, budget - _AT_END))]
+    command = [sys.executable, "-m", f"benchmarks.gpu.{part}", "--seconds", str(measuring(budget))]
     command += ["--device", options.device, *(f"--without={name}" for name in options.without)]
     command += [] if options.results == RESULTS else ["--results", str(options.results)]
     command += [flag for flag, wanted in (("--dry-run", options.dry_run), ("--resume", options.resume)) if wanted]
