@@ -64,6 +64,12 @@ def _why_not_cuda(op: str, x: Tensor, act: str) -> str | None:
     return cuda.why_not(x.device.index or 0)
 
 
+def _why_not_cuda_unasked(x: Tensor) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile around it is not yet proven on a GPU; use('cuda') runs it there too"
+    return cuda.why_not_unasked(x.device.index or 0)
+
+
 def _why_not_triton(op: str, x: Tensor, act: str) -> str | None:
     if x.device.type != "cuda" and not (triton_kernels.INTERPRETED and x.device.type == "cpu"):
         return f"x is on {x.device.type}, the triton backend wants a CUDA tensor"
@@ -93,7 +99,7 @@ def _why_not_reference(op: str, x: Tensor, act: str) -> str | None:
 
 
 BACKENDS = (
-    Backend("cuda", _why_not_cuda, lambda x: cuda.why_not_unasked(x.device.index or 0)),
+    Backend("cuda", _why_not_cuda, _why_not_cuda_unasked),
     Backend(
         "triton",
         _why_not_triton,

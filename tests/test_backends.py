@@ -60,6 +60,8 @@ def test_a_gpu_backend_is_chosen_where_it_was_measured(
     assert f"this one, of {capability[0]}.{capability[1]}" in refusals.get("cuda", "this one, of 9.0")
     with backends.use("cuda"):
         assert backends.select("depthwise_block", x, "gelu") == "cuda"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert backends.select("depthwise_block", x, "gelu", quiet=True) == "reference"
 
 
 def test_every_activation_has_a_cpu_kernel() -> None:
