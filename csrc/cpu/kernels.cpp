@@ -91,23 +91,17 @@ static void fill_patches(const Stage& s, const StagePlan<P>& plan, int64_t n, in
     const View& in = s.in;
     for (int64_t r = 0; r < rows; r++)
       for (int64_t x = 0; x < s.out.w; x++) {
-        P* to = panel + (r * s.out.w + x) * plan.pitch;
-        float line[VL];
-        int64_t k = 0;
-        auto put = [&](vf v, int64_t count) {
-          store_some(to + k, 1, count, v);
-          k += count;
-        };
+        // whole vectors: what a row of a patch leaves of its last is overwritten by the next, or lies behind the channels
+        P *const pixel = panel + (r * s.out.w + x) * plan.pitch, *to = pixel;
         for (int64_t c = 0; c < in.c; c++)
           for (int64_t p = 0; p < s.ph; p++) {
             const T* from = address<const T>(in, n, c, (y0 + r) * s.ph + p, x * s.pw);
-            for (int64_t q = 0; q < s.pw; q += VL) {
-              const int64_t count = least(VL, s.pw - q);
-              store(line, load_some(from + q * in.sw, in.sw, count));
-              put(load(line), count);
+            for (int64_t q = 0, count; q < s.pw; q += VL, to += count) {
+              count = least(VL, s.pw - q);
+              store(to, load_some(from + q * in.sw, in.sw, count));
             }
           }
-        for (; k < plan.channels;) put(vf{}, least(VL, plan.channels - k));
+        for (; to < pixel + plan.channels; to += VL) store(to, vf{});
       }
   });
 }
