@@ -71,11 +71,10 @@ CMX_INLINE vf gelu_near(vf x) {
 #endif
 }
 
-// Out: what the result is rounded to next
-template <Act act, class Out = float>
+template <Act act, bool near = false>
 CMX_INLINE vf activate(vf x) {
   if constexpr (act == Act::relu) return max(all(0), x);
-  if constexpr (act == Act::gelu && std::is_same_v<Out, bfloat16>) return gelu_near(x);
+  if constexpr (act == Act::gelu && near) return gelu_near(x);
   if constexpr (act == Act::gelu) return gelu(x);
   if constexpr (act == Act::gelu_tanh) return gelu_tanh(x);
   return x;
@@ -132,13 +131,13 @@ struct BlockConstants {
       : bias(load(c.bias + channel)), scale(load(c.scale + channel)), shift(load(c.shift + channel)) {}
 };
 
-template <Act act, class Out>
+template <Act act, bool near>
 CMX_INLINE vf finished(const float* acc, const BlockConstants& c) {
-  return activate<act, Out>(load(acc) + c.bias) * c.scale + c.shift;
+  return activate<act, near>(load(acc) + c.bias) * c.scale + c.shift;
 }
 
-// acc [count][VL] -> out, `step` elements from pixel to pixel
-template <class Residual, class Out>
+// acc [count][VL] -> out, `step` elements from pixel to pixel. near: as exact as bfloat16 needs it
+template <class Residual, bool near, class Out>
 static __attribute__((noinline)) void epilogue(const float* acc, int64_t count, const Constants& constants,
                                                int64_t channel, Act act, const float* residual, Out* out,
                                                int64_t step) {
@@ -146,7 +145,7 @@ static __attribute__((noinline)) void epilogue(const float* acc, int64_t count, 
   with_activation(act, [&](auto a) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < count; i++)
-      store(out + i * step, finished<decltype(a)::value, Out>(acc + i * VL, c) + Residual::at(residual, i));
+      store(out + i * step, finished<decltype(a)::value, near>(acc + i * VL, c) + Residual::at(residual, i));
   });
 }
 
@@ -158,7 +157,7 @@ static __attribute__((noinline)) void paired_epilogue(const float* acc, int64_t 
     constexpr Act kAct = decltype(a)::value;
 #pragma GCC unroll 2
     for (int64_t i = 0; i < count; i += 2)
-      out[i / 2] = pack_pair(finished<kAct, bfloat16>(acc + i * VL, c), finished<kAct, bfloat16>(acc + (i + 1) * VL, c));
+      out[i / 2] = pack_pair(finished<kAct, true>(acc + i * VL, c), finished<kAct, true>(acc + (i + 1) * VL, c));
   });
 }
 

@@ -117,7 +117,8 @@ static void fill_depthwise(const Stage& s, const StagePlan<P>& panel_plan, int64
         [](int64_t, int64_t, int64_t) {},
         [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
           P* to = panel + ((y - y0) * s.out.w + x) * panel_plan.pitch + block * VL;
-          depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to, panel_plan.pitch);
+          depthwise_epilogue<std::is_same_v<P, bfloat16>>(acc, count, s.depthwise, block, s.act, plan.pairs, residual,
+                                                          to, panel_plan.pitch);
         });
 }
 
@@ -148,23 +149,32 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
   const int64_t pixels = rows * out.w;
   // in equal pieces, one for each of the calls below
   constexpr int64_t kLine = 64;
-  const int64_t ahead = ceil_div(s.after_bytes, kLine * ceil_div(pixels, MR) * ceil_div(out.c, VL));
-  const char *after = s.after, *const after_end = s.after + s.after_bytes;
+  int64_t after_bytes = 0;
+  for (const Ahead& m : s.after) after_bytes += m.bytes;
+  const int64_t ahead = ceil_div(after_bytes, kLine * ceil_div(pixels, MR) * ceil_div(out.c, VL));
+  const Ahead *after = s.after, *const after_end = after + sizeof(s.after) / sizeof(Ahead);
+  int64_t offset = 0;
+  auto ask = [&] {
+    for (; after < after_end && offset >= after->bytes; after++) offset = 0;
+    if (after < after_end) __builtin_prefetch(after->data + offset);
+    offset += kLine;
+  };
   auto finish = [&](int64_t m, int64_t step, int64_t count, int64_t block, const float* acc) {
-    for (int64_t i = 0; i < ahead && after < after_end; i++, after += kLine) __builtin_prefetch(after);
+    for (int64_t i = 0; i < ahead; i++) ask();
     const Constants& constants = s.pointwise.constants;
     if (out.blocked) {
       T* to = block_of<T>(out, n, block) + (y0 * out.w + m) * VL;
       if (out.paired)
         paired_epilogue(acc, count, constants, block * VL, s.act, (vu*)to);
       else
-        epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, step * VL);
+        epilogue<NoResidual, std::is_same_v<T, bfloat16>>(acc, count, constants, block * VL, s.act, nullptr, to,
+                                                          step * VL);
       for (int64_t lane = out.c - block * VL; lane < VL; lane++)  // 0 * inf made NaN of what must stay zero
         for (int64_t i = 0; i < count; i++)
           to[out.paired ? (i / 2 * VL + lane) * 2 + i % 2 : i * step * VL + lane] = T{};
     } else {
       float* to = lines_of(block) + (m - part_begin) * VL;
-      epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, step * VL);
+      epilogue<NoResidual, false>(acc, count, constants, block * VL, s.act, nullptr, to, step * VL);
     }
   };
   auto done = [&](int64_t m0, int64_t m1, int64_t block, int64_t blocks) {
