@@ -120,8 +120,9 @@ class Lines {
   Lines(const py::list& objects, const std::vector<std::pair<uintptr_t, size_t>>& structures) {
     for (const auto& [address, size] : structures) add(address, size);
     for (const py::handle object : objects) {
-      add((uintptr_t)object.ptr(), Py_TYPE(object.ptr())->tp_basicsize);
-      if (!PyDict_Check(object.ptr())) continue;
+      const bool is_dict = PyDict_Check(object.ptr());
+      add((uintptr_t)object.ptr(), is_dict ? sizeof(PyDictObject) : Py_TYPE(object.ptr())->tp_basicsize);
+      if (!is_dict) continue;
       const auto* dict = (const PyDictObject*)object.ptr();
       constexpr size_t kHeader = 64, kEntry = 3 * sizeof(PyObject*);
       if (dict->ma_values)  // an instance's; the keys are its class's

@@ -42,7 +42,7 @@ class Stack(Units):
         self.count = len(self.held[0])
         self.cache = PackedCache()
         self.found: tuple[Any, Parameters | None, Any] | None = None  # by _parameters
-        self.lines = _lines(self.watched, self.held[0])
+        self.lines = _lines([self.watched, self.held[1]], self.held[0])
 
     def tensors(self, owner: nn.Module) -> list[Tensor] | None:
         """Parameters and running statistics; None unless the modules are still the same, plain and in the same mode."""
@@ -200,13 +200,12 @@ def current(owner: Any) -> tuple[Units, list[Tensor]]:
     return stack, tensors
 
 
-def _lines(watched: Watch, tensors: Sequence[Tensor]) -> Any:
+def _lines(watches: Sequence[Watch], tensors: Sequence[Tensor]) -> Any:
     """Where a call's checks look: behind a network, which has filled the caches, that is a third of their time."""
     if registry.C is None:
         return None
-    states = [module.__dict__ for module in watched.objects]
-    held = [value for state in states for value in state.values() if isinstance(value, dict)]
+    objects = {id(thing): thing for watch in watches for thing in watch.read()}
     # at::TensorImpl and c10::StorageImpl, as far as data_ptr() and _version read them
     structures = [(tensor._cdata, 256) for tensor in tensors]
     structures += [(tensor.untyped_storage()._cdata, 128) for tensor in tensors if tensor.device.type == "cpu"]
-    return registry.C.Lines([*tensors, *watched.objects, *states, *held], structures)
+    return registry.C.Lines(list(objects.values()), structures)

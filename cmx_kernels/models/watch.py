@@ -66,6 +66,10 @@ class Watch:
         if keys is None:
             self.sizes.append((held, len(held)))
 
+    def read(self) -> list[Any]:
+        """What unchanged() looks at."""
+        return [*self.objects, *(entry[0] for entry in (*self.entries, *self.sizes))]
+
     def unchanged(self) -> bool:
         return self._form.unchanged()
 
