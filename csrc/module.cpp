@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu_levels.h"
+#include "huge_pages.h"
 
 namespace py = pybind11;
 using namespace cmx;
@@ -184,6 +185,11 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<std::vector<std::pair<uintptr_t, size_t>>>(), py::arg("places"), "pairs (address, bytes)")
       .def("unchanged", &Samples::unchanged);
   m.def("release_memory", release_memory, "give free memory of training back to the system at once");
+  m.attr("huge_page") = kHugePage;
+  m.def(
+      "use_huge_pages", [](uintptr_t address, int64_t bytes) { use_huge_pages((void*)address, bytes); },
+      py::arg("address"), py::arg("bytes"),
+      "ask the system for huge pages; from a multiple of huge_page on, before the memory is written");
   m.def("lanes", [] { return cpu_kernels().lanes; }, "channels in a vector");
   m.def("peak", peak, py::arg("dtype"), py::arg("seconds") = 0.02, py::call_guard<py::gil_scoped_release>(),
         "FLOP/s of one thread on registers alone, \"float32\" or \"bfloat16\"; run it on every core at once");
