@@ -52,7 +52,9 @@ Tensor packed_product(const View& weight) {
 struct ConstantsBuffer {
   int64_t padded;
   std::vector<float> data;
+  const float* rows = nullptr;  // somebody else's, instead of `data`
   explicit ConstantsBuffer(int64_t channels) : padded(round_up(channels, cpu_kernels().lanes)), data(3 * padded) {}
+  ConstantsBuffer(int64_t channels, const float* padded_rows) : padded(channels), rows(padded_rows) {}
   ConstantsBuffer(const Optional& bias, const Optional& scale, const Optional& shift, int64_t channels)
       : ConstantsBuffer(channels) {
     fill(0, values(bias, "bias", channels, 0));
@@ -60,7 +62,10 @@ struct ConstantsBuffer {
     fill(2, values(shift, "shift", channels, 0));
   }
   void fill(int64_t row, const std::vector<double>& v) { std::copy(v.begin(), v.end(), data.begin() + row * padded); }
-  Constants get() const { return {data.data(), data.data() + padded, data.data() + 2 * padded}; }
+  Constants get() const {
+    const float* const at = rows ? rows : data.data();
+    return {at, at + padded, at + 2 * padded};
+  }
 };
 
 // ---- launch
@@ -262,16 +267,16 @@ void check_kernel(const std::vector<int64_t>& kernel) {
       "kernel: wanted two sizes from 1 to ", kMaxKernel);
 }
 
-// bias, scale and shift in float32, one row each
+// bias, scale and shift in float32, one row each: `t` itself if its rows are whole blocks of channels, else a padded copy
 ConstantsBuffer packed_constants(const Tensor& t, int64_t c) {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Float && t.dim() == 2 &&
                       t.size(0) == 3 && t.size(1) == c,
                   "packed: got constants of ", shape_of(t), ", wanted float32 [3, ", c, "]");
+  const float* const rows = (const float*)t.const_data_ptr();
+  if (c % cpu_kernels().lanes == 0) return ConstantsBuffer(c, rows);
   ConstantsBuffer buffer(c);
-  for (int64_t row = 0; row < 3; row++) {
-    const float* from = (const float*)t.const_data_ptr() + row * c;
-    std::copy(from, from + c, buffer.data.begin() + row * buffer.padded);
-  }
+  for (int64_t row = 0; row < 3; row++)
+    std::copy(rows + row * c, rows + (row + 1) * c, buffer.data.begin() + row * buffer.padded);
   return buffer;
 }
 
@@ -337,12 +342,16 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
     return Pointwise{packed[i].const_data_ptr(), constants[i / 2].get(), packed[next].const_data_ptr(),
                      uses_strassen(in.dtype, channels, inputs_of(i))};
   };
-  auto stage = [&](int64_t i) {  // pointwise i, and then the next block's depthwise weights, or those of the head
+  auto memory_of = [](const Tensor& t) {
+    return Ahead{(const char*)t.const_data_ptr(), t.numel() * (int64_t)t.element_size()};
+  };
+  auto stage = [&](int64_t i) {  // pointwise i; then the next block's depthwise weights and constants, or the head
     Stage s{};
     s.pointwise = pointwise(i);
-    const Tensor* const after = i + 2 < (int64_t)packed.size() ? &packed[i + 2] : head ? &*head : nullptr;
-    if (after) s.after = (const char*)after->const_data_ptr();
-    if (after) s.after_bytes = after->numel() * after->element_size();
+    if (i + 2 < (int64_t)packed.size())
+      for (int64_t j = 0; j < 3; j++) s.after[j] = memory_of(packed[i + (j < 2 ? 2 + j : 5)]);
+    else if (head)
+      s.after[0] = memory_of(*head);
     return s;
   };
   if (stem) {

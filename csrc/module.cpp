@@ -6,10 +6,12 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cpu_levels.h"
+#include "huge_pages.h"
 
 namespace py = pybind11;
 using namespace cmx;
@@ -60,6 +62,58 @@ class Samples {
   std::string was_;
 };
 
+// What some Python objects were: their classes, and what their dictionaries held. In Python that takes a hundred
+// microseconds behind a network, whose weights have filled the caches. Whoever holds it keeps those objects alive.
+class Watch {
+ public:
+  using Entries = std::vector<std::tuple<py::handle, py::handle, py::handle>>;
+  using Keys = std::vector<std::pair<py::handle, py::handle>>;
+  using Sizes = std::vector<std::pair<py::handle, py::ssize_t>>;
+
+  Watch(const std::vector<py::handle>& objects, const Entries& entries, const Keys& absent, const Sizes& sizes) {
+    for (const py::handle object : objects) classes_.push_back({object.ptr(), Py_TYPE(object.ptr())});
+    for (const auto& [dict, key, value] : entries) entries_.push_back({dict.ptr(), key.ptr(), value.ptr()});
+    for (const auto& [dict, key] : absent) absent_.push_back({dict.ptr(), key.ptr()});
+    for (const auto& [dict, size] : sizes) sizes_.push_back({dict.ptr(), size});
+  }
+
+  bool unchanged() const {
+    for (const auto& [object, type] : classes_)
+      if (Py_TYPE(object) != type) return false;
+    for (const auto& [dict, size] : sizes_)
+      if (PyDict_Size(dict) != size) return false;
+    for (const auto& [dict, key, value] : entries_)
+      if (!same(PyDict_GetItemWithError(dict, key), value)) return false;
+    for (const auto& [dict, key] : absent_)
+      if (PyDict_Contains(dict, key) != 0) return false;
+    return true;
+  }
+
+ private:
+  // Settings may be set again to what they were; tensors and modules have to be the same ones.
+  static bool same(PyObject* found, PyObject* value) {
+    if (found == value || !found) return found == value;
+    const bool plain =
+        PyTuple_CheckExact(value) || PyLong_Check(value) || PyFloat_CheckExact(value) || PyUnicode_CheckExact(value);
+    if (!plain || Py_TYPE(found) != Py_TYPE(value)) return false;
+    const int equal = PyObject_RichCompareBool(found, value, Py_EQ);
+    if (equal < 0) PyErr_Clear();  // of what a tuple holds
+    return equal == 1;
+  }
+
+  struct Class {
+    PyObject* object;
+    PyTypeObject* type;
+  };
+  struct Entry {
+    PyObject *dict, *key, *value;
+  };
+  std::vector<Class> classes_;
+  std::vector<Entry> entries_;
+  std::vector<std::pair<PyObject*, PyObject*>> absent_;
+  std::vector<std::pair<PyObject*, py::ssize_t>> sizes_;
+};
+
 // Where some Python objects and PyTorch's structures behind them lie in memory. Asked for together before they are read,
 // they come at once instead of one after the other; a line whose owner is gone is asked for in vain.
 class Lines {
@@ -67,8 +121,9 @@ class Lines {
   Lines(const py::list& objects, const std::vector<std::pair<uintptr_t, size_t>>& structures) {
     for (const auto& [address, size] : structures) add(address, size);
     for (const py::handle object : objects) {
-      add((uintptr_t)object.ptr(), Py_TYPE(object.ptr())->tp_basicsize);
-      if (!PyDict_Check(object.ptr())) continue;
+      const bool is_dict = PyDict_Check(object.ptr());
+      add((uintptr_t)object.ptr(), is_dict ? sizeof(PyDictObject) : Py_TYPE(object.ptr())->tp_basicsize);
+      if (!is_dict) continue;
       const auto* dict = (const PyDictObject*)object.ptr();
       constexpr size_t kHeader = 64, kEntry = 3 * sizeof(PyObject*);
       if (dict->ma_values)  // an instance's; the keys are its class's
@@ -122,10 +177,19 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::list&, const std::vector<std::pair<uintptr_t, size_t>>&>(), py::arg("objects"),
            py::arg("structures"))
       .def("fetch", &Lines::fetch, "ask for all of it, without waiting");
+  py::class_<Watch>(m, "Watch", "the classes of objects, and what dictionaries held; see models/stack.py")
+      .def(py::init<const std::vector<py::handle>&, const Watch::Entries&, const Watch::Keys&, const Watch::Sizes&>(),
+           py::arg("objects"), py::arg("entries"), py::arg("absent"), py::arg("sizes"))
+      .def("unchanged", &Watch::unchanged);
   py::class_<Samples>(m, "Samples", "Bytes at addresses, as they were; whoever holds it keeps that memory alive")
       .def(py::init<std::vector<std::pair<uintptr_t, size_t>>>(), py::arg("places"), "pairs (address, bytes)")
       .def("unchanged", &Samples::unchanged);
   m.def("release_memory", release_memory, "give free memory of training back to the system at once");
+  m.attr("huge_page") = kHugePage;
+  m.def(
+      "use_huge_pages", [](uintptr_t address, int64_t bytes) { use_huge_pages((void*)address, bytes); },
+      py::arg("address"), py::arg("bytes"),
+      "ask the system for huge pages; from a multiple of huge_page on, before the memory is written");
   m.def("lanes", [] { return cpu_kernels().lanes; }, "channels in a vector");
   m.def("peak", peak, py::arg("dtype"), py::arg("seconds") = 0.02, py::call_guard<py::gil_scoped_release>(),
         "FLOP/s of one thread on registers alone, \"float32\" or \"bfloat16\"; run it on every core at once");

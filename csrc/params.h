@@ -50,6 +50,11 @@ struct StageTimes {
   int64_t producer, product;  // nanoseconds; added up atomically
 };
 
+struct Ahead {
+  const char* data;
+  int64_t bytes;
+};
+
 // One pass over the activations, in bands of rows: a producer fills a panel [pixel][channel], a product consumes it.
 struct Stage {
   enum class Producer { patches, depthwise, copy } producer;
@@ -60,8 +65,7 @@ struct Stage {
   Act act;
   int64_t rows;       // output rows of a band
   int64_t part;       // pixels of the panel that one sweep over the weights takes: they stay in L2
-  const char* after;  // what is read after this stage's weights: asked for during the product
-  int64_t after_bytes;
+  Ahead after[3];     // what is read after this stage's weights: asked for during the product
   StageTimes* times;  // null: not asked for
 };
 

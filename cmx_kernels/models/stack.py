@@ -1,34 +1,25 @@
 """The fused form of a stem and a run of blocks, and what must not have changed since it was made for it to be used."""
 
-import copy
-from collections.abc import Iterable, Sequence
-from itertools import repeat
-from operator import contains, itemgetter
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cmx_kernels import backends, registry
-from cmx_kernels.models.obstacles import HOOKS, PLAIN, bypassable, methods
+from cmx_kernels.models.obstacles import PLAIN, bypassable
 from cmx_kernels.models.parameters import Parameters
 from cmx_kernels.models.structure import Refusal
 from cmx_kernels.models.units import Parts, Units
+from cmx_kernels.models.watch import Watch
 from cmx_kernels.ops import block_stack, depth_first
 from cmx_kernels.ops.block_stack import PackedCache, PackedStack, places
 from cmx_kernels.ops.checks import autocast, memory_format
 
 STATE = "_cmx"  # the one entry a fused module has in its __dict__
-_statistics = itemgetter("running_mean", "running_var")
-_hooks = itemgetter(*HOOKS)
-_SETTINGS: dict[type, tuple[str, ...]] = {
-    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.BatchNorm2d: ("eps",),  # and its mode, which is asked for in every call
-    nn.SyncBatchNorm: ("eps",),
-    nn.GELU: ("approximate",),
-    nn.AdaptiveAvgPool2d: ("output_size",),
-    nn.Flatten: ("start_dim", "end_dim"),
-}
+_STATISTICS = ("running_mean", "running_var")
+_statistics = itemgetter(*_STATISTICS)
 
 
 class Stack(Units):
@@ -41,16 +32,17 @@ class Stack(Units):
         _, self.micro_batch = self.settings
         if self.micro_batch is not None and (not isinstance(self.micro_batch, int) or self.micro_batch < 0):
             raise ValueError(f"micro_batch: got {self.micro_batch!r}, wanted a number of images, 0 for all, or None")
-        self.watched = _watch([*parts.bypassed, *(module for unit in self.units for module in unit)])
+        self.watched = Watch([*parts.bypassed, *(module for unit in self.units for module in unit)])
         convs = [unit.conv for unit in self.units]
         self.shapes = [(c.out_channels, c.in_channels // c.groups, *c.kernel_size) for c in convs]
         self.stores = [(unit.conv.__dict__, unit.norm.__dict__) for unit in self.units]
         norms = [unit.norm for unit in self.units]
         self.always_batch = any(norm.running_mean is None or norm.running_var is None for norm in norms)
-        self.count = len(self.all_tensors())
+        self.held = self._hold()
+        self.count = len(self.held[0])
         self.cache = PackedCache()
         self.found: tuple[Any, Parameters | None, Any] | None = None  # by _parameters
-        self.lines = _lines(self.watched, self.all_tensors())
+        self.lines = _lines([self.watched, self.held[1]], self.held[0])
 
     def tensors(self, owner: nn.Module) -> list[Tensor] | None:
         """Parameters and running statistics; None unless the modules are still the same, plain and in the same mode."""
@@ -58,18 +50,23 @@ class Stack(Units):
             self.lines.fetch()
         if owner.__dict__["_modules"] != self.children or _settings(owner) != self.settings:
             return None
-        for modules, kinds, states, replaceable, read, expected in self.watched:
-            if list(map(type, modules)) != kinds or list(map(read, states)) != expected:
-                return None
-            if any(map(any, map(_hooks, states))):
-                return None
-            if any(any(map(contains, states, repeat(name))) for name in replaceable):
-                return None
-        try:
-            tensors = self.all_tensors()
-        except KeyError:  # a buffer that is none any more
+        if not self.watched.unchanged():
             return None
+        held = self.held  # read once: other threads may write it
+        if not held[1].unchanged():
+            try:
+                self.held = held = self._hold()
+            except KeyError:  # a parameter or a buffer that is none any more
+                return None
+        tensors = held[0]
         return tensors if len(tensors) == self.count and PLAIN.issuperset(map(type, tensors)) else None
+
+    def _hold(self) -> tuple[list[Tensor], Watch]:
+        """The tensors, and where they were found."""
+        places: list[tuple[dict[str, Any], str, tuple[str, ...] | None]] = []
+        for conv, norm in self.stores:
+            places += [(conv, "_parameters", None), (norm, "_parameters", None), (norm, "_buffers", _STATISTICS)]
+        return self.all_tensors(), Watch(dictionaries=places)
 
     def all_tensors(self) -> list[Tensor]:
         found: list[Any] = []
@@ -203,29 +200,12 @@ def current(owner: Any) -> tuple[Units, list[Tensor]]:
     return stack, tensors
 
 
-def _watch(modules: Iterable[nn.Module]) -> list[tuple[Any, ...]]:
-    """For each class: modules, their classes, their __dict__, methods, a reader of the __dict__, what it reads."""
-    kinds: dict[type, list[nn.Module]] = {}
-    for module in modules:
-        kinds.setdefault(type(module), []).append(module)
-    watched = []
-    for kind, alike in kinds.items():
-        read = itemgetter(*_SETTINGS.get(kind, ("_modules",)))
-        states = [module.__dict__ for module in alike]
-        expected = list(map(copy.copy, map(read, states)))
-        watched.append((alike, [kind] * len(alike), states, methods(kind), read, expected))
-    return watched
-
-
-def _lines(watched: list[tuple[Any, ...]], tensors: Sequence[Tensor]) -> Any:
+def _lines(watches: Sequence[Watch], tensors: Sequence[Tensor]) -> Any:
     """Where a call's checks look: behind a network, which has filled the caches, that is a third of their time."""
     if registry.C is None:
         return None
-    objects: list[Any] = list(tensors)
-    for modules, _, states, *_ in watched:
-        held = (value for state in states for value in state.values() if isinstance(value, dict))
-        objects += [*modules, *states, *held]
+    objects = {id(thing): thing for watch in watches for thing in watch.read()}
     # at::TensorImpl and c10::StorageImpl, as far as data_ptr() and _version read them
     structures = [(tensor._cdata, 256) for tensor in tensors]
     structures += [(tensor.untyped_storage()._cdata, 128) for tensor in tensors if tensor.device.type == "cpu"]
-    return registry.C.Lines(objects, structures)
+    return registry.C.Lines(list(objects.values()), structures)

@@ -9,7 +9,8 @@ Between the first and the last kernel the activations stay in the kernels' own l
 backend and to its instruction set: it is made on the machine that uses it and never stored.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import chain, islice
 from math import prod
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -132,16 +133,42 @@ def pack(
     stem: ConvParams | None, blocks: Sequence[tuple[ConvParams, ConvParams]], act: str, dtype: torch.dtype
 ) -> PackedStack:
     """Pack a stem and blocks of one width, kernel size and activation for activations in ``dtype``."""
-    tensors: list[Tensor] = []
-    if stem is not None:
-        tensors += [_pack_pointwise(stem.weight.detach().to(dtype).flatten(1)), constants_of(stem)]
-    for depthwise, pointwise in blocks:
-        tensors += [pack_depthwise(depthwise.weight.detach().to(dtype)), constants_of(depthwise)]
-        tensors += [_pack_pointwise(pointwise.weight.detach().to(dtype).flatten(1)), constants_of(pointwise)]
+
+    def of(conv: ConvParams, depthwise: bool = False) -> Iterator[Tensor]:
+        weight = conv.weight.detach().to(dtype)
+        yield pack_depthwise(weight) if depthwise else _pack_pointwise(weight.flatten(1))
+        yield constants_of(conv)
+
+    def every() -> Iterator[Tensor]:
+        if stem is not None:
+            yield from of(stem)
+        for depthwise, pointwise in blocks:
+            yield from of(depthwise, True)
+            yield from of(pointwise)
+
+    tensors = _together(every(), 2 if stem is not None else 0, len(blocks))
     first = stem.weight if stem is not None else blocks[0][0].weight
     patch = tuple(stem.weight.shape[2:]) if stem is not None else ()
     kernel = tuple(blocks[0][0].weight.shape[2:]) if blocks else ()
     return PackedStack(tensors, (stem or blocks[0][1]).weight.shape[1], first.shape[0], patch, kernel, act)
+
+
+def _together(tensors: Iterator[Tensor], before: int, blocks: int) -> list[Tensor]:
+    """``tensors``, so many and then four for each of equal blocks, one behind the other in huge pages."""
+    first = list(islice(tensors, before + 4 * bool(blocks)))
+    if first[0].device.type != "cpu":
+        return [*first, *tensors]
+    size = [-(-tensor.nbytes // _LINE) * _LINE for tensor in first]
+    total, huge = sum(size[:before]) + blocks * sum(size[before:]), registry.C.huge_page
+    memory = torch.empty(total + huge, dtype=torch.uint8)
+    at = -memory.data_ptr() % huge
+    registry.C.use_huge_pages(memory.data_ptr() + at, total)
+    found = []
+    for tensor in chain(first, tensors):
+        place = memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        found.append(place.copy_(tensor))
+        at += -(-tensor.nbytes // _LINE) * _LINE
+    return found
 
 
 def block_stack(
@@ -211,7 +238,7 @@ def places(tensors: Sequence[Tensor]) -> tuple[Any, list[int]]:
 
 
 _version = attrgetter("_version")
-_SAMPLE = 64  # bytes
+_SAMPLE = _LINE = 64  # bytes
 
 
 def _places(tensor: Tensor) -> list[tuple[int, int]]:

@@ -254,13 +254,14 @@ CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, const RowPlan
 }
 
 // act(...) * scale + shift (+ x) of one run of columns, out of the sums of a tap loop
-template <class Out>
+template <bool near = false, class Out>
 CMX_INLINE void depthwise_epilogue(const float* acc, int64_t count, const Depthwise& d, int64_t block, Act act,
                                    bool pairs, const float* residual, Out* out, int64_t step) {
   const int64_t channel = block * VL;
-  if (!residual) return epilogue<NoResidual>(acc, count, d.constants, channel, act, residual, out, step);
-  if (kBf16Products && pairs) return epilogue<PairResidual>(acc, count, d.constants, channel, act, residual, out, step);
-  epilogue<FloatResidual>(acc, count, d.constants, channel, act, residual, out, step);
+  if (!residual) return epilogue<NoResidual, near>(acc, count, d.constants, channel, act, residual, out, step);
+  if (kBf16Products && pairs)
+    return epilogue<PairResidual, near>(acc, count, d.constants, channel, act, residual, out, step);
+  epilogue<FloatResidual, near>(acc, count, d.constants, channel, act, residual, out, step);
 }
 
 static int64_t packed_depthwise_bytes(Dtype dtype, int64_t c, int64_t kh, int64_t kw) {

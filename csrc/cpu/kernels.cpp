@@ -91,23 +91,17 @@ static void fill_patches(const Stage& s, const StagePlan<P>& plan, int64_t n, in
     const View& in = s.in;
     for (int64_t r = 0; r < rows; r++)
       for (int64_t x = 0; x < s.out.w; x++) {
-        P* to = panel + (r * s.out.w + x) * plan.pitch;
-        float line[VL];
-        int64_t k = 0;
-        auto put = [&](vf v, int64_t count) {
-          store_some(to + k, 1, count, v);
-          k += count;
-        };
+        // whole vectors: what a row of a patch leaves of its last is overwritten by the next, or lies behind the channels
+        P *const pixel = panel + (r * s.out.w + x) * plan.pitch, *to = pixel;
         for (int64_t c = 0; c < in.c; c++)
           for (int64_t p = 0; p < s.ph; p++) {
             const T* from = address<const T>(in, n, c, (y0 + r) * s.ph + p, x * s.pw);
-            for (int64_t q = 0; q < s.pw; q += VL) {
-              const int64_t count = least(VL, s.pw - q);
-              store(line, load_some(from + q * in.sw, in.sw, count));
-              put(load(line), count);
+            for (int64_t q = 0, count; q < s.pw; q += VL, to += count) {
+              count = least(VL, s.pw - q);
+              store(to, load_some(from + q * in.sw, in.sw, count));
             }
           }
-        for (; k < plan.channels;) put(vf{}, least(VL, plan.channels - k));
+        for (; to < pixel + plan.channels; to += VL) store(to, vf{});
       }
   });
 }
@@ -123,7 +117,8 @@ static void fill_depthwise(const Stage& s, const StagePlan<P>& panel_plan, int64
         [](int64_t, int64_t, int64_t) {},
         [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
           P* to = panel + ((y - y0) * s.out.w + x) * panel_plan.pitch + block * VL;
-          depthwise_epilogue(acc, count, s.depthwise, block, s.act, plan.pairs, residual, to, panel_plan.pitch);
+          depthwise_epilogue<std::is_same_v<P, bfloat16>>(acc, count, s.depthwise, block, s.act, plan.pairs, residual,
+                                                          to, panel_plan.pitch);
         });
 }
 
@@ -154,23 +149,32 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
   const int64_t pixels = rows * out.w;
   // in equal pieces, one for each of the calls below
   constexpr int64_t kLine = 64;
-  const int64_t ahead = ceil_div(s.after_bytes, kLine * ceil_div(pixels, MR) * ceil_div(out.c, VL));
-  const char *after = s.after, *const after_end = s.after + s.after_bytes;
+  int64_t after_bytes = 0;
+  for (const Ahead& m : s.after) after_bytes += m.bytes;
+  const int64_t ahead = ceil_div(after_bytes, kLine * ceil_div(pixels, MR) * ceil_div(out.c, VL));
+  const Ahead *after = s.after, *const after_end = after + sizeof(s.after) / sizeof(Ahead);
+  int64_t offset = 0;
+  auto ask = [&] {
+    for (; after < after_end && offset >= after->bytes; after++) offset = 0;
+    if (after < after_end) __builtin_prefetch(after->data + offset);
+    offset += kLine;
+  };
   auto finish = [&](int64_t m, int64_t step, int64_t count, int64_t block, const float* acc) {
-    for (int64_t i = 0; i < ahead && after < after_end; i++, after += kLine) __builtin_prefetch(after);
+    for (int64_t i = 0; i < ahead; i++) ask();
     const Constants& constants = s.pointwise.constants;
     if (out.blocked) {
       T* to = block_of<T>(out, n, block) + (y0 * out.w + m) * VL;
       if (out.paired)
         paired_epilogue(acc, count, constants, block * VL, s.act, (vu*)to);
       else
-        epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, step * VL);
+        epilogue<NoResidual, std::is_same_v<T, bfloat16>>(acc, count, constants, block * VL, s.act, nullptr, to,
+                                                          step * VL);
       for (int64_t lane = out.c - block * VL; lane < VL; lane++)  // 0 * inf made NaN of what must stay zero
         for (int64_t i = 0; i < count; i++)
           to[out.paired ? (i / 2 * VL + lane) * 2 + i % 2 : i * step * VL + lane] = T{};
     } else {
       float* to = lines_of(block) + (m - part_begin) * VL;
-      epilogue<NoResidual>(acc, count, constants, block * VL, s.act, nullptr, to, step * VL);
+      epilogue<NoResidual, false>(acc, count, constants, block * VL, s.act, nullptr, to, step * VL);
     }
   };
   auto done = [&](int64_t m0, int64_t m1, int64_t block, int64_t blocks) {

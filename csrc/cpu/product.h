@@ -38,7 +38,7 @@ static __attribute__((noinline)) void product_tile(const Tile<P>& a, float* out)
   for (int64_t k0 = 0; k0 < a.channels; k0 += run) {
     vf acc[M][R] = {};
     for (int64_t k = k0; k < least(k0 + run, a.channels); k += S, u += S, w += R * VL * S, ahead += stride) {
-      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead);  // into L1: asked for into L2 alone, lines of pages that the TLB lacks do not come
       vf wv[R];
 #pragma GCC unroll 4
       for (int64_t j = 0; j < R; j++) wv[j] = load((const float*)w + j * VL);
@@ -73,7 +73,7 @@ CMX_INLINE TileLoop<P> tile_loop(int64_t m, int64_t r, std::integer_sequence<int
 }
 
 // f(m, count, acc) gets the sums of `count` pixels for the r blocks of VL output channels of one packed panel of weights.
-// Meanwhile the weights at `next` (or null) are on their way to L2: as many bytes as this panel has.
+// Meanwhile the weights at `next` (or null) are on their way: as many bytes as this panel has.
 template <class P, class F>
 CMX_INLINE void sweep(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, int64_t run, const P* weight,
                       int64_t r, const void* next, F f) {

@@ -127,6 +127,12 @@ CMX_INLINE void store_some(T* p, int64_t step, int64_t count, vf v) {
 
 // Two bfloat16 pixels of one channel in a word: the even one low, the odd one high
 CMX_INLINE vu pack_pair(vf even, vf odd) {
+#if defined(__AVX512BF16__)
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);  // even ones in the lower half
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
+#endif
   return __builtin_convertvector(narrow_bf16(even), vu) | __builtin_convertvector(narrow_bf16(odd), vu) << 16;
 }
 CMX_INLINE vf low(vu pair) { return (vf)(pair << 16); }
