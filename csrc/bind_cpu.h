@@ -9,7 +9,6 @@
 
 #include "bind.h"
 #include "cpu_levels.h"
-#include "huge_pages.h"
 
 namespace cmx {
 
@@ -90,40 +89,27 @@ inline char* aligned(const Tensor& t) { return (char*)round_up((int64_t)t.mutabl
 
 // Memory of the calling thread, kept until its next call: pages that are new in every call take longer than a small layer.
 class Scratch {
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  typedef std::unique_ptr<char, Free> Pages;
-
  public:
   enum Use { workers, activations };  // of one call, at the same time
 
   Scratch(Use use, int64_t count) {
     const int64_t most_kept = (8 << 20) * std::max<int64_t>(2, torch::stable::get_num_threads());
     thread_local struct {
-      Pages data;
+      std::unique_ptr<char[]> data;
       int64_t size = 0;
     } kept[2];
+    count += 64;
     auto& mine = kept[use];
     if (count > most_kept)
-      own_ = pages(count);
+      own_.reset(new char[count]);
     else if (count > mine.size)
-      mine.data = pages(count), mine.size = count;
-    data_ = (own_ ? own_ : mine.data).get();
+      mine.data.reset(new char[count]), mine.size = count;
+    data_ = (char*)round_up((int64_t)(own_ ? own_ : mine.data).get(), 64);
   }
   char* data() const { return data_; }
 
  private:
-  static Pages pages(int64_t count) {
-    const bool large = count >= kHugePage / 8;
-    const int64_t size = round_up(count + !count, large ? kHugePage : 64);
-    Pages found((char*)std::aligned_alloc(large ? kHugePage : 64, size));
-    if (!found) throw std::bad_alloc();
-    if (large) use_huge_pages(found.get(), size);
-    return found;
-  }
-
-  Pages own_;
+  std::unique_ptr<char[]> own_;
   char* data_;
 };
 

@@ -9,6 +9,7 @@ from plain_models import check_against, counted, needs_kernels, trained
 from torch import Tensor, nn
 
 from cmx_kernels import ConvMixer
+from cmx_kernels.models import watch
 from cmx_kernels.ops.block_stack import PackedCache
 
 pytestmark = [needs_kernels, pytest.mark.filterwarnings("ignore:cmx_kernels")]
@@ -123,6 +124,45 @@ def test_a_stale_cache_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(PackedCache, "get", stale)
     with pytest.raises(AssertionError):
         follows(CHANGES[name])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@torch.no_grad()
+def test_change_is_followed_without_native_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_form", watch._InPython)
+    follows(CHANGES[name])
+
+
+@pytest.mark.parametrize("form", [watch._InPython, watch._form])
+def test_settings_may_be_set_again(form: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_form", form)
+    conv = nn.Conv2d(3, 4, 2)
+    found = watch.Watch([conv])
+    conv.stride = tuple(map(int, conv.stride))
+    assert found.unchanged()
+
+
+@pytest.mark.parametrize("form", [watch._InPython, watch._form])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m[0], "stride", (2, 1)),
+        lambda m: setattr(m[0], "stride", [1, 1]),
+        lambda m: m[0].register_forward_hook(print),
+        lambda m: m[1].register_forward_pre_hook(print),
+        lambda m: setattr(m[0], "_conv_forward", print),
+        lambda m: setattr(m[1], "__class__", nn.Flatten),
+        lambda m: m.append(nn.ReLU()),
+        lambda m: m.__setitem__(1, nn.ReLU()),
+    ],
+)
+def test_what_is_watched(form: type, change: Callable[[nn.Module], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_form", form)
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU())
+    found = watch.Watch([model, *model])
+    assert found.unchanged()
+    change(model)
+    assert not found.unchanged()
 
 
 @torch.no_grad()

@@ -47,8 +47,7 @@ class Watch:
             self._module(module)
         for state, name, keys in dictionaries:
             self._dictionary(state, name, keys)
-        form = _InPython if registry.C is None else registry.C.Watch
-        self._form: Any = form(self.objects, self.entries, self.absent, self.sizes)  # which does not hold them
+        self._form: Any = _form(self.objects, self.entries, self.absent, self.sizes)  # which does not hold them
 
     def _module(self, module: nn.Module) -> None:
         state = module.__dict__
@@ -90,3 +89,6 @@ class _InPython:
 
 def _equal(found: Any, value: Any) -> bool:
     return type(found) is type(value) and isinstance(value, (tuple, int, float, str)) and found == value
+
+
+_form: Any = _InPython if registry.C is None else registry.C.Watch

@@ -56,7 +56,7 @@ CMX_INLINE vf one_plus_exp(vf x) {
 }
 CMX_INLINE vf gelu_tanh(vf x) { return x / one_plus_exp(x); }
 
-// The same to 6.3e-5, and behind it to a third of what rounding to bfloat16 leaves: -|x| Phi(-|x|) in segments of degree 2.
+// The same to 6.4e-5, and from -3 on to a third of what rounding to bfloat16 leaves: -|x| Phi(-|x|) in segments of degree 2.
 // x / 2 + |x| / 2 is max(x, 0), and NaN for -inf.
 CMX_INLINE vf gelu_near(vf x) {
 #if defined(__AVX512F__)
