@@ -160,7 +160,7 @@ def _together(tensors: Iterator[Tensor], before: int, blocks: int) -> list[Tenso
         return [*first, *tensors]
     size = [-(-tensor.nbytes // _LINE) * _LINE for tensor in first]
     total, huge = sum(size[:before]) + blocks * sum(size[before:]), registry.C.huge_page
-    memory = torch.empty(total + huge, dtype=torch.uint8)
+    memory = torch.empty(total + huge, dtype=torch.uint8, device="cpu")  # whatever the default is
     at = -memory.data_ptr() % huge
     registry.C.use_huge_pages(memory.data_ptr() + at, total)
     found = []
