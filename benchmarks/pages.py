@@ -178,15 +178,7 @@ def gpu_product(results: Mapping[str, Any]) -> list[list[str]]:
     return _gpu_rows(results["gpu_product"], {"speedup": "x best PyTorch", "percent_of_cublas": "% of cuBLAS"})
 
 
-def gpu_goals(results: Mapping[str, Any]) -> list[list[str]]:
-    lines = [["goal", "wanted", "reached", "by", ""]]
-    for row in results["goals"]:
-        reached = f"{row['reached']:.4g}" if "reached" in row else ""
-        lines.append([row["goal"], row["wanted"], reached, row.get("of", ""), row["verdict"]])
-    return lines
-
-
-_GPU = (gpu_networks, gpu_training, gpu_ops, gpu_product, gpu_goals)
+_GPU = (gpu_networks, gpu_training, gpu_ops, gpu_product)
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
     function.__name__: function for function in (networks, training, rivals, published, *_GPU)
 }
