@@ -30,7 +30,13 @@ NAMED_ARCHS = {  # PyTorch's names; a combined name stands before its parts
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
 }
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
-ISA_FLAGS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512bf16": AVX512 + " -mavx512bf16"}
+ISA_FLAGS = {
+    "baseline": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512bf16": AVX512 + " -mavx512bf16",
+    "amx": AVX512 + " -mavx512bf16 -mamx-tile -mamx-bf16",
+}
 
 
 class LeftOut(Exception):

@@ -26,23 +26,23 @@ Tensor packed_depthwise(const View& weight) {
 
 namespace {
 
-// Products of a stack, where Strassen's pay: a weight packed once, activations that nobody sees
-bool uses_strassen(Dtype dtype, int64_t c_out, int64_t c_in) {
-  return strassen_allowed() && cpu_kernels().uses_strassen(dtype, c_out, c_in);
+// Products of a stack: a weight packed once, activations that nobody sees
+Form form_of(Dtype dtype, int64_t c_out, int64_t c_in) {
+  return cpu_kernels().stack_form(dtype, c_out, c_in, strassen_allowed());
 }
 
 int64_t packed_product_bytes(Dtype dtype, int64_t c_out, int64_t c_in) {
-  const CpuKernels& k = cpu_kernels();
-  return uses_strassen(dtype, c_out, c_in) ? k.packed_strassen_bytes(c_out, c_in)
-                                           : k.packed_pointwise_bytes(dtype, c_out, c_in);
+  return cpu_kernels().packed_stack_bytes(form_of(dtype, c_out, c_in), dtype, c_out, c_in);
 }
 
 Tensor packed_product(const View& weight) {
   const CpuKernels& k = cpu_kernels();
-  if (!uses_strassen(weight.dtype, weight.c, weight.w)) return packed_pointwise(weight);
-  Tensor out = torch::stable::empty({k.packed_strassen_bytes(weight.c, weight.w) / 4}, ScalarType::Float);
+  const Form form = form_of(weight.dtype, weight.c, weight.w);
+  const bool pairs = k.bf16_products && weight.dtype == Dtype::bfloat16;
+  Tensor out = torch::stable::empty({k.packed_stack_bytes(form, weight.dtype, weight.c, weight.w) / (pairs ? 2 : 4)},
+                                    pairs ? ScalarType::BFloat16 : ScalarType::Float);
   void* const to = out.mutable_data_ptr();
-  run(7 * weight.c / 2 / k.tile_channels, 0, [&](int64_t panel, char*) { k.pack_strassen(weight, panel, to); });
+  run(k.stack_tasks(form, weight.c), 0, [&](int64_t task, char*) { k.pack_stack(form, weight, task, to); });
   return out;
 }
 
@@ -76,8 +76,14 @@ void run_stage(Stage& s) {
   const bool patches = s.producer == Stage::Producer::patches;
   const int64_t channels = patches ? s.in.c * s.ph * s.pw : s.in.c;
   const int64_t pixel = channels * (k.bf16_products && s.in.dtype == Dtype::bfloat16 ? 2 : 4);
-  s.rows = band_rows(s.out.n, s.out.h, (4 << 20) / (pixel * s.out.w) + 1);
-  if (s.pointwise.strassen && s.out.w % 2) s.rows = round_up(s.rows, 2);  // bands begin with a whole pair
+  const bool planes = s.pointwise.form == Form::planes;
+  int64_t most_rows = (4 << 20) / (pixel * s.out.w) + 1;
+  if (planes) {  // the panel stays in L2, and rows fill tiles
+    most_rows = l2_bytes() * 3 / 4 / (pixel * s.out.w);
+    if (most_rows > 16) most_rows -= most_rows % 16;
+  }
+  s.rows = band_rows(s.out.n, s.out.h, most_rows);
+  if (s.pointwise.form == Form::strassen && s.out.w % 2) s.rows = round_up(s.rows, 2);  // bands begin with a whole pair
   s.part = std::max<int64_t>(64, l2_bytes() * 3 / 4 / pixel / 16 * 16);
   s.times = stage_times(s.producer);
   const int64_t bands = ceil_div(s.out.h, s.rows);
@@ -162,7 +168,7 @@ Tensor product_block(const Tensor& x, const Tensor& weight, const Optional& bias
   s.producer = producer;
   s.in = in, s.out = view_of(y, "y");
   s.ph = p, s.pw = q;
-  s.pointwise = {packed.const_data_ptr(), constants.get(), nullptr, false};
+  s.pointwise = {packed.const_data_ptr(), constants.get(), nullptr, Form::plain};
   s.act = act_of(act);
   run_stage(s);
   return y;
@@ -293,8 +299,16 @@ Tensor depthwise_packed(const Tensor& x, const Tensor& packed, const Tensor& pac
                          act_of(act));
 }
 
+int64_t plane_elements(int64_t h, int64_t w) { return round_up(h * w, 32) + 32; }
+
 View blocked(void* data, Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w, bool paired) {
   return {data, dtype, n, c, h, w, 0, 0, 0, 0, true, paired};
+}
+
+// Planes of an image, which must not share their sets of the cache
+View planes(void* data, Dtype dtype, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const int64_t plane = plane_elements(h, w);
+  return {data, dtype, n, c, h, w, c * plane, plane, w, 1, false};
 }
 
 View images(View v, int64_t first, int64_t count) {
@@ -340,7 +354,7 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
   auto pointwise = [&](int64_t i) {  // its successor among the products: the next block's
     const int64_t next = i + 4 < (int64_t)packed.size() ? i + 4 : stem ? 0 : 2;
     return Pointwise{packed[i].const_data_ptr(), constants[i / 2].get(), packed[next].const_data_ptr(),
-                     uses_strassen(in.dtype, channels, inputs_of(i))};
+                     form_of(in.dtype, channels, inputs_of(i))};
   };
   auto memory_of = [](const Tensor& t) {
     return Ahead{(const char*)t.const_data_ptr(), t.numel() * (int64_t)t.element_size()};
@@ -375,8 +389,13 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t chunk =
       std::max<int64_t>({1, 1024 / std::max<int64_t>(1, h * w), ceil_div(4 * threads, std::max<int64_t>(1, h))});
-  const int64_t most = std::min(chunk, in.n),
-                size = round_up(most * round_up(channels, k.lanes) * h * w * size_of(in.dtype), 64);
+  const bool as_planes = stages[0].pointwise.form == Form::planes;
+  const int64_t most = std::min(chunk, in.n), pixels = as_planes ? plane_elements(h, w) : h * w,
+                size = round_up(most * round_up(channels, k.lanes) * pixels * size_of(in.dtype), 64);
+  auto between = [&](char* data, int64_t count) {
+    return as_planes ? planes(data, in.dtype, count, channels, h, w)
+                     : blocked(data, in.dtype, count, channels, h, w, paired);
+  };
   const Scratch memory(Scratch::activations, stages.size() > 2 || want_pool ? 2 * size : size);
   for (int64_t n = 0; n < in.n; n += chunk) {
     const int64_t count = std::min(chunk, in.n - n);
@@ -385,7 +404,7 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
       Stage& s = stages[i];
       s.in = from;
       s.out = i + 1 < stages.size() || want_pool
-                  ? blocked(memory.data() + i % 2 * size, in.dtype, count, channels, h, w, paired)
+                  ? between(memory.data() + i % 2 * size, count)
                   : images(out, n, count);
       s.act = act;
       run_stage(s);

@@ -213,10 +213,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad
 
 // ---- products
 
-// Pixels of a chunk: a panel takes half of L2, in tiles of 6 pixels and slots of 16. Independent of the threads.
-int64_t chunk_pixels(int64_t channels, int64_t pixels) {
+// Pixels of a chunk: a panel takes half of L2, in tiles of 6 pixels and whole steps. Independent of the threads.
+int64_t chunk_pixels(Dtype dtype, int64_t channels, int64_t pixels) {
   const int64_t fit = std::max<int64_t>(48, l2_bytes() / 2 / (channels * 4) / 48 * 48);
-  return ceil_div(ceil_div(pixels, ceil_div(pixels, fit)), 16) * 16;
+  return round_up(ceil_div(pixels, ceil_div(pixels, fit)), cpu_kernels().chunk_step(dtype));
 }
 
 struct Input {
@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor> product_train(const Tensor& x, const Input& in, const
   const Tensor packed = packed_pointwise(weight_view(dense_weight, 1, in.params.channels, "weight"));
   const std::vector<float> b = padded_vector(bias, "bias", c);
   const Pixels flat(a, "a");
-  const int64_t chunk = chunk_pixels(std::max(c, in.params.channels), pixels), chunks = ceil_div(pixels, chunk);
+  const int64_t chunk = chunk_pixels(flat.view.dtype, std::max(c, in.params.channels), pixels), chunks = ceil_div(pixels, chunk);
   const Tensor pieces = kept_floats(n * chunks * blocks * kMomentPieces * lanes);
   const ProductTrain s{in.params, flat.view, act_of(act), packed.const_data_ptr(), b.data(), chunk, data(pieces)};
   run(n * chunks, k.product_scratch_bytes(s.a.dtype, chunk, in.params.channels, c),
@@ -277,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> product_backward(const Tensor& grad, 
   s.in = in.params;
   s.act = act_of(act);
   s.need_input = need_input, s.need_weight = need_weight;
-  s.chunk = chunk_pixels(std::max(c, channels), pixels);
+  s.chunk = chunk_pixels(out.view.dtype, std::max(c, channels), pixels);
   std::optional<Pixels> flat;
   Tensor transposed = nothing;
   if (need_input) {

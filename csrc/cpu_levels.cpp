@@ -1,5 +1,11 @@
 #include "cpu_levels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -15,6 +21,19 @@ namespace cmx {
 CMX_FOR_EACH_ISA(X)
 #undef X
 
+// Tiles: there are some, and Linux, which saves them only for those who ask, lets this process have them
+static bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 static bool runs_here(const std::string& level) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -23,7 +42,9 @@ static bool runs_here(const std::string& level) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (level == "avx2") return avx2;
   if (level == "avx512") return avx512;
-  if (level == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (level == "avx512bf16") return bf16;
+  if (level == "amx") return bf16 && has_tiles();
 #endif
   return level == "baseline";
 }

@@ -21,9 +21,10 @@ struct CpuKernels {
   void (*pack_depthwise)(const View& weight, int64_t block, void* out);  // weight as a View [1, c, kh, kw]
   void (*pack_pointwise)(const View& weight, int64_t panel, void* out);  // weight as a View [1, c_out, 1, c_in]
 
-  bool (*uses_strassen)(Dtype, int64_t c_out, int64_t c_in);  // whether a stack of blocks should
-  int64_t (*packed_strassen_bytes)(int64_t c_out, int64_t c_in);
-  void (*pack_strassen)(const View& weight, int64_t panel, void* out);  // 7/2 c_out / tile_channels panels
+  Form (*stack_form)(Dtype, int64_t c_out, int64_t c_in, bool strassen);  // of the products of a stack of blocks
+  int64_t (*packed_stack_bytes)(Form, Dtype, int64_t c_out, int64_t c_in);
+  int64_t (*stack_tasks)(Form, int64_t c_out);
+  void (*pack_stack)(Form, const View& weight, int64_t task, void* out);
 
   int64_t (*stage_scratch_bytes)(const Stage&);
   void (*stage_band)(const Stage&, int64_t n, int64_t y0, char* scratch);
@@ -38,6 +39,7 @@ struct CpuKernels {
   void (*depthwise_train_band)(const DepthwiseTrain&, int64_t n, int64_t block, int64_t y0, char* scratch);
   int64_t (*depthwise_backward_scratch_bytes)(const DepthwiseBackward&);
   void (*depthwise_backward_plane)(const DepthwiseBackward&, int64_t n, int64_t block, char* scratch);
+  int64_t (*chunk_step)(Dtype);  // pixels of a chunk come in multiples of it
   int64_t (*product_scratch_bytes)(Dtype, int64_t chunk, int64_t c_in, int64_t c_out);
   void (*product_train_chunk)(const ProductTrain&, int64_t n, int64_t m0, char* scratch);
   void (*product_backward_chunk)(const ProductBackward&, int64_t n, int64_t m0, int64_t slot, char* scratch);

@@ -38,11 +38,14 @@ struct Depthwise {
   bool residual;
 };
 
+// What a weight is packed for: rows of pixels by vectors of channels, the same by Strassen, planes by tiles
+enum class Form { plain, strassen, planes };
+
 struct Pointwise {
   const void* weight;  // packed by pack_pointwise
   Constants constants;
   const void* next;  // the weights that will be read after these, or null
-  bool strassen;     // the weight is packed for strassen_product
+  Form form;
 };
 
 // What all workers spent in the two halves of a stage

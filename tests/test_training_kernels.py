@@ -49,7 +49,7 @@ def check_outputs(
 @contextmanager
 def stored_in(dtype: torch.dtype) -> Iterator[None]:
     """Where products take bfloat16 pairs, their operands are rounded as eager PyTorch rounds what it stores."""
-    if dtype != torch.bfloat16 or registry.C.isa_level() != "avx512bf16":
+    if dtype != torch.bfloat16 or registry.C.isa_level() not in ("avx512bf16", "amx"):
         yield
         return
     value, backward = training.value, training.activation_backward

@@ -1,14 +1,14 @@
 // The CPU kernels of one instruction set: bands of a stage, blocks of a depthwise layer, pool and head.
-#include <time.h>
-
 #include "../cpu_levels.h"
 #include "activation.h"
 #include "depthwise.h"
 #include "layout.h"
 #include "peak.h"
+#include "planes.h"
 #include "pool_head.h"
 #include "product.h"
 #include "strassen.h"
+#include "timer.h"
 #include "train_depthwise.h"
 #include "train_product.h"
 
@@ -25,29 +25,15 @@ struct Scratch {
   }
 };
 
-// Adds the time until its end to a total, if there is one
-struct Timer {
-  int64_t *total, begin;
-  explicit Timer(int64_t* t) : total(t), begin(t ? now() : 0) {}
-  ~Timer() {
-    if (total) __atomic_fetch_add(total, now() - begin, __ATOMIC_RELAXED);
-  }
-  static int64_t now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000 + t.tv_nsec;
-  }
-};
-
 template <class P>
 struct StagePlan {
   int64_t channels, pitch, rows_pixels, row_scratch, part, sums, out_scratch;
   explicit StagePlan(const Stage& s) {
     const bool patches = s.producer == Stage::Producer::patches;
-    channels = panel_channels(patches ? s.in.c * s.ph * s.pw : s.in.c);
-    const bool strassen = s.pointwise.strassen;
+    channels = panel_channels<P>(patches ? s.in.c * s.ph * s.pw : s.in.c);
+    const bool strassen = s.pointwise.form == Form::strassen;
     pitch = channels * (1 + strassen) + 64 / (int64_t)sizeof(P);  // rows of the panel must not share their cache sets
-    rows_pixels = round_up(s.rows * s.out.w, 2);
+    rows_pixels = round_up(s.rows * s.out.w, kTilePanel<P> ? kTile : 2);
     row_scratch = s.producer == Stage::Producer::depthwise
                       ? RowPlan(s.in, s.depthwise.kw).scratch_vectors(s.in, s.rows, s.depthwise.kh) * VL
                       : kCopy * VL;
@@ -87,20 +73,10 @@ static void fill_copy(const Stage& s, const StagePlan<P>& plan, int64_t n, int64
 template <class P>
 static void fill_patches(const Stage& s, const StagePlan<P>& plan, int64_t n, int64_t y0, int64_t rows, P* panel) {
   with_dtype(s.in.dtype, [&](auto t) {
-    typedef decltype(t) T;
-    const View& in = s.in;
     for (int64_t r = 0; r < rows; r++)
       for (int64_t x = 0; x < s.out.w; x++) {
-        // whole vectors: what a row of a patch leaves of its last is overwritten by the next, or lies behind the channels
-        P *const pixel = panel + (r * s.out.w + x) * plan.pitch, *to = pixel;
-        for (int64_t c = 0; c < in.c; c++)
-          for (int64_t p = 0; p < s.ph; p++) {
-            const T* from = address<const T>(in, n, c, (y0 + r) * s.ph + p, x * s.pw);
-            for (int64_t q = 0, count; q < s.pw; q += VL, to += count) {
-              count = least(VL, s.pw - q);
-              store(to, load_some(from + q * in.sw, in.sw, count));
-            }
-          }
+        P* const pixel = panel + (r * s.out.w + x) * plan.pitch;
+        P* to = pixel + copy_patch<decltype(t)>(s.in, n, y0 + r, x, s.ph, s.pw, pixel);
         for (; to < pixel + plan.channels; to += VL) store(to, vf{});
       }
   });
@@ -143,7 +119,7 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
   int64_t part_begin = 0;
   // results of a block before they are scattered; Strassen's come for two halves of the output channels in turns
   auto lines_of = [&](int64_t block) {
-    const bool high = s.pointwise.strassen && block >= out.c / 2 / VL;
+    const bool high = s.pointwise.form == Form::strassen && block >= out.c / 2 / VL;
     return lines + (block % NR + high * NR) * plan.part * VL;
   };
   const int64_t pixels = rows * out.w;
@@ -191,23 +167,26 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
   };
   const Timer timer(s.times ? &s.times->product : nullptr);
   if constexpr (sizeof(P) == sizeof(float))
-    if (s.pointwise.strassen)
+    if (s.pointwise.form == Form::strassen)
       return strassen_product(panel, plan.pitch, pixels, plan.channels, out.c, s.pointwise, sums, finish, done);
   product(panel, plan.pitch, pixels, plan.channels, out.c, s.pointwise, plan.part, finish, done);
 }
 
 static void stage_band(const Stage& s, int64_t n, int64_t y0, char* scratch) {
+  if (kTiles && s.pointwise.form == Form::planes) return planes_band(s, n, y0, scratch);
   if constexpr (kBf16Products)
     if (s.in.dtype == Dtype::bfloat16) return stage_band_as<bfloat16, bfloat16>(s, n, y0, scratch);
   with_dtype(s.out.dtype, [&](auto t) { stage_band_as<float, decltype(t)>(s, n, y0, scratch); });
 }
 
 static int64_t stage_scratch_bytes(const Stage& s) {
+  if (kTiles && s.pointwise.form == Form::planes) return planes_bytes(s);
   return kBf16Products && s.in.dtype == Dtype::bfloat16 ? StagePlan<bfloat16>(s).bytes() : StagePlan<float>(s).bytes();
 }
 
 // One block of channels of a depthwise layer by itself, rows [y0, y0 + rows)
 static void depthwise_band(const DepthwiseStage& s, int64_t n, int64_t block, int64_t y0, char* memory) {
+  if (tiles_multiply(s.in.dtype)) return tile_layer(s, n, block, y0, memory);
   const View &in = s.in, &out = s.out;
   const int64_t rows = least(s.rows, out.h - y0), w = out.w;
   const RowPlan plan(in, s.depthwise.kw);
@@ -244,8 +223,43 @@ static void depthwise_band(const DepthwiseStage& s, int64_t n, int64_t block, in
 }
 
 static int64_t depthwise_scratch_bytes(const DepthwiseStage& s) {
+  if (tiles_multiply(s.in.dtype)) return tile_layer_bytes(s);
   const RowPlan plan(s.in, s.depthwise.kw);
   return round_up(plan.scratch_vectors(s.in, s.rows, s.depthwise.kh) * VL * 4, 64) + s.rows * s.out.w * VL * 4 + 64;
+}
+
+static int64_t depthwise_weight_bytes(Dtype dtype, int64_t c, int64_t kh, int64_t kw) {
+  return tiles_multiply(dtype) ? packed_bands_bytes(c, kh, kw) : packed_depthwise_bytes(dtype, c, kh, kw);
+}
+static void pack_depthwise_weight(const View& weight, int64_t block, void* out) {
+  tiles_multiply(weight.dtype) ? pack_bands(weight, block, out) : pack_depthwise(weight, block, out);
+}
+
+// How a stack multiplies, and its weights
+static Form stack_form(Dtype dtype, int64_t c_out, int64_t c_in, bool strassen) {
+  if (tiles_multiply(dtype)) return Form::planes;
+  return strassen && uses_strassen(dtype, c_out, c_in) ? Form::strassen : Form::plain;
+}
+static int64_t packed_stack_bytes(Form form, Dtype dtype, int64_t c_out, int64_t c_in) {
+  switch (form) {
+    case Form::planes: return packed_planes_bytes(c_out, c_in);
+    case Form::strassen: return packed_strassen_bytes(c_out, c_in);
+    default: return packed_pointwise_bytes(dtype, c_out, c_in);
+  }
+}
+static int64_t stack_tasks(Form form, int64_t c_out) {
+  switch (form) {
+    case Form::planes: return ceil_div(c_out, kBlock);
+    case Form::strassen: return kProducts * c_out / 2 / (NR * VL);
+    default: return ceil_div(c_out, NR * VL);
+  }
+}
+static void pack_stack(Form form, const View& weight, int64_t task, void* out) {
+  switch (form) {
+    case Form::planes: return pack_planes(weight, task, out);
+    case Form::strassen: return pack_strassen(weight, task, out);
+    default: return pack_pointwise(weight, task, out);
+  }
 }
 
 #define CMX_STRING(x) #x
@@ -258,13 +272,14 @@ const CpuKernels& kernels() {
       NR * VL,
       kBf16Products,
       [](Dtype d, int64_t kw) { return pairs_depthwise(d, kw); },
-      packed_depthwise_bytes,
+      depthwise_weight_bytes,
       packed_pointwise_bytes,
-      pack_depthwise,
+      pack_depthwise_weight,
       pack_pointwise,
-      uses_strassen,
-      packed_strassen_bytes,
-      pack_strassen,
+      stack_form,
+      packed_stack_bytes,
+      stack_tasks,
+      pack_stack,
       stage_scratch_bytes,
       stage_band,
       depthwise_scratch_bytes,
@@ -276,6 +291,7 @@ const CpuKernels& kernels() {
       depthwise_train_band,
       depthwise_backward_scratch_bytes,
       depthwise_backward_plane,
+      chunk_step,
       product_scratch_bytes,
       product_train_chunk,
       product_backward_chunk,

@@ -86,6 +86,21 @@ CMX_INLINE void scatter(const View& v, int64_t n, int64_t c, int64_t y, int64_t 
   with_dtype(v.dtype, [&](auto t) { scatter_as<decltype(t)>(v, n, c, y, x, count, in, step); });
 }
 
+// The patch of an image under pixel (y, x) of a grid: [cin][p][q]. Returns its length; up to VL numbers behind it are written.
+template <class T, class P>
+CMX_INLINE int64_t copy_patch(const View& in, int64_t n, int64_t y, int64_t x, int64_t ph, int64_t pw, P* out) {
+  P* to = out;  // whole vectors: what a row leaves of its last is overwritten by the next
+  for (int64_t c = 0; c < in.c; c++)
+    for (int64_t p = 0; p < ph; p++) {
+      const T* from = address<const T>(in, n, c, y * ph + p, x * pw);
+      for (int64_t q = 0, count; q < pw; q += VL, to += count) {
+        count = least(VL, pw - q);
+        store(to, load_some(from + q * in.sw, in.sw, count));
+      }
+    }
+  return to - out;
+}
+
 // Rows y .. y + rows of a View, all in one span where they follow one another
 template <class F>
 CMX_INLINE void for_rows(const View& v, int64_t y, int64_t rows, F f) {  // f(y, x, count, pixels before)

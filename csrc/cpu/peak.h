@@ -1,7 +1,7 @@
 // The machine's peak: multiply-adds on registers alone, for the benchmarks to divide by.
 #pragma once
 
-#include "vec.h"
+#include "tiles.h"
 
 namespace cmx::CMX_ISA {
 
@@ -31,6 +31,14 @@ constexpr int kSums = 8;
 
 static double peak_flop(Dtype dtype, int64_t rounds) {
   const bool pairs = kBf16Products && dtype == Dtype::bfloat16;
+#if defined(__AMX_BF16__)
+  if (pairs) {
+    const Tiles tiles;
+    for (int64_t i = 0; i < rounds; i++)
+      tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+    return double(rounds) * 4 * 2 * kTile * kTile * kTileDepth;
+  }
+#endif
 #if defined(__AVX2__)
   asm volatile("vzeroall" ::: "xmm14", "xmm15");  // denormals or NaN left in a register would be slow
 #if defined(__AVX512F__)

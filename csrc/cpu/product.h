@@ -4,9 +4,11 @@
 // [panel][input channel / 2][NR * VL][2]; the last panel is as narrow as what is left. Every output sums over the input channels in order, whatever the tiling.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "layout.h"
+#include "tiles.h"
 
 namespace cmx::CMX_ISA {
 
@@ -97,17 +99,57 @@ CMX_INLINE void sweep(const P* panel, int64_t pitch, int64_t pixels, int64_t cha
   }
 }
 
+// Whether products of these panels are tiles; they are summed over multiples of kTileDepth channels then.
+template <class P>
+constexpr bool kTilePanel = kTiles && sizeof(P) == 2;
+template <class P>
+constexpr int64_t kDepth = kTilePanel<P> ? kTileDepth : VL;
+
+#if defined(__AMX_BF16__)
+// As sweep(), f for one block of the r at a time; reads whole tiles of pixels
+template <class F>
+CMX_INLINE void tile_sweep(const bfloat16* panel, int64_t pitch, int64_t pixels, int64_t channels, const bfloat16* weight,
+                           int64_t r, F f) {
+  constexpr int64_t kPixels = 2 * kTile;
+  alignas(64) float acc[2][kPixels * VL];
+  for (int64_t m = 0; m < pixels; m += kPixels)
+    for (int64_t j = 0; j < r; j += 2) {
+      const int64_t count = least(kPixels, pixels - m), below = kTile * pitch * 2, row = r * VL * 4;
+      const Operand a{panel + m * pitch, pitch * 2, below, kTileDepth * 2};
+      const Operand b{weight + j * VL * 2, row, VL * 4, kTileDepth / 2 * row};
+      const bool two = j + 1 < r, high = count > kTile;
+      auto nothing = [](int64_t) {};
+      auto multiply = two ? high ? tile_block<2, 2, decltype(nothing)> : tile_block<1, 2, decltype(nothing)>
+                          : high ? tile_block<2, 1, decltype(nothing)> : tile_block<1, 1, decltype(nothing)>;
+      multiply(a, b, channels / kTileDepth, acc[0], VL * 4, sizeof(acc[0]), nothing);
+      for (int64_t i = 0; i < 1 + two; i++) f(m, count, j + i, acc[i]);
+    }
+}
+#endif
+
 // f(m, step, count, block, acc) gets the sums of `count` pixels, `step` apart, for one block of VL output channels;
 // done(m0, m1, block, blocks) says that all pixels of a part have been given for these blocks.
 template <class P, class F, class Done>
 CMX_INLINE void product(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, int64_t c_out,
                         const Pointwise& p, int64_t part, F f, Done done) {
   const int64_t blocks = ceil_div(c_out, VL);
+#if defined(__AMX_BF16__)
+  const std::conditional_t<kTilePanel<P>, Tiles, int> tiles{};
+  (void)tiles;
+#endif
   for (int64_t m0 = 0; m0 < pixels; m0 += part) {
     const int64_t end = least(m0 + part, pixels);
     for (int64_t block = 0; block < blocks; block += NR) {
       const int64_t r = least(NR, blocks - block);
       const P* weight = (const P*)p.weight + block * VL * channels;
+#if defined(__AMX_BF16__)
+      if constexpr (kTilePanel<P>) {
+        tile_sweep(panel + m0 * pitch, pitch, end - m0, channels, weight, r,
+                   [&](int64_t m, int64_t count, int64_t j, const float* acc) { f(m0 + m, 1, count, block + j, acc); });
+        done(m0, end, block, r);
+        continue;
+      }
+#endif
       const void* next = block + r < blocks ? weight + r * VL * channels : end < pixels ? p.weight : p.next;
       sweep(panel + m0 * pitch, pitch, end - m0, channels, kRun, weight, r, next,
             [&](int64_t m, int64_t count, const float* acc) {
@@ -118,12 +160,15 @@ CMX_INLINE void product(const P* panel, int64_t pitch, int64_t pixels, int64_t c
   }
 }
 
-// Channels of a panel: a multiple of VL and even
-CMX_INLINE int64_t panel_channels(int64_t c) { return round_up(c, VL); }
+// Channels of a panel
+template <class P>
+CMX_INLINE int64_t panel_channels(int64_t c) {
+  return round_up(c, kDepth<P>);
+}
 
 template <class P>
 static int64_t packed_product_bytes(int64_t c_out, int64_t c_in) {
-  return round_up(c_out, VL) * panel_channels(c_in) * sizeof(P);
+  return round_up(c_out, VL) * panel_channels<P>(c_in) * sizeof(P);
 }
 
 static int64_t packed_pointwise_bytes(Dtype dtype, int64_t c_out, int64_t c_in) {
@@ -133,9 +178,10 @@ static int64_t packed_pointwise_bytes(Dtype dtype, int64_t c_out, int64_t c_in) 
 
 // One panel of NR * VL output channels. weight [1, c_out, 1, c_in]: its input channels are the View's pixels.
 static void pack_pointwise(const View& weight, int64_t panel, void* out) {
-  const int64_t c = weight.w, channels = panel_channels(c), first = panel * NR;
-  const int64_t width = least(NR, ceil_div(weight.c, VL) - first) * VL;
   const bool pairs = weight.dtype == Dtype::bfloat16 && kBf16Products;
+  const int64_t c = weight.w, first = panel * NR;
+  const int64_t channels = pairs ? panel_channels<bfloat16>(c) : panel_channels<float>(c);
+  const int64_t width = least(NR, ceil_div(weight.c, VL) - first) * VL;
   constexpr int64_t kStep = 64;  // input channels at a time
   float* const to = (float*)out + first * VL * channels / (1 + pairs);
   for (int64_t j = 0; j < width; j += VL)

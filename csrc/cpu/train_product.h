@@ -20,11 +20,14 @@ CMX_INLINE void put(bfloat16* to, vf v) { store(to, v); }
 
 // f(block, first pixel, count, run): fills `run`, which goes to panel[pixel][channel]
 template <class P, class F>
-CMX_INLINE void fill_panel(int64_t channels, int64_t pixels, P* panel, int64_t pitch, float* run, F f) {
+CMX_INLINE void fill_panel(int64_t c, int64_t pixels, P* panel, int64_t pitch, float* run, F f) {
   for (int64_t x = 0; x < pixels; x += kRunPixels)
-    for (int64_t block = 0; block < channels / VL; block++) {
+    for (int64_t block = 0; block < panel_channels<P>(c) / VL; block++) {
       const int64_t count = least(kRunPixels, pixels - x);
-      f(block, x, count, run);
+      if (block * VL < c)
+        f(block, x, count, run);
+      else
+        clear(run, count);
       for (int64_t i = 0; i < count; i++) put(panel + (x + i) * pitch + block * VL, load(run + i * VL));
     }
 }
@@ -32,9 +35,9 @@ CMX_INLINE void fill_panel(int64_t channels, int64_t pixels, P* panel, int64_t p
 template <class P>
 static void fill_input(const ProductInput& in, Act act, int64_t n, int64_t m0, int64_t pixels, P* panel, int64_t pitch,
                        float* run, float* other) {
-  const int64_t channels = panel_channels(in.channels);
+  const int64_t channels = panel_channels<P>(in.channels);
   if (!in.image.data) {
-    fill_panel(channels, pixels, panel, pitch, run, [&](int64_t block, int64_t x, int64_t count, float* to) {
+    fill_panel(in.channels, pixels, panel, pitch, run, [&](int64_t block, int64_t x, int64_t count, float* to) {
       const Run r{n, block, 0, m0 + x, count};
       value_run(in.in, act, r, to);
       if (!in.skip.x.data) return;
@@ -67,7 +70,7 @@ template <class P>
 struct ProductPlan {
   int64_t channels, pitch;  // of the wider panel
   ProductPlan(int64_t chunk, int64_t c_in, int64_t c_out)
-      : channels(panel_channels(most(c_in, c_out))), pitch(channels + kPanelGap<P>), chunk(chunk) {}
+      : channels(panel_channels<P>(most(c_in, c_out))), pitch(channels + kPanelGap<P>), chunk(chunk) {}
   int64_t panel_bytes() const { return round_up(chunk * pitch * sizeof(P), 64); }
   int64_t bytes() const { return panel_bytes() + (NR * chunk + 2 * most(chunk, kRunPixels)) * VL * 4 + 64; }
 
@@ -82,7 +85,7 @@ CMX_INLINE void product_into(const View& out, const P* panel, int64_t pitch, int
   Pointwise p{};
   p.weight = weight;
   product(
-      panel, pitch, pixels, panel_channels(c_in), out.c, p, pixels,
+      panel, pitch, pixels, panel_channels<P>(c_in), out.c, p, pixels,
       [&](int64_t m, int64_t, int64_t count, int64_t block, const float* acc) {
         const vf b = bias ? load(bias + block * VL) : vf{};
         float* to = sums + ((block % NR) * pixels + m) * VL;
@@ -153,7 +156,7 @@ static void product_backward_as(const ProductBackward& s, int64_t n, int64_t m0,
   float* const other = run + most(s.chunk, kRunPixels) * VL;
   const int64_t da_pitch = s.pixels + kPanelGap<P>;
   clear(s.dbias, ceil_div(c_out, VL));
-  fill_panel(panel_channels(c_out), pixels, panel, plan.pitch, run,
+  fill_panel(c_out, pixels, panel, plan.pitch, run,
              [&](int64_t block, int64_t x, int64_t count, float* to) {
                gradient_run(s.out, s.act, {n, block, 0, m0 + x, count}, to, other);
                add_sum(to, count, s.dbias + block * VL);
@@ -174,7 +177,7 @@ static void product_backward_as(const ProductBackward& s, int64_t n, int64_t m0,
   }
   if (s.need_weight) {
     fill_input(s.in, s.act, n, m0, pixels, panel, plan.pitch, run, other);
-    pack_input(panel, plan.pitch, pixels, panel_channels(s.in.channels), s.chunk, s.panel, s.pixels, slot);
+    pack_input(panel, plan.pitch, pixels, round_up(s.in.channels, VL), s.chunk, s.panel, s.pixels, slot);
   }
 }
 
@@ -214,13 +217,17 @@ static void product_backward_chunk(const ProductBackward& s, int64_t n, int64_t 
 static void weight_gradient(const ProductBackward& s, int64_t first, int64_t count) {
   with_panel(s.out.a.dtype, [&](auto p) { weight_gradient_as<decltype(p)>(s, first, count); });
 }
+// Pixels that a chunk is a multiple of
+static int64_t chunk_step(Dtype d) {
+  return with_panel(d, [&](auto p) { return most(kSlot, kDepth<decltype(p)>); });
+}
 // Sizes of the memory of a group: da, input
 static int64_t group_da_bytes(Dtype d, int64_t pixels, int64_t c_out) {
   return with_panel(d,
                     [&](auto p) { return round_up(c_out, VL) * (pixels + kPanelGap<decltype(p)>)*(int64_t)sizeof(p); });
 }
 static int64_t group_input_bytes(Dtype d, int64_t pixels, int64_t channels) {
-  return with_panel(d, [&](auto p) { return panel_channels(channels) * pixels * (int64_t)sizeof(p); });
+  return with_panel(d, [&](auto p) { return round_up(channels, VL) * pixels * (int64_t)sizeof(p); });
 }
 
 }  // namespace cmx::CMX_ISA

@@ -1,0 +1,92 @@
+// AMX: tiles of 16 rows of 64 bytes, and sums of 16 x 16 float32 over 32 products of bfloat16 in one instruction.
+//
+//     sums[i][j] += a[i][k] * b[k / 2][j][k % 2]        a: rows of 32 numbers; b: rows of 16 pairs
+//
+// Operands lie anywhere, with any distance between rows; rows that cross a line of the cache take five times as long.
+#pragma once
+
+#include "vec.h"
+
+namespace cmx::CMX_ISA {
+
+#if defined(__AMX_BF16__)
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+constexpr int64_t kTile = 16, kTileDepth = 32;  // rows and columns of sums; products of each
+
+// One operand: 16 rows (a) or 16 pairs of rows (b), bytes to the next row, the next tile beside it, the next products
+struct Operand {
+  const void* data;
+  int64_t row, tile, step;
+};
+
+#if defined(__AMX_BF16__)
+// Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 pairs of b; of this thread until it ends. rows: of a and the sums
+class Tiles {
+ public:
+  explicit Tiles(int64_t rows = kTile) {
+    alignas(64) uint8_t config[64] = {1};
+    for (int i = 0; i < 8; i++) {
+      config[16 + 2 * i] = 64;
+      config[48 + i] = i < 6 ? rows : kTile;
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+};
+
+// The compiler's own are not said to touch memory
+template <int T>
+CMX_INLINE void tile_load(const void* p, int64_t row) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row), "i"(T) : "memory");
+}
+template <int T>
+CMX_INLINE void tile_store(void* p, int64_t row) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row), "i"(T) : "memory");
+}
+template <int T>
+CMX_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+template <int S, int A, int B>
+CMX_INLINE void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(S), "i"(A), "i"(B));
+}
+
+// M x N tiles of sums, bytes to the next row and to the next tile beside it; those below lie kTile rows further.
+// work(step) is called between the instructions, for vectors to have something to do meanwhile.
+template <int M, int N, class Work>
+CMX_INLINE void tile_block(const Operand& a, const Operand& b, int64_t steps, float* out, int64_t row, int64_t beside,
+                           Work work) {
+  const char *pa = (const char*)a.data, *pb = (const char*)b.data;
+  tile_zero<0>();
+  if (N == 2) tile_zero<1>();
+  if (M == 2) tile_zero<2>();
+  if (M == 2 && N == 2) tile_zero<3>();
+  for (int64_t i = 0; i < steps; i++, pa += a.step, pb += b.step) {
+    tile_load<4>(pa, a.row);
+    tile_load<6>(pb, b.row);
+    tile_dot<0, 4, 6>();
+    if (N == 2) {
+      tile_load<7>(pb + b.tile, b.row);
+      tile_dot<1, 4, 7>();
+    }
+    if (M == 2) {
+      tile_load<5>(pa + a.tile, a.row);
+      tile_dot<2, 5, 6>();
+    }
+    if (M == 2 && N == 2) tile_dot<3, 5, 7>();
+    work(i);
+  }
+  const int64_t below = kTile * row;
+  tile_store<0>((char*)out, row);
+  if (N == 2) tile_store<1>((char*)out + beside, row);
+  if (M == 2) tile_store<2>((char*)out + below, row);
+  if (M == 2 && N == 2) tile_store<3>((char*)out + below + beside, row);
+}
+#endif
+
+}  // namespace cmx::CMX_ISA
