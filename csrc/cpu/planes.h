@@ -4,7 +4,7 @@
 //                                                                         band: Toeplitz matrix of the filter's row t
 //     product     out[channel][pixel] = weight[channel][.] x panel[.][pixel]
 //
-// Between them lies the panel, [kBlock pixels][channel / 2][pixel][2].
+// Between them lies the panel in tiles, [kBlock pixels][channel / 32][pixel / kTile][channel / 2][pixel][2].
 #pragma once
 
 #include <vector>
@@ -19,24 +19,31 @@ constexpr int64_t kBlock = 2 * kTile;  // pixels of a block of the panel; output
 
 // ---- depthwise
 
+// Sums come in cells of 2 rows by 8 columns, a row of a tile each. A window holds the input rows of a cell, from before(kw)
+// columns before it on; a band is what one tile's depth of them is multiplied with.
+constexpr int64_t kCellRows = 2, kCellColumns = 8;
+
 // A filter's row is packed as the pairs (w[j], w[j + 1]), j from kw - 1 down to -1, and zeros: [channel][kh][words].
-// Row p of its band, lane n, is the pair at j = 2 p - n - margin + before(kw).
 struct Bands {
-  int64_t words;  // of a packed row
-  int64_t steps;  // tiles beside one another
-  int64_t margin;  // columns of a window before its first output
-  explicit Bands(int64_t kw) : words(kw < VL - 1 ? VL : 2 * VL), steps(kw <= 17 ? 1 : 2), margin(steps == 1 ? 8 : 24) {}
-  int64_t window() const { return steps * kTileDepth; }  // columns
-  int64_t band() const { return steps * kTile * kTile; }  // pairs
+  int64_t words;   // of a packed row
+  int64_t window;  // columns: 16, 32 or 64
+  int64_t parts;   // of the windows of two rows, a tile's depth each
+  int64_t steps;   // tiles in depth
+  Bands(int64_t kh, int64_t kw)
+      : words(words_of(kw)),
+        window(kw <= 9 ? 16 : kw <= 25 ? 32 : 64),
+        parts(kCellRows * window / kTileDepth),
+        steps(ceil_div((kh + 1) * window, kTileDepth)) {}
+  static int64_t words_of(int64_t kw) { return kw < VL - 1 ? VL : 2 * VL; }
 };
 
 CMX_INLINE bool tiles_multiply(Dtype d) { return kTiles && d == Dtype::bfloat16; }
 
-static int64_t packed_bands_bytes(int64_t c, int64_t kh, int64_t kw) { return c * kh * Bands(kw).words * 4; }
+static int64_t packed_bands_bytes(int64_t c, int64_t kh, int64_t kw) { return c * kh * Bands::words_of(kw) * 4; }
 
 // weight [1, c, kh, kw], VL channels of it
 static void pack_bands(const View& weight, int64_t block, void* out) {
-  const int64_t kw = weight.w, words = Bands(kw).words;
+  const int64_t kw = weight.w, words = Bands::words_of(kw);
   for (int64_t c = block * VL; c < least(weight.c, (block + 1) * VL); c++)
     for (int64_t t = 0; t < weight.h; t++) {
       uint16_t* to = (uint16_t*)out + (c * weight.h + t) * words * 2;
@@ -61,423 +68,532 @@ static void pack_planes(const View& weight, int64_t block, void* out) {
 }
 
 #if defined(__AMX_BF16__)
-// Makes bands of packed rows
-struct BandMaker {
-  explicit BandMaker(int64_t kw) : bands(kw) {
-    const int64_t shift = kw - 1 + bands.margin - before(kw);
-    for (int64_t p = 0; p < bands.steps * kTile; p++) {
-      mask_[p] = 0;
-      for (int64_t n = 0; n < kTile; n++) {
-        const int64_t i = shift - 2 * p + n;
-        const bool there = i >= 0 && i <= kw;
-        mask_[p] |= there << n;
-        index_[p][n] = there ? i : bands.words - 1;
+// Makes the bands of a channel: row p of a band, lane (r, n) has the pair of taps (dy, dx), (dy, dx + 1) that take the
+// window's columns q, q + 1 of input row d to column n of the cell's row r: dy = d - r, dx = q - n.
+class BandMaker {
+ public:
+  BandMaker(int64_t kh, int64_t kw) : bands(kh, kw), kh_(kh) {
+    const bool narrow = bands.words == VL;
+    for (int64_t i = 0; i < bands.window / 2; i++) {
+      there_[i] = 0;
+      for (int64_t lane = 0; lane < VL; lane++) {
+        const int64_t n = lane % kCellColumns, r = lane / kCellColumns, word = kw - 1 - 2 * i + n;
+        const bool there = word >= 0 && word <= kw;
+        there_[i] |= there << lane;
+        index_[i][lane] = (there ? word : bands.words - 1) + (narrow ? r * VL : 0);
       }
     }
   }
   void make(const vu* packed, vu* to) const {
-    const __m512i low = (__m512i)packed[0];
-    if (bands.words == VL) {  // the last word of a narrow row is zero
-#pragma GCC unroll 16
-      for (int64_t p = 0; p < kTile; p++) to[p] = (vu)_mm512_permutexvar_epi32((__m512i)index_[p], low);
-      return;
-    }
-    const __m512i high = (__m512i)packed[1];
-    for (int64_t p = 0; p < bands.steps * kTile; p++)
-      to[p] = (vu)_mm512_maskz_permutex2var_epi32(mask_[p], low, (__m512i)index_[p], high);
+    const int64_t rows_a_step = most(1, kTileDepth / bands.window), halves = most(1, bands.window / kTileDepth);
+    for (int64_t step = 0; step < bands.steps; step++)
+      for (int64_t i = 0; i < rows_a_step; i++) {
+        tile_keep_awake();
+        const int64_t d = step / halves * rows_a_step + i, first = step % halves * kTile, count = kTile / rows_a_step;
+        if (bands.words == VL) {
+          const __m512i even = row(packed, d), odd = row(packed, d - 1);  // the last word of either is zero
+#pragma GCC unroll 8
+          for (int64_t p = 0; p < count; p++, to++)
+            *to = (vu)_mm512_permutex2var_epi32(even, (__m512i)index_[first + p], odd);
+          continue;
+        }
+        for (int64_t p = first; p < first + count; p++, to++) {
+          const __mmask16 there = there_[p], lower = there & 0xff, upper = there & 0xff00;
+          const __m512i at = (__m512i)index_[p];
+          *to = (vu)_mm512_or_si512(_mm512_maskz_permutex2var_epi32(lower, row(packed, d, 0), at, row(packed, d, 1)),
+                                    _mm512_maskz_permutex2var_epi32(upper, row(packed, d - 1, 0), at, row(packed, d - 1, 1)));
+        }
+      }
   }
   const Bands bands;
 
  private:
-  alignas(64) vu index_[2 * kTile];
-  __mmask16 mask_[2 * kTile];
-};
-
-// Rows of planes in bfloat16 whose pixels follow one another
-struct PlaneRows {
-  const bfloat16* first;
-  int64_t plane, row;  // elements
-};
-
-// Columns [x0, x0 + 16 steps) of the rows [y0, y0 + rows) of a plane, zeros outside of it
-CMX_INLINE void fill_window(const View& in, const bfloat16* plane, int64_t row, int64_t first_row, int64_t x0,
-                            int64_t y0, int64_t rows, int64_t steps, bfloat16* to) {
-  for (int64_t s = 0; s < steps; s++) {
-    const int64_t x = x0 + s * kTileDepth, lo = most(0, -x), hi = least(kTileDepth, in.w - x);
-    const __mmask32 mask = hi <= lo ? 0 : (uint32_t)(((uint64_t)1 << hi) - ((uint64_t)1 << lo));
-    bfloat16* at = to + s * kTileDepth;
-    for (int64_t r = 0; r < rows; r++, at += steps * kTileDepth) {
-      const int64_t y = y0 + r;
-      const __m512i v = y >= 0 && y < in.h
-                            ? _mm512_maskz_loadu_epi16(mask, plane + (y - first_row) * row + x)
-                            : _mm512_setzero_si512();
-      _mm512_store_si512(at, v);
-    }
+  __m512i row(const vu* packed, int64_t t, int64_t half = 0) const {
+    return t >= 0 && t < kh_ ? (__m512i)packed[t * bands.words / VL + half] : _mm512_setzero_si512();
   }
-}
+  const int64_t kh_;
+  alignas(64) vu index_[kTileDepth];
+  __mmask16 there_[kTileDepth];
+};
 
 // Sums of four tiles at once, whose chains of dependent products hide one another. shared: two and two have one band.
-template <int J, bool shared>
-static __attribute__((noinline)) void band_sums(const bfloat16* const (&windows)[4], const vu* const (&bands)[4],
-                                                int64_t kh, int64_t steps, float* const (&out)[4]) {
-  const int64_t row = steps * kTileDepth * 2;
-  const char *a[4], *b[4];
-  for (int j = 0; j < 4; j++) a[j] = (const char*)windows[j], b[j] = (const char*)bands[j];
+// Step i takes the windows at(i) bytes further.
+template <int J, bool shared, class At>
+CMX_INLINE void band_sums(const char* const (&a)[4], const char* const (&b)[4], int64_t steps, float* const (&out)[4],
+                          At at) {
   tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  for (int64_t i = 0; i < kh * steps; i++) {
-    // a row further down, or half a row further on
-    const int64_t at = i * kTileDepth * 2, band = i * kTile * kTile * 4;
+  for (int64_t i = 0; i < steps; i++) {
+    const int64_t step = at(i), band = i * kTile * kTile * 4;
     tile_load<6>(b[0] + band, 64);
-    tile_load<4>(a[0] + at, row);
+    tile_load<4>(a[0] + step, 64);
     tile_dot<0, 4, 6>();
-    tile_load<5>(a[1] + at, row);
+    if (J == 1) continue;
+    tile_load<5>(a[1] + step, 64);
     if (shared) {
       tile_dot<1, 5, 6>();
     } else {
       tile_load<7>(b[1] + band, 64);
       tile_dot<1, 5, 7>();
     }
-    if (J > 2) {
-      constexpr int second = shared ? 7 : 6;
-      tile_load<second>(b[2] + band, 64);
-      tile_load<4>(a[2] + at, row);
-      tile_dot<2, 4, second>();
-      tile_load<5>(a[3] + at, row);
-      if (!shared) tile_load<7>(b[3] + band, 64);
-      tile_dot<3, 5, 7>();
-    }
+    if (J == 2) continue;
+    constexpr int second = shared ? 7 : 6;
+    tile_load<second>(b[2] + band, 64);
+    tile_load<4>(a[2] + step, 64);
+    tile_dot<2, 4, second>();
+    tile_load<5>(a[3] + step, 64);
+    if (!shared) tile_load<7>(b[3] + band, 64);
+    tile_dot<3, 5, 7>();
   }
   tile_store<0>(out[0], 64);
-  tile_store<1>(out[1], 64);
-  if (J > 2) tile_store<2>(out[2], 64);
-  if (J > 2) tile_store<3>(out[3], 64);
+  if (J > 1) tile_store<1>(out[1], 64);
+  if (J > 2) tile_store<2>(out[2], 64), tile_store<3>(out[3], 64);
 }
 
-// Sums of a few channels at a time over the rows [y0, y0 + rows) of one image, and what they need
-struct TileDepthwise {
-  const View in;
-  const Depthwise& d;
-  const int64_t y0, rows, in_rows, up;
-  const int64_t tile_rows, row_tiles, tiles, group;  // channels of a group
-  const BandMaker maker;
+// What follows a convolution in one channel, in all lanes
+struct ChannelConstants {
+  vf bias, scale, shift;
+  ChannelConstants(const Constants& k, int64_t c)
+      : bias(broadcast(k.bias + c)), scale(broadcast(k.scale + c)), shift(broadcast(k.shift + c)) {}
+  template <Act act, bool near>
+  CMX_ALWAYS_INLINE vf finished(vf sum) const {
+    return activate<act, near>(sum + bias) * scale + shift;
+  }
+};
 
+// Rows [y0, y0 + rows) of one image, in cells [row of cells][column of cells]
+struct Cells {
+  int64_t rows, columns;
+  Cells(int64_t rows, int64_t w) : rows(ceil_div(rows, kCellRows)), columns(ceil_div(w, kCellColumns)) {}
+  int64_t count() const { return rows * columns; }
+};
+
+// Depthwise sums of a few channels at a time
+class TileDepthwise {
+ public:
   TileDepthwise(const View& in, const Depthwise& d, int64_t y0, int64_t rows)
-      : in(in),
-        d(d),
-        y0(y0),
-        rows(rows),
-        in_rows(rows + d.kh - 1),
-        up(before(d.kh)),
-        tile_rows(least(rows, kTile)),
-        row_tiles(ceil_div(rows, kTile)),
-        tiles(row_tiles * ceil_div(in.w, kTile)),
-        group(tiles == 1 ? 4 : 2),
-        maker(d.kw) {}
+      : in_(in),
+        d_(d),
+        top_(y0 - before(d.kh)),
+        cells_(rows, in.w),
+        groups_(cells_.rows + d.kh / 2),
+        tile_rows(least(cells_.count(), kTile)),
+        tiles_(ceil_div(cells_.count(), kTile)),
+        group_(tiles_ == 1 ? 4 : 2),
+        maker_(d.kh, d.kw) {}
 
-  bool in_place() const { return in.sw == 1 && !in.blocked; }
-  int64_t window_elements() const { return in_rows * maker.bands.window(); }  // of 16 columns
   int64_t bytes() const {
-    const int64_t planes = in_place() ? 0 : VL * in_rows * in.w * 2 + most(in.w, VL) * VL * 4 + 128;
-    const int64_t windows = group * tiles / row_tiles * window_elements() * 2, bands = group * d.kh * maker.bands.band() * 4;
-    return windows + bands + group * tiles * kTile * kTile * 4 + planes + 64;
+    const int64_t gathered = in_place() ? 0 : VL * in_rows() * in_.w * 2 + most(in_.w, VL) * VL * 4;
+    return group_ * (window_bytes() + band_bytes() + round_up(cells_.count(), kTile) * VL * 4) + gathered + 128;
   }
 
-  // f(c, y, x, count, even, odd): sums of channels c and c + 1 in up to VL columns, and residual(0 or 1) of either
-  template <class F>
-  void run(int64_t n, int64_t c_begin, int64_t c_end, char* memory, F f) const {
-    Pieces m(*this, memory);
-    for (int64_t c0 = c_begin; c0 < c_end; c0 += group) {
+  // begin(c) gives put(cell, i, j, even, odd, even_skip, odd_skip), which gets the sums of channels c and c + 1 in the cell
+  // (i, j), and the input there, [2][8]. It holds what it needs: nothing behind a pointer stays in a register.
+  template <class Begin>
+  void run(int64_t n, int64_t c_begin, int64_t c_end, char* memory, Begin begin) const {
+    const Pieces m(*this, memory);
+    for (int64_t c0 = c_begin; c0 < c_end; c0 += group_) {
       if (!in_place() && (c0 - c_begin) % VL == 0) gather_planes(n, c0, m);
-      for (int64_t g = 0; g < group; g++) prepare(n, least(c0 + g, c_end - 1), c0 - (c0 - c_begin) % VL, g, m);
+      for (int64_t g = 0; g < group_; g++) prepare(n, least(c0 + g, c_end - 1), c_begin, g, m);
       multiply(m);
-      for (int64_t g = 0; g < group && c0 + g < c_end; g += 2)
-        if (!finish(c0 + g, g, m, f)) {
-          separate(least(c0 + g, c_end - 1), g, m);
-          separate(least(c0 + g + 1, c_end - 1), g + 1, m);
-          finish(c0 + g, g, m, f);
-        }
+      for (int64_t g = 0; g < group_ && c0 + g < c_end; g += 2) {
+        if (finish(c0 + g, g, m, begin)) continue;
+        for (int64_t i = 0; i < 2; i++) separate(least(c0 + g + i, c_end - 1), g + i, m);
+        finish(c0 + g, g, m, begin);
+      }
     }
   }
 
  private:
   struct Pieces {
-    bfloat16* windows;  // [channel][column of tiles][row][window]
-    vu* bands;          // [channel][row of the filter][band]
-    float* sums;        // [channel][tile][kTile][kTile]
-    bfloat16* planes;   // [VL][in_rows][w]
+    char *windows, *bands;  // of a channel: [part][row group][column of cells][kTileDepth]; [step][kTile][kTile] pairs
+    float* sums;            // [channel][cell][VL]
     float* some;
-    Pieces(const TileDepthwise& t, char* memory) {
-      windows = (bfloat16*)memory;
-      bands = (vu*)(windows + t.group * t.tiles / t.row_tiles * t.window_elements());
-      sums = (float*)bands + t.group * t.d.kh * t.maker.bands.band();
-      some = sums + t.group * t.tiles * kTile * kTile;
-      planes = (bfloat16*)(some + (t.in_place() ? 0 : most(t.in.w, VL) * VL));
-    }
+    bfloat16* planes;  // [VL][in_rows][w], and room for what is not read
+    Pieces(const TileDepthwise& t, char* memory)
+        : windows(memory),
+          bands(windows + t.group_ * t.window_bytes()),
+          sums((float*)(bands + t.group_ * t.band_bytes())),
+          some(sums + t.group_ * round_up(t.cells_.count(), kTile) * VL),
+          planes((bfloat16*)(some + (t.in_place() ? 0 : most(t.in_.w, VL) * VL))) {}
   };
-  bfloat16* window(const Pieces& m, int64_t g, int64_t column) const {
-    return m.windows + (g * tiles / row_tiles + column) * window_elements();
-  }
-  int64_t row_of(int64_t row_tile) const { return least(row_tile * kTile, rows - tile_rows); }
+  bool in_place() const { return in_.sw == 1 && !in_.blocked; }
+  int64_t in_rows() const { return kCellRows * groups_; }
+  int64_t part_bytes() const { return groups_ * cells_.columns * kTileDepth * 2; }
+  int64_t window_bytes() const { return maker_.bands.parts * part_bytes(); }
+  int64_t band_bytes() const { return maker_.bands.steps * kTile * kTile * 4; }
+  float* sums(const Pieces& m, int64_t g) const { return m.sums + g * round_up(cells_.count(), kTile) * VL; }
+  int64_t first_cell(int64_t tile) const { return least(tile * kTile, cells_.count() - tile_rows); }
 
   // Planes of VL channels out of anything
   void gather_planes(int64_t n, int64_t c0, const Pieces& m) const {
-    for (int64_t r = 0; r < in_rows; r++) {
-      const int64_t y = y0 - up + r;
-      if (y < 0 || y >= in.h) continue;
-      gather(in, n, c0, y, 0, in.w, m.some, VL);
-      for (int64_t x = 0; x < in.w; x += VL) {
+    for (int64_t r = 0; r < in_rows(); r++) {
+      const int64_t y = top_ + r;
+      if (y < 0 || y >= in_.h) continue;
+      gather(in_, n, c0, y, 0, in_.w, m.some, VL);
+      for (int64_t x = 0; x < in_.w; x += VL) {
         vf v[VL];
-        for (int64_t i = 0; i < VL; i++) v[i] = load(m.some + least(x + i, in.w - 1) * VL);
+        for (int64_t i = 0; i < VL; i++) v[i] = load(m.some + least(x + i, in_.w - 1) * VL);
         transpose(v);
-        const __mmask16 mask = (1u << least(VL, in.w - x)) - 1;
+        const __mmask16 mask = (1u << least(VL, in_.w - x)) - 1;
         for (int64_t l = 0; l < VL; l++)
-          _mm256_mask_storeu_epi16(m.planes + (l * in_rows + r) * in.w + x, mask, (__m256i)narrow_bf16(v[l]));
+          _mm256_mask_storeu_epi16(m.planes + (l * in_rows() + r) * in_.w + x, mask, (__m256i)narrow_bf16(v[l]));
       }
     }
   }
 
+  // Windows and bands of channel c
   void prepare(int64_t n, int64_t c, int64_t gathered, int64_t g, const Pieces& m) const {
     const bool direct = in_place();
-    const bfloat16* plane = direct ? address<const bfloat16>(in, n, c, 0, 0) : m.planes + (c - gathered) * in_rows * in.w;
-    for (int64_t j = 0; j < tiles / row_tiles; j++)
-      fill_window(in, plane, direct ? in.sh : in.w, direct ? 0 : y0 - up, j * kTile - maker.bands.margin, y0 - up, in_rows,
-                  maker.bands.steps, window(m, g, j));
-    const vu* packed = (const vu*)d.weight + c * d.kh * (maker.bands.words / VL);
-    for (int64_t t = 0; t < d.kh; t++)
-      maker.make(packed + t * (maker.bands.words / VL), m.bands + (g * d.kh + t) * maker.bands.band() / VL);
+    const int64_t row = direct ? in_.sh : in_.w;
+    const bfloat16* const plane = direct ? address<const bfloat16>(in_, n, c, 0, 0)
+                                         : m.planes + (c - gathered) % VL * in_rows() * in_.w - top_ * in_.w;
+    fill_windows(plane, row, m.windows + g * window_bytes(), direct ? group_ * in_.sc : 0);
+    const int64_t words = maker_.bands.words / VL;
+    maker_.make((const vu*)d_.weight + c * d_.kh * words, (vu*)(m.bands + g * band_bytes()));
+  }
+  // Windows of a plane; `ahead`, elements further, lies the one whose come next. Stores are whole rows of tiles: a tile that
+  // meets two stores in a row waits for both.
+  __attribute__((noinline)) void fill_windows(const bfloat16* plane, int64_t row, char* windows, int64_t ahead) const {
+    const int64_t window = maker_.bands.window, part = part_bytes(), columns = cells_.columns, top = top_, h = in_.h;
+    for (int64_t group = 0; group < groups_; group++) {
+      const int64_t y = top + kCellRows * group;
+      for (int64_t x = 0; x < in_.w; x += kTileDepth) {
+        __builtin_prefetch(plane + y * row + x + ahead);
+        __builtin_prefetch(plane + (y + 1) * row + x + ahead);
+      }
+    }
+    for (int64_t j = 0, x = -before(d_.kw); j < columns; j++, x += kCellColumns) {
+      char* to = windows + j * kTileDepth * 2;
+      tile_keep_awake();
+      if (window == kTile) {
+        const __mmask16 mask = inside(x, kTile);
+        const bfloat16* from = plane + top * row + x;
+        for (int64_t y = top; y < top + in_rows(); y += kCellRows, from += kCellRows * row, to += columns * kTileDepth * 2) {
+          const __mmask16 upper = y >= 0 && y < h ? mask : 0, lower = y + 1 >= 0 && y + 1 < h ? mask : 0;
+          const __m256i first = _mm256_maskz_loadu_epi16(upper, from), second = _mm256_maskz_loadu_epi16(lower, from + row);
+          _mm512_store_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+        }
+        continue;
+      }
+      for (int64_t y = top; y < top + in_rows(); y++)
+        for (int64_t at = 0; at < window; at += kTileDepth) {
+          const __mmask32 mask = y >= 0 && y < h ? inside(x + at, kTileDepth) : 0;
+          const int64_t r = y - top, of = (r % kCellRows * window + at) / kTileDepth;
+          _mm512_store_si512(to + of * part + r / kCellRows * columns * kTileDepth * 2,
+                             _mm512_maskz_loadu_epi16(mask, plane + y * row + x + at));
+        }
+    }
+  }
+  // Columns x .. x + count that lie in the image
+  uint32_t inside(int64_t x, int64_t count) const {
+    const int64_t lo = most(0, -x), hi = least(count, in_.w - x);
+    return hi <= lo ? 0 : (uint32_t)(((uint64_t)1 << hi) - ((uint64_t)1 << lo));
   }
 
   void multiply(const Pieces& m) const {
-    const bfloat16* a[4];
-    const vu* b[4];
+    const char *a[4], *b[4];
     float* to[4];
-    auto job = [&](int j, int64_t g, int64_t tile) {
-      a[j] = window(m, g, tile / row_tiles) + row_of(tile % row_tiles) * maker.bands.window();
-      b[j] = m.bands + g * d.kh * maker.bands.band() / VL;
-      to[j] = m.sums + (g * tiles + tile) * kTile * kTile;
+    auto job = [&](int j, int64_t i, int64_t tile) {
+      a[j] = m.windows + i * window_bytes() + first_cell(tile) * kTileDepth * 2;
+      b[j] = m.bands + i * band_bytes();
+      to[j] = sums(m, i) + first_cell(tile) * VL;
     };
-    if (group == 4) {
+    if (group_ == 4) {
       for (int j = 0; j < 4; j++) job(j, j, 0);
-      return band_sums<4, false>(a, b, d.kh, maker.bands.steps, to);
+      return sums_of<4, false>(a, b, to);
     }
     int64_t tile = 0;
-    for (; tile + 1 < tiles; tile += 2) {
+    for (; tile + 1 < tiles_; tile += 2) {
       for (int j = 0; j < 4; j++) job(j, j / 2, tile + j % 2);
-      band_sums<4, true>(a, b, d.kh, maker.bands.steps, to);
+      sums_of<4, true>(a, b, to);
     }
-    if (tile == tiles) return;
+    if (tile == tiles_) return;
     for (int j = 0; j < 2; j++) job(j, j, tile);
-    a[2] = a[3] = a[0], b[2] = b[3] = b[0], to[2] = to[3] = to[0];
-    band_sums<2, false>(a, b, d.kh, maker.bands.steps, to);
+    sums_of<2, false>(a, b, to);
+  }
+  template <int J, bool shared>
+  __attribute__((noinline)) void sums_of(const char* const (&a)[4], const char* const (&b)[4], float* const (&to)[4]) const {
+    const int64_t row = cells_.columns * kTileDepth * 2, parts = maker_.bands.parts, part = part_bytes();
+    int64_t next = 0, of_part = 0, group = 0;
+    band_sums<J, shared>(a, b, maker_.bands.steps, to, [&](int64_t) {
+      const int64_t at = next;
+      if (++of_part == parts) of_part = 0, group += row;
+      next = group + of_part * part;
+      return at;
+    });
   }
 
-  // Whether all sums of channels g and g + 1 are finite
-  template <class F>
-  bool finish(int64_t c, int64_t g, const Pieces& m, F f) const {
+  // Whether all sums of channels g and g + 1 are finite. put(cell, i, j, even, odd, even_skip, odd_skip)
+  template <bool residual, class Put>
+  bool finish_pair(int64_t g, const Pieces& m, Put put) const {
+    const int64_t rows = cells_.rows, columns = cells_.columns, other = window_bytes();
+    const float *even = sums(m, g), *odd = sums(m, g + 1);
+    const char *upper = under(m, g, 0), *lower = under(m, g, 1);
     vf zero{};
-    for (int64_t tile = 0; tile < tiles; tile++) {
-      const int64_t column = tile / row_tiles, row = row_of(tile % row_tiles), x = column * kTile;
-      const float* even = m.sums + (g * tiles + tile) * kTile * kTile;
-      const float* odd = even + tiles * kTile * kTile;
-      const bfloat16* skip = window(m, g, column) + (row + up) * maker.bands.window() + maker.bands.margin;
-      const int64_t odd_skip = tiles / row_tiles * window_elements(), count = least(kTile, in.w - x);
-      for (int64_t r = 0; r < tile_rows; r++) {
-        const vf e = load(even + r * kTile), o = load(odd + r * kTile);
+    for (int64_t i = 0, cell = 0; i < rows; i++)
+      for (int64_t j = 0; j < columns; j++, cell++, even += VL, odd += VL, upper += kTileDepth * 2, lower += kTileDepth * 2) {
+        const vf e = load(even), o = load(odd);
         zero += vf{} * e;
         zero += vf{} * o;
-        const bfloat16* at = skip + r * maker.bands.window();
-        f(c, y0 + row + r, x, count, e, o, d.residual ? load(at) : vf{}, d.residual ? load(at + odd_skip) : vf{});
+        put(cell, i, j, e, o, residual ? both(upper, lower) : vf{}, residual ? both(upper + other, lower + other) : vf{});
       }
-    }
     return _mm512_cmp_ps_mask((__m512)zero, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
   }
+  template <class Begin>
+  bool finish(int64_t c, int64_t g, const Pieces& m, Begin begin) const {
+    return d_.residual ? finish_pair<true>(g, m, begin(c)) : finish_pair<false>(g, m, begin(c));
+  }
+  // The input under row r of the first cell; that under cell i lies i rows of a tile further
+  const char* under(const Pieces& m, int64_t g, int64_t r) const {
+    return element(m.windows + g * window_bytes(), before(d_.kh) + r, 0, before(d_.kw), maker_.bands.window);
+  }
+  CMX_ALWAYS_INLINE static vf both(const char* upper, const char* lower) {
+    const __m128i first = _mm_loadu_si128((const __m128i_u*)upper), second = _mm_loadu_si128((const __m128i_u*)lower);
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_set_m128i(second, first)), 16);
+  }
+  // Column q of the window of cells in column j, input row y
+  CMX_ALWAYS_INLINE const char* element(const char* windows, int64_t y, int64_t j, int64_t q, int64_t window) const {
+    const int64_t linear = y % kCellRows * window + q;
+    return windows + linear / kTileDepth * part_bytes() +
+           ((y / kCellRows * cells_.columns + j) * kTileDepth + linear % kTileDepth) * 2;
+  }
 
-  // Sums again without what is not finite, which a band's zeros spread along the row; then its products with the taps.
+  // Sums of channel c again without what is not finite, which a band's zeros spread over the cells; then its products
+  // with the taps.
   __attribute__((noinline)) void separate(int64_t c, int64_t g, const Pieces& m) const {
     struct Spot {
-      bfloat16* at;
-      bfloat16 value;
-      int64_t column, row, q;
+      bfloat16 *at, value;
+      int64_t y, j, q;
     };
-    const int64_t columns = tiles / row_tiles, width = maker.bands.window();
     std::vector<Spot> spots;
-    for (int64_t j = 0; j < columns; j++)
-      for (int64_t i = 0; i < window_elements(); i++) {
-        bfloat16& v = window(m, g, j)[i];
-        if ((v.bits & 0x7f80) != 0x7f80) continue;
-        spots.push_back({&v, v, j, i / width, i % width});
-        v.bits = 0;
-      }
+    char* const windows = m.windows + g * window_bytes();
+    const int64_t window = maker_.bands.window, words = maker_.bands.words;
+    for (int64_t y = 0; y < in_rows(); y++)
+      for (int64_t j = 0; j < cells_.columns; j++)
+        for (int64_t q = 0; q < window; q++) {
+          bfloat16* const at = (bfloat16*)element(windows, y, j, q, window);
+          if ((at->bits & 0x7f80) != 0x7f80) continue;
+          spots.push_back({at, *at, y, j, q});
+          at->bits = 0;
+        }
     if (spots.empty()) return;
-    for (int64_t tile = 0; tile < tiles; tile++) {
-      const bfloat16* at = window(m, g, tile / row_tiles) + row_of(tile % row_tiles) * width;
-      const vu* band = m.bands + g * d.kh * maker.bands.band() / VL;
-      float* const to = m.sums + (g * tiles + tile) * kTile * kTile;
-      float unused[kTile * kTile];
-      const bfloat16* const a[4] = {at, at, at, at};
-      const vu* const b[4] = {band, band, band, band};
-      float* const out[4] = {to, unused, unused, unused};
-      band_sums<2, false>(a, b, d.kh, maker.bands.steps, out);
+    for (int64_t tile = 0; tile < tiles_; tile++) {
+      const char *const a = windows + first_cell(tile) * kTileDepth * 2, *const b = m.bands + g * band_bytes();
+      float* const to = sums(m, g) + first_cell(tile) * VL;
+      sums_of<1, false>({a, a, a, a}, {b, b, b, b}, {to, to, to, to});
     }
-    const uint16_t* packed = (const uint16_t*)d.weight + c * d.kh * maker.bands.words * 2;
     for (const Spot& s : spots) {
-      const float value = load(&s.value)[0];
-      for (int64_t i = 0; i < row_tiles; i++) {
-        float* to = m.sums + (g * tiles + s.column * row_tiles + i) * kTile * kTile;
-        for (int64_t r = 0; r < tile_rows; r++)
-          for (int64_t n = 0; n < kTile; n++) {
-            const int64_t t = s.row - (row_of(i) + r), u = s.q - maker.bands.margin - n + before(d.kw);
-            if (t < 0 || t >= d.kh || u < 0 || u >= d.kw) continue;
-            const uint32_t w = (uint32_t)packed[(t * maker.bands.words + d.kw - 1 - u) * 2] << 16;
-            float weight;
-            memcpy(&weight, &w, 4);
-            to[r * kTile + n] += value * weight;
-          }
-      }
+      for (int64_t i = 0; i < cells_.rows; i++)
+        for (int64_t lane = 0; lane < VL; lane++) {
+          const int64_t dy = s.y - kCellRows * i - lane / kCellColumns, dx = s.q - lane % kCellColumns;
+          if (dy < 0 || dy >= d_.kh || dx < 0 || dx >= d_.kw) continue;
+          const uint32_t pair = ((const uint32_t*)d_.weight)[(c * d_.kh + dy) * words + d_.kw - 1 - dx];
+          sums(m, g)[(i * cells_.columns + s.j) * VL + lane] += widen(s.value) * widen({(uint16_t)pair});
+        }
     }
     for (const Spot& s : spots) *s.at = s.value;
   }
+  static float widen(bfloat16 x) {
+    const uint32_t word = (uint32_t)x.bits << 16;
+    float f;
+    memcpy(&f, &word, 4);
+    return f;
+  }
+
+  const View in_;
+  const Depthwise& d_;
+  const int64_t top_;
+  const Cells cells_;
+  const int64_t groups_;  // of two input rows
+
+ public:
+  const int64_t tile_rows;  // cells of a tile
+
+ private:
+  const int64_t tiles_, group_;  // of a channel; channels of a group
+  const BandMaker maker_;
 };
 
 // ---- product
 
-// Words of a panel: pairs of channels of `count` pixels from px on
-CMX_INLINE void put_words(vu* panel, int64_t pairs, int64_t pair, int64_t px, int64_t count, vu words) {
-  uint32_t* const to = (uint32_t*)panel + (px / kBlock * pairs + pair) * kBlock + px % kBlock;
-  const int64_t room = kBlock - px % kBlock;
-  if (count == VL && room >= VL) {
-    *(vu*)to = words;
-    return;
+// Pairs of channels of cells
+struct Panel {
+  vu* data;
+  uint64_t steps;  // of kTileDepth channels
+  vu& at(uint64_t pair, uint64_t cell) const {
+    return data[((cell / 2 * steps + pair / kTile) * 2 + cell % 2) * kTile + pair % kTile];
   }
-  const uint32_t mask = (1u << count) - 1, here = room >= VL ? mask : mask & ((1u << room) - 1);
-  _mm512_mask_storeu_epi32(to, here, (__m512i)words);
-  if (mask != here)  // the rest begins the same pair's row of the next block
-    _mm512_mask_storeu_epi32((uint32_t*)panel + ((px / kBlock + 1) * pairs + pair) * kBlock - room, mask & ~here,
-                             (__m512i)words);
-}
+};
 
 struct PlanesPlan {
+  Cells cells;
   int64_t depth, pairs, blocks;  // of the panel
   int64_t scratch;
-  PlanesPlan(const Stage& s, int64_t rows) {
+  PlanesPlan(const Stage& s, int64_t rows) : cells(rows, s.out.w), blocks(ceil_div(cells.count() * VL, kBlock)) {
     const bool patches = s.producer == Stage::Producer::patches;
     depth = tile_depth(patches ? s.in.c * s.ph * s.pw : s.in.c);
     pairs = depth / 2;
-    blocks = ceil_div(rows * s.out.w, kBlock);
     scratch = patches ? VL * (depth + VL) * 2 : TileDepthwise(s.in, s.depthwise, 0, rows).bytes();
   }
-  int64_t panel_words() const { return blocks * pairs * kBlock; }
+  int64_t panel_bytes() const { return blocks * pairs * kBlock * 4; }
   static constexpr int64_t kSums = kBlock * kBlock;
-  int64_t bytes() const { return round_up(panel_words() * 4, 64) + round_up(scratch, 64) + 4 * kSums * 4 + 256; }
+  int64_t bytes() const { return panel_bytes() + round_up(scratch, 64) + 3 * kSums * 4 + 256; }
 };
 
-// One block of sums [channel][pixel], to be finished a row at a time while the next is multiplied
-struct Pending {
-  const float* sums;
-  int64_t channel, pixel, count, row, rows;
+// Finishes a block of sums [channel][two cells], a row at a time, while the next block is multiplied
+template <Act act>
+class Finisher {
+ public:
+  Finisher(const Stage& s, const Cells& cells, int64_t n, int64_t y0, float* lines)
+      : constants_(s.pointwise.constants),
+        scale_(constants_.scale - constants_.bias),
+        shift_(constants_.shift - constants_.bias),
+        out_(s.out),
+        cells_(cells),
+        direct_(s.out.sw == 1),
+        whole_(direct_ && s.out.w % (2 * kCellColumns) == 0),
+        n_(n),
+        y0_(y0),
+        y1_(least(y0 + s.rows, s.out.h)),
+        lines_(lines) {}
+
+  // What is left of a block. Plain, so that it may live in registers.
+  struct Rows {
+    const float* from = nullptr;
+    bfloat16* to = nullptr;
+    const float* constants = nullptr;
+    int64_t below = 0, left = 0, channel = 0, rows = 0, cell = 0;
+  };
+
+  // `rows` channels from `channel` on, of the cells `cell` and `cell` + 1
+  Rows begin(const float* sums, int64_t channel, int64_t rows, int64_t cell) const {
+    const int64_t y = y0_ + cell / cells_.columns * kCellRows, x = cell % cells_.columns * kCellColumns;
+    Rows r{sums, direct_ ? address<bfloat16>(out_, n_, channel, y, x) : nullptr, constants_.bias + channel, out_.sh, rows,
+           channel, rows, cell};
+    if (y + 1 == y1_) r.below = 0;  // the last row of an odd number: written first, and then by what belongs there
+    return r;
+  }
+  CMX_ALWAYS_INLINE void row(Rows& r) const {
+    const vf bias = broadcast(r.constants), scale = broadcast(r.constants + scale_), shift = broadcast(r.constants + shift_);
+    const vf first = activate<act, true>(load(r.from) + bias) * scale + shift;
+    const vf second = activate<act, true>(load(r.from + VL) + bias) * scale + shift;
+    if (whole_) {  // the cells lie side by side: first halves are the upper row
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+      const __m512i rows = _mm512_shuffle_i64x2(both, both, _MM_SHUFFLE(3, 1, 2, 0));
+      _mm256_storeu_si256((__m256i_u*)(r.to + r.below), _mm512_extracti64x4_epi64(rows, 1));
+      _mm256_storeu_si256((__m256i_u*)r.to, _mm512_castsi512_si256(rows));
+      r.to += out_.sc;
+    } else if (direct_) {
+      store_cell(r, r.cell, first);
+      store_cell(r, r.cell + 1, second);
+    } else {
+      float* const to = lines_ + (r.rows - r.left) * kBlock;
+      store(to, first);
+      store(to + VL, second);
+    }
+    r.from += kBlock;
+    r.constants++;
+    r.left--;
+  }
+  CMX_ALWAYS_INLINE void end(Rows& r) const {
+    while (r.left) row(r);
+    if (!direct_ && r.rows) scatter_block(r.channel, r.rows, r.cell);
+  }
+
+ private:
+  // f(y, x, count, row of the cell) for the rows of a cell that lie in the image
+  template <class F>
+  CMX_ALWAYS_INLINE void for_rows_of(int64_t cell, F f) const {
+    if (cell >= cells_.count()) return;
+    const int64_t y = y0_ + cell / cells_.columns * kCellRows, x = cell % cells_.columns * kCellColumns;
+    for (int64_t i = 0; i < kCellRows && y + i < y1_; i++) f(y + i, x, least(kCellColumns, out_.w - x), i);
+  }
+  __attribute__((noinline)) void store_cell(const Rows& r, int64_t cell, vf v) const {
+    alignas(32) bfloat16 some[VL];
+    store(some, v);
+    for_rows_of(cell, [&](int64_t y, int64_t x, int64_t count, int64_t i) {
+      memcpy(address<bfloat16>(out_, n_, r.channel + r.rows - r.left, y, x), some + i * kCellColumns, count * 2);
+    });
+  }
+  __attribute__((noinline)) void scatter_block(int64_t channel, int64_t rows, int64_t cell) const {
+    for (int64_t c = 0; c < rows; c += VL)
+      for (int64_t k = 0; k < 2; k++) {
+        vf v[VL];
+        alignas(64) float pixels[VL * VL];
+        for (int64_t i = 0; i < VL; i++) v[i] = load(lines_ + (c + i) * kBlock + k * VL);
+        transpose(v);
+        for (int64_t i = 0; i < VL; i++) store(pixels + i * VL, v[i]);
+        for_rows_of(cell + k, [&](int64_t y, int64_t x, int64_t count, int64_t i) {
+          scatter(out_, n_, channel + c, y, x, count, pixels + i * kCellColumns * VL, VL);
+        });
+      }
+  }
+
+  const Constants constants_;
+  const int64_t scale_, shift_;
+  const View out_;
+  const Cells cells_;
+  const bool direct_, whole_;
+  const int64_t n_, y0_, y1_;
+  float* const lines_;  // [kBlock][kBlock], unless rows are stored where they belong
 };
 
 template <Act act>
-static void planes_product(const Stage& s, int64_t n, int64_t y0, int64_t pixels, const PlanesPlan& plan, const vu* panel,
-                           float* sums) {
-  const View flat = as_one_row(s.out);
-  const bool direct = s.out.sw == 1 && flat.h == 1;
-  const Constants& constants = s.pointwise.constants;
-  float* const lines = sums + 2 * plan.kSums;
-  const int64_t steps = plan.depth / kTileDepth, begin = y0 * s.out.w;
-  Pending p{};
-  auto finish_row = [&] {
-    const int64_t c = p.channel + p.row;
-    const vf bias = broadcast(constants.bias + c), scale = broadcast(constants.scale + c), shift = broadcast(constants.shift + c);
-    const float* from = p.sums + p.row * kBlock;
-    const vf low = activate<act, true>(load(from) + bias) * scale + shift;
-    const vf high = activate<act, true>(load(from + VL) + bias) * scale + shift;
-    if (direct) {
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-      bfloat16* to = address<bfloat16>(flat, n, c, 0, begin + p.pixel);
-      if (p.count == kBlock)
-        _mm512_storeu_si512(to, both);
-      else
-        _mm512_mask_storeu_epi16(to, (1u << p.count) - 1, both);
-    } else {
-      store(lines + p.row * kBlock, low);
-      store(lines + p.row * kBlock + VL, high);
-    }
-    p.row++;
-  };
-  auto scatter_block = [&] {
-    if (direct) return;
-    for (int64_t c = 0; c < p.rows; c += VL)
-      for (int64_t x = 0; x < p.count; x += VL) {
-        vf v[VL];
-        alignas(64) float pixel_lines[VL * VL];
-        for (int64_t i = 0; i < VL; i++) v[i] = load(lines + (c + i) * kBlock + x);
-        transpose(v);
-        for (int64_t i = 0; i < VL; i++) store(pixel_lines + i * VL, v[i]);
-        const int64_t m1 = least(p.count, x + VL);
-        for (int64_t m = x, count; m < m1; m += count) {
-          const int64_t pixel = begin + p.pixel + m;
-          count = least(m1 - m, flat.w - pixel % flat.w);
-          scatter(flat, n, p.channel + c, pixel / flat.w, pixel % flat.w, count, pixel_lines + (m - x) * VL, VL);
-        }
-      }
-  };
-  auto finish = [&] {
-    while (p.row < p.rows) finish_row();
-    if (p.rows) scatter_block();
-  };
-  const int64_t rows_a_step = ceil_div(kBlock, steps);
-  // what comes next is asked for in equal pieces
-  const int64_t channel_blocks = ceil_div(s.out.c, kBlock), calls = steps * plan.blocks;
-  const int64_t slab = kBlock * plan.depth * 2, lines_a_call = ceil_div(slab / 64, calls);
-  for (int64_t block = 0, turn = 0; block < channel_blocks; block++) {
-    const bfloat16* const weight = (const bfloat16*)s.pointwise.weight + block * kBlock * plan.depth;
-    const char* ahead = block + 1 < channel_blocks ? (const char*)weight + slab : (const char*)s.pointwise.next;
-    const Operand a{weight, kTileDepth * 2, kTile * kTileDepth * 2, kBlock * kTileDepth * 2};
-    for (int64_t m = 0; m < pixels; m += kBlock, turn ^= 1) {
-      const int64_t count = least(kBlock, pixels - m);
-      const Operand b{panel + m * plan.pairs / VL, kBlock * 4, kTile * 4, kTile * kBlock * 4};
+static void planes_product(const Stage& s, int64_t n, int64_t y0, const PlanesPlan& plan, const Panel& panel, float* sums) {
+  constexpr int64_t kStep = kBlock * kTileDepth * 2;  // bytes of either operand
+  const int64_t steps = plan.depth / kTileDepth, slab = steps * kStep, blocks = ceil_div(s.out.c, kBlock);
+  const int64_t rows_a_step = ceil_div(kBlock, steps), cells = plan.cells.count();
+  const int64_t lines_a_step = ceil_div(slab / 64, steps * plan.blocks);  // of the next weights, asked for meanwhile
+  const Finisher<act> finisher(s, plan.cells, n, y0, sums + 2 * plan.kSums);
+  typename Finisher<act>::Rows rest;
+  for (int64_t block = 0, turn = 0; block < blocks; block++) {
+    const char* const weight = (const char*)s.pointwise.weight + block * slab;
+    const char* ahead = block + 1 < blocks ? weight + slab : (const char*)s.pointwise.next;
+    const Operand a{weight, kTileDepth * 2, kTile * kTileDepth * 2, kStep};
+    for (int64_t cell = 0; cell < cells; cell += 2, turn ^= 1) {
+      const Operand b{(const char*)panel.data + cell / 2 * slab, kTile * 4, kTile * kTile * 4, kStep};
       float* const to = sums + turn * plan.kSums;
       auto work = [&](int64_t) __attribute__((always_inline)) {
-        for (int64_t i = 0; i < lines_a_call; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-        for (int64_t i = 0; i < rows_a_step && p.row < p.rows; i++) finish_row();
+        for (int64_t i = 0; i < lines_a_step; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+        for (int64_t i = 0; i < rows_a_step && rest.left; i++) finisher.row(rest);
       };
-      if (count > kTile)
+      if (cell + 1 < cells)
         tile_block<2, 2>(a, b, steps, to, kBlock * 4, kTile * 4, work);
       else
         tile_block<2, 1>(a, b, steps, to, kBlock * 4, kTile * 4, work);
-      finish();
-      p = {to, block * kBlock, m, count, 0, least(kBlock, s.out.c - block * kBlock)};
+      finisher.end(rest);
+      rest = finisher.begin(to, block * kBlock, least(kBlock, s.out.c - block * kBlock), cell);
     }
   }
-  finish();
+  finisher.end(rest);
 }
 
-// The patches of the rows [y0, y0 + rows), VL pixels at a time: rows of pairs, transposed
-static void fill_patches_panel(const Stage& s, int64_t n, int64_t y0, int64_t rows, const PlanesPlan& plan, vu* panel,
-                               bfloat16* some) {
-  const int64_t w = s.out.w, pixels = rows * w;
-  for (int64_t m = 0; m < pixels; m += VL) {
-    const int64_t count = least(VL, pixels - m);
-    for (int64_t i = 0; i < count; i++) {
+// The patches of the rows [y0, y0 + rows), a cell at a time: rows of pairs, transposed
+static void fill_patches_panel(const Stage& s, int64_t n, int64_t y0, int64_t rows, const PlanesPlan& plan,
+                               const Panel& panel, bfloat16* some) {
+  for (int64_t cell = 0; cell < plan.cells.count(); cell++) {
+    for (int64_t i = 0; i < VL; i++) {
+      const int64_t y = cell / plan.cells.columns * kCellRows + i / kCellColumns,
+                    x = cell % plan.cells.columns * kCellColumns + i % kCellColumns;
       bfloat16* const to = some + i * plan.depth;
-      const int64_t filled = copy_patch<bfloat16>(s.in, n, y0 + (m + i) / w, (m + i) % w, s.ph, s.pw, to);
+      const bool there = y < rows && x < s.out.w;
+      const int64_t filled = there ? copy_patch<bfloat16>(s.in, n, y0 + y, x, s.ph, s.pw, to) : 0;
       memset(to + filled, 0, (plan.depth - filled) * 2);
     }
     for (int64_t pair = 0; pair < plan.pairs; pair += VL) {
       vf v[VL];
       for (int64_t i = 0; i < VL; i++) v[i] = load((const float*)(some + i * plan.depth) + pair);
       transpose(v);
-      for (int64_t l = 0; l < VL; l++) put_words(panel, plan.pairs, pair + l, m, count, bits(v[l]));
+      for (int64_t l = 0; l < VL; l++) panel.at(pair + l, cell) = bits(v[l]);
     }
   }
 }
 
 static void planes_band(const Stage& s, int64_t n, int64_t y0, char* memory) {
-  const int64_t rows = least(s.rows, s.out.h - y0), w = s.out.w;
+  const int64_t rows = least(s.rows, s.out.h - y0);
   const PlanesPlan plan(s, rows);
-  vu* const panel = (vu*)memory;
-  char* const scratch = memory + round_up(plan.panel_words() * 4, 64);
+  const Panel panel{(vu*)memory, (uint64_t)plan.depth / kTileDepth};
+  char* const scratch = memory + plan.panel_bytes();
   float* const sums = (float*)(scratch + round_up(plan.scratch, 64));
   {
     const Timer timer(s.times ? &s.times->producer : nullptr);
@@ -488,73 +604,78 @@ static void planes_band(const Stage& s, int64_t n, int64_t y0, char* memory) {
       const Tiles tiles(depthwise.tile_rows);
       const Constants& k = s.depthwise.constants;
       with_activation(s.act, [&](auto a) {
-        constexpr Act act = decltype(a)::value;
-        depthwise.run(n, 0, s.in.c, scratch,
-                      [&](int64_t c, int64_t y, int64_t x, int64_t count, vf even, vf odd, vf even_skip, vf odd_skip)
-                          __attribute__((always_inline)) {
-          auto done = [&](vf v, int64_t i, vf skip) __attribute__((always_inline)) {
-            return activate<act, true>(v + broadcast(k.bias + i)) * broadcast(k.scale + i) + broadcast(k.shift + i) + skip;
+        depthwise.run(n, 0, s.in.c, scratch, [&](int64_t c) __attribute__((always_inline)) {
+          const bool two = c + 1 < s.in.c;
+          const ChannelConstants even(k, c), odd(k, two ? c + 1 : c);
+          const uint32_t there = two ? ~0u : 0xffff;
+          vu* const to = &panel.at(c / 2, 0);
+          const int64_t block = panel.steps * kBlock;  // vectors
+          return [=](int64_t cell, int64_t, int64_t, vf e, vf o, vf even_skip, vf odd_skip) __attribute__((always_inline)) {
+            const vf first = even.template finished<decltype(a)::value, true>(e) + even_skip,
+                     second = odd.template finished<decltype(a)::value, true>(o) + odd_skip;
+            to[cell / 2 * block + cell % 2 * kTile] = pack_pair(first, second) & there;
           };
-          const vf e = done(even, c, even_skip), o = c + 1 < s.in.c ? done(odd, c + 1, odd_skip) : vf{};
-          put_words(panel, plan.pairs, c / 2, (y - y0) * w + x, count, pack_pair(e, o));
         });
       });
-      for (int64_t block = 0; block < plan.blocks; block++) {
-        const int64_t used = ceil_div(s.in.c, 2);
-        memset((uint32_t*)panel + (block * plan.pairs + used) * kBlock, 0, (plan.pairs - used) * kBlock * 4);
-      }
+      for (int64_t pair = ceil_div(s.in.c, 2); pair < plan.pairs; pair++)
+        for (int64_t cell = 0; cell < plan.cells.count(); cell++) panel.at(pair, cell) = vu{};
     }
   }
   const Timer timer(s.times ? &s.times->product : nullptr);
   const Tiles tiles;
-  with_activation(s.act, [&](auto a) { planes_product<decltype(a)::value>(s, n, y0, rows * w, plan, panel, sums); });
+  with_activation(s.act, [&](auto a) { planes_product<decltype(a)::value>(s, n, y0, plan, panel, sums); });
 }
 
 static int64_t planes_bytes(const Stage& s) { return PlanesPlan(s, s.rows).bytes(); }
 
 // One block of VL channels of a depthwise layer by itself, rows [y0, y0 + s.rows)
 static int64_t tile_layer_bytes(const DepthwiseStage& s) {
-  const int64_t lines = s.out.sw == 1 ? 0 : 2 * VL * s.rows * s.out.w * 4;
-  return round_up(TileDepthwise(s.in, s.depthwise, 0, s.rows).bytes(), 64) + lines + 64;
+  return round_up(TileDepthwise(s.in, s.depthwise, 0, s.rows).bytes(), 64) + Cells(s.rows, s.out.w).count() * VL * VL * 4 + 64;
 }
 static void tile_layer(const DepthwiseStage& s, int64_t n, int64_t block, int64_t y0, char* memory) {
   const View& out = s.out;
-  const int64_t rows = least(s.rows, out.h - y0), w = out.w, pixels = rows * w, c0 = block * VL, c1 = least(c0 + VL, out.c);
+  const int64_t rows = least(s.rows, out.h - y0), c0 = block * VL, c1 = least(c0 + VL, out.c);
+  const Cells cells(rows, out.w);
   const TileDepthwise depthwise(s.in, s.depthwise, y0, rows);
-  float* const sums = (float*)(memory + round_up(depthwise.bytes(), 64));  // [VL][pixels], then a row [w][VL]
-  float* const line = sums + VL * s.rows * w;
+  float* const sums = (float*)(memory + round_up(depthwise.bytes(), 64));  // [cell][channel][VL], unless stored in place
   const Constants& k = s.depthwise.constants;
   const Tiles tiles(depthwise.tile_rows);
   with_activation(s.act, [&](auto a) {
-    constexpr Act act = decltype(a)::value;
-    depthwise.run(n, c0, c1, memory, [&](int64_t c, int64_t y, int64_t x, int64_t count, vf even, vf odd, vf even_skip, vf odd_skip)
-                                         __attribute__((always_inline)) {
-      auto one = [&](int64_t i, vf v, vf skip) __attribute__((always_inline)) {
-        if (i >= c1) return;
-        const vf done =
-            activate<act>(v + broadcast(k.bias + i)) * broadcast(k.scale + i) + broadcast(k.shift + i) + skip;
-        if (out.sw == 1) {
-          bfloat16* const to = address<bfloat16>(out, n, i, y, x);
-          _mm256_mask_storeu_epi16(to, (1u << count) - 1, (__m256i)narrow_bf16(done));
-        } else {
-          _mm512_mask_storeu_ps(sums + (i - c0) * pixels + (y - y0) * w + x, (1u << count) - 1, (__m512)done);
+    depthwise.run(n, c0, c1, memory, [&](int64_t c) __attribute__((always_inline)) {
+      const bool two = c + 1 < c1, direct = out.sw == 1;
+      const ChannelConstants even(k, c), odd(k, two ? c + 1 : c);
+      bfloat16* const to = address<bfloat16>(out, n, c, y0, 0);
+      float* const some = sums + (c - c0) * VL;
+      const int64_t plane = out.sc, row = out.sh, w = out.w;
+      return [=](int64_t cell, int64_t i, int64_t j, vf e, vf o, vf even_skip, vf odd_skip) __attribute__((always_inline)) {
+        const vf both[2] = {even.template finished<decltype(a)::value, false>(e) + even_skip,
+                            odd.template finished<decltype(a)::value, false>(o) + odd_skip};
+        for (int64_t q = 0; q < 1 + two; q++) {
+          if (!direct) {
+            store(some + (cell * VL + q) * VL, both[q]);
+            continue;
+          }
+          const __m256i narrow = (__m256i)narrow_bf16(both[q]);
+          const __mmask8 mask = (1u << least(kCellColumns, w - j * kCellColumns)) - 1;
+          bfloat16* const at = to + q * plane + i * kCellRows * row + j * kCellColumns;
+          _mm_mask_storeu_epi16(at, mask, _mm256_castsi256_si128(narrow));
+          if (i * kCellRows + 1 < rows) _mm_mask_storeu_epi16(at + row, mask, _mm256_extracti128_si256(narrow, 1));
         }
       };
-      one(c, even, even_skip);
-      one(c + 1, odd, odd_skip);
     });
   });
   if (out.sw == 1) return;
-  for (int64_t r = 0; r < rows; r++) {
-    for (int64_t x = 0; x < w; x += VL) {
-      vf v[VL] = {};
-      const __mmask16 mask = (1u << least(VL, w - x)) - 1;
-      for (int64_t l = 0; l < c1 - c0; l++) v[l] = (vf)_mm512_maskz_loadu_ps(mask, sums + l * pixels + r * w + x);
+  for (int64_t i = 0; i < cells.rows; i++)
+    for (int64_t j = 0; j < cells.columns; j++) {
+      float* const cell = sums + (i * cells.columns + j) * VL * VL;
+      vf v[VL];
+      for (int64_t l = 0; l < VL; l++) v[l] = l < c1 - c0 ? load(cell + l * VL) : vf{};
       transpose(v);
-      for (int64_t i = 0; i < least(VL, w - x); i++) store(line + (x + i) * VL, v[i]);
+      for (int64_t l = 0; l < VL; l++) store(cell + l * VL, v[l]);
+      for (int64_t r = 0; r < kCellRows && i * kCellRows + r < rows; r++)
+        scatter(out, n, c0, y0 + i * kCellRows + r, j * kCellColumns, least(kCellColumns, out.w - j * kCellColumns),
+                cell + r * kCellColumns * VL, VL);
     }
-    scatter(out, n, c0, y0 + r, 0, w, line, VL);
-  }
 }
 #else
 static int64_t planes_bytes(const Stage&) { return 0; }

@@ -56,12 +56,17 @@ CMX_INLINE void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(S), "i"(A), "i"(B));
 }
 
+// Where nothing else multiplies tiles for 0.15 us: the unit falls asleep then, and the next product takes 0.4 us more
+// (Emerald Rapids). Spoils tile 3.
+CMX_INLINE void tile_keep_awake() { tile_dot<3, 4, 6>(); }
+
 // M x N tiles of sums, bytes to the next row and to the next tile beside it; those below lie kTile rows further.
-// work(step) is called between the instructions, for vectors to have something to do meanwhile.
+// work(step) is called between the instructions, for vectors to have something to do.
 template <int M, int N, class Work>
 CMX_INLINE void tile_block(const Operand& a, const Operand& b, int64_t steps, float* out, int64_t row, int64_t beside,
                            Work work) {
   const char *pa = (const char*)a.data, *pb = (const char*)b.data;
+  const int64_t below = kTile * row;
   tile_zero<0>();
   if (N == 2) tile_zero<1>();
   if (M == 2) tile_zero<2>();
@@ -81,7 +86,6 @@ CMX_INLINE void tile_block(const Operand& a, const Operand& b, int64_t steps, fl
     if (M == 2 && N == 2) tile_dot<3, 5, 7>();
     work(i);
   }
-  const int64_t below = kTile * row;
   tile_store<0>((char*)out, row);
   if (N == 2) tile_store<1>((char*)out + beside, row);
   if (M == 2) tile_store<2>((char*)out + below, row);

@@ -10,7 +10,8 @@
 
 #include "params.h"
 
-#define CMX_INLINE static inline __attribute__((always_inline))
+#define CMX_ALWAYS_INLINE inline __attribute__((always_inline))
+#define CMX_INLINE static CMX_ALWAYS_INLINE
 
 namespace cmx::CMX_ISA {
 
