@@ -82,7 +82,7 @@ void run_stage(Stage& s) {
     most_rows = l2_bytes() * 3 / 4 / (pixel * s.out.w);
     if (most_rows > 16) most_rows -= most_rows % 16;
   }
-  s.rows = band_rows(s.out.n, s.out.h, most_rows);
+  s.rows = round_up(band_rows(s.out.n, s.out.h, most_rows), planes ? k.band_step(s.in.dtype) : 1);
   if (s.pointwise.form == Form::strassen && s.out.w % 2) s.rows = round_up(s.rows, 2);  // bands begin with a whole pair
   s.part = std::max<int64_t>(64, l2_bytes() * 3 / 4 / pixel / 16 * 16);
   s.times = stage_times(s.producer);
@@ -189,7 +189,8 @@ Tensor depthwise_layer(const View& in, Tensor y, const Depthwise& depthwise, Act
   const CpuKernels& k = cpu_kernels();
   const int64_t blocks = ceil_div(in.c, k.lanes);
   DepthwiseStage s{in, view_of(y, "y"), depthwise, act, 0};
-  s.rows = band_rows(in.n * blocks, in.h, l2_bytes() / 4 / (in.w * k.lanes * 4) + depthwise.kh);
+  s.rows = round_up(band_rows(in.n * blocks, in.h, l2_bytes() / 4 / (in.w * k.lanes * 4) + depthwise.kh),
+                    k.band_step(in.dtype));
   const int64_t bands = ceil_div(in.h, s.rows);
   run(in.n * blocks * bands, k.depthwise_scratch_bytes(s), [&](int64_t task, char* scratch) {
     k.depthwise_band(s, task / bands / blocks, task / bands % blocks, task % bands * s.rows, scratch);
@@ -403,9 +404,7 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
     for (size_t i = 0; i < stages.size(); i++) {
       Stage& s = stages[i];
       s.in = from;
-      s.out = i + 1 < stages.size() || want_pool
-                  ? between(memory.data() + i % 2 * size, count)
-                  : images(out, n, count);
+      s.out = i + 1 < stages.size() || want_pool ? between(memory.data() + i % 2 * size, count) : images(out, n, count);
       s.act = act;
       run_stage(s);
       from = s.out;

@@ -250,7 +250,8 @@ std::tuple<Tensor, Tensor> product_train(const Tensor& x, const Input& in, const
   const Tensor packed = packed_pointwise(weight_view(dense_weight, 1, in.params.channels, "weight"));
   const std::vector<float> b = padded_vector(bias, "bias", c);
   const Pixels flat(a, "a");
-  const int64_t chunk = chunk_pixels(flat.view.dtype, std::max(c, in.params.channels), pixels), chunks = ceil_div(pixels, chunk);
+  const int64_t chunk = chunk_pixels(flat.view.dtype, std::max(c, in.params.channels), pixels),
+                chunks = ceil_div(pixels, chunk);
   const Tensor pieces = kept_floats(n * chunks * blocks * kMomentPieces * lanes);
   const ProductTrain s{in.params, flat.view, act_of(act), packed.const_data_ptr(), b.data(), chunk, data(pieces)};
   run(n * chunks, k.product_scratch_bytes(s.a.dtype, chunk, in.params.channels, c),

@@ -14,6 +14,7 @@ struct CpuKernels {
   int64_t tile_channels;  // output channels of a packed panel of pointwise weights
   bool bf16_products;     // bfloat16 activations are multiplied as bfloat16 pairs
   bool (*pairs_depthwise)(Dtype, int64_t kw);
+  int64_t (*band_step)(Dtype);  // bands of a depthwise convolution begin at multiples of it: sums do not depend on them
 
   // packing: one task per panel of tile_channels, or per block of lanes channels; sizes in bytes
   int64_t (*packed_depthwise_bytes)(Dtype, int64_t c, int64_t kh, int64_t kw);

@@ -145,7 +145,7 @@ def stacks(refused: Calls, either: Calls) -> None:
             add(f"tensor {i}, {part}, misaligned", either, packed=[*tensors[:i], _shifted(t), *tensors[i + 1 :]])
         for channels in (-1, 0, 1, 18, 20, 48, 2**31, 2**40, 2**62):
             add(f"{channels} channels", either if channels in (18, 20) else refused, channels=channels)
-        for patch in ([2], [2, 2, 2], [0, 2], [2, 0], [-2, 2], [3, 2], [2**31, 2**31], [2**62, 4]):
+        for patch in ([2], [2, 2, 2], [0, 2], [2, 0], [-2, 2], [4, 3], [2**31, 2**31], [2**62, 4]):
             add(f"patch {patch}", patch=patch)
         add("no patch for a stem", patch=[])
         head = {"pool": True, "head": _zeros(7, 19, dtype=dtype), "head_bias": _zeros(7, dtype=dtype)}
@@ -167,7 +167,7 @@ def stacks(refused: Calls, either: Calls) -> None:
             add(f"act {act!r}", act=act)
         for rank in (0, 1, 2, 3, 5):
             add(f"x of rank {rank}", x=_zeros(*[3] * rank, dtype=dtype))
-        add("more channels in x", x=torch.cat([x, x], 1))
+        add("more channels in x", x=torch.cat([x] * 4, 1))
         add("fewer channels in x", either, x=x[:, :1])
         add("x smaller than a patch", x=x[..., :1])
         add("x of integers", x=x.int())

@@ -272,6 +272,7 @@ const CpuKernels& kernels() {
       NR * VL,
       kBf16Products,
       [](Dtype d, int64_t kw) { return pairs_depthwise(d, kw); },
+      [](Dtype d) { return tiles_multiply(d) ? kCellRows : 1; },
       depthwise_weight_bytes,
       packed_pointwise_bytes,
       pack_depthwise_weight,

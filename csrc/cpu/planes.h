@@ -1,61 +1,24 @@
-// Stages of a stack in bfloat16 where there are tiles: activations are planes, whose rows both halves multiply as they lie.
+// Stages of a stack in bfloat16 where there are tiles: activations are planes, which both halves multiply as they lie.
 //
-//     depthwise   sums[row][column] += window[row + t][.] x band[t]       window: input columns around 16 output columns
-//                                                                         band: Toeplitz matrix of the filter's row t
-//     product     out[channel][pixel] = weight[channel][.] x panel[.][pixel]
+//     out[channel][pixel] = weight[channel][.] x panel[.][pixel]
 //
-// Between them lies the panel in tiles, [kBlock pixels][channel / 32][pixel / kTile][channel / 2][pixel][2].
+// The depthwise half leaves its cells in the panel, [two cells][channel / 32][cell % 2][channel / 2][pixel][channel % 2], in
+// which a tile is 1 KB without a gap.
 #pragma once
 
-#include <vector>
-
-#include "depthwise.h"
-#include "product.h"
+#include "tile_depthwise.h"
 #include "timer.h"
 
 namespace cmx::CMX_ISA {
 
-constexpr int64_t kBlock = 2 * kTile;  // pixels of a block of the panel; output channels of a panel of weights
-
-// ---- depthwise
-
-// Sums come in cells of 2 rows by 8 columns, a row of a tile each. A window holds the input rows of a cell, from before(kw)
-// columns before it on; a band is what one tile's depth of them is multiplied with.
-constexpr int64_t kCellRows = 2, kCellColumns = 8;
-
-// A filter's row is packed as the pairs (w[j], w[j + 1]), j from kw - 1 down to -1, and zeros: [channel][kh][words].
-struct Bands {
-  int64_t words;   // of a packed row
-  int64_t window;  // columns: 16, 32 or 64
-  int64_t parts;   // of the windows of two rows, a tile's depth each
-  int64_t steps;   // tiles in depth
-  Bands(int64_t kh, int64_t kw)
-      : words(words_of(kw)),
-        window(kw <= 9 ? 16 : kw <= 25 ? 32 : 64),
-        parts(kCellRows * window / kTileDepth),
-        steps(ceil_div((kh + 1) * window, kTileDepth)) {}
-  static int64_t words_of(int64_t kw) { return kw < VL - 1 ? VL : 2 * VL; }
-};
-
-CMX_INLINE bool tiles_multiply(Dtype d) { return kTiles && d == Dtype::bfloat16; }
-
-static int64_t packed_bands_bytes(int64_t c, int64_t kh, int64_t kw) { return c * kh * Bands::words_of(kw) * 4; }
-
-// weight [1, c, kh, kw], VL channels of it
-static void pack_bands(const View& weight, int64_t block, void* out) {
-  const int64_t kw = weight.w, words = Bands::words_of(kw);
-  for (int64_t c = block * VL; c < least(weight.c, (block + 1) * VL); c++)
-    for (int64_t t = 0; t < weight.h; t++) {
-      uint16_t* to = (uint16_t*)out + (c * weight.h + t) * words * 2;
-      auto tap = [&](int64_t j) { return j >= 0 && j < kw ? address<const bfloat16>(weight, 0, c, t, j)->bits : 0; };
-      for (int64_t i = 0; i < words; i++, to += 2) to[0] = tap(kw - 1 - i), to[1] = tap(kw - i);
-    }
-}
+constexpr int64_t kBlock = 2 * kTile;  // pixels of two cells; output channels of a panel of weights
 
 CMX_INLINE int64_t tile_depth(int64_t c) { return round_up(c, kTileDepth); }
 
 // weight [1, c_out, 1, c_in] -> [block of kBlock channels][c_in / 32][kBlock][32], zeros behind either
-static int64_t packed_planes_bytes(int64_t c_out, int64_t c_in) { return round_up(c_out, kBlock) * tile_depth(c_in) * 2; }
+static int64_t packed_planes_bytes(int64_t c_out, int64_t c_in) {
+  return round_up(c_out, kBlock) * tile_depth(c_in) * 2;
+}
 static void pack_planes(const View& weight, int64_t block, void* out) {
   const int64_t c = weight.w, depth = tile_depth(c), first = block * kBlock;
   bfloat16* const to = (bfloat16*)out + first * depth;
@@ -68,354 +31,6 @@ static void pack_planes(const View& weight, int64_t block, void* out) {
 }
 
 #if defined(__AMX_BF16__)
-// Makes the bands of a channel: row p of a band, lane (r, n) has the pair of taps (dy, dx), (dy, dx + 1) that take the
-// window's columns q, q + 1 of input row d to column n of the cell's row r: dy = d - r, dx = q - n.
-class BandMaker {
- public:
-  BandMaker(int64_t kh, int64_t kw) : bands(kh, kw), kh_(kh) {
-    const bool narrow = bands.words == VL;
-    for (int64_t i = 0; i < bands.window / 2; i++) {
-      there_[i] = 0;
-      for (int64_t lane = 0; lane < VL; lane++) {
-        const int64_t n = lane % kCellColumns, r = lane / kCellColumns, word = kw - 1 - 2 * i + n;
-        const bool there = word >= 0 && word <= kw;
-        there_[i] |= there << lane;
-        index_[i][lane] = (there ? word : bands.words - 1) + (narrow ? r * VL : 0);
-      }
-    }
-  }
-  void make(const vu* packed, vu* to) const {
-    const int64_t rows_a_step = most(1, kTileDepth / bands.window), halves = most(1, bands.window / kTileDepth);
-    for (int64_t step = 0; step < bands.steps; step++)
-      for (int64_t i = 0; i < rows_a_step; i++) {
-        tile_keep_awake();
-        const int64_t d = step / halves * rows_a_step + i, first = step % halves * kTile, count = kTile / rows_a_step;
-        if (bands.words == VL) {
-          const __m512i even = row(packed, d), odd = row(packed, d - 1);  // the last word of either is zero
-#pragma GCC unroll 8
-          for (int64_t p = 0; p < count; p++, to++)
-            *to = (vu)_mm512_permutex2var_epi32(even, (__m512i)index_[first + p], odd);
-          continue;
-        }
-        for (int64_t p = first; p < first + count; p++, to++) {
-          const __mmask16 there = there_[p], lower = there & 0xff, upper = there & 0xff00;
-          const __m512i at = (__m512i)index_[p];
-          *to = (vu)_mm512_or_si512(_mm512_maskz_permutex2var_epi32(lower, row(packed, d, 0), at, row(packed, d, 1)),
-                                    _mm512_maskz_permutex2var_epi32(upper, row(packed, d - 1, 0), at, row(packed, d - 1, 1)));
-        }
-      }
-  }
-  const Bands bands;
-
- private:
-  __m512i row(const vu* packed, int64_t t, int64_t half = 0) const {
-    return t >= 0 && t < kh_ ? (__m512i)packed[t * bands.words / VL + half] : _mm512_setzero_si512();
-  }
-  const int64_t kh_;
-  alignas(64) vu index_[kTileDepth];
-  __mmask16 there_[kTileDepth];
-};
-
-// Sums of four tiles at once, whose chains of dependent products hide one another. shared: two and two have one band.
-// Step i takes the windows at(i) bytes further.
-template <int J, bool shared, class At>
-CMX_INLINE void band_sums(const char* const (&a)[4], const char* const (&b)[4], int64_t steps, float* const (&out)[4],
-                          At at) {
-  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  for (int64_t i = 0; i < steps; i++) {
-    const int64_t step = at(i), band = i * kTile * kTile * 4;
-    tile_load<6>(b[0] + band, 64);
-    tile_load<4>(a[0] + step, 64);
-    tile_dot<0, 4, 6>();
-    if (J == 1) continue;
-    tile_load<5>(a[1] + step, 64);
-    if (shared) {
-      tile_dot<1, 5, 6>();
-    } else {
-      tile_load<7>(b[1] + band, 64);
-      tile_dot<1, 5, 7>();
-    }
-    if (J == 2) continue;
-    constexpr int second = shared ? 7 : 6;
-    tile_load<second>(b[2] + band, 64);
-    tile_load<4>(a[2] + step, 64);
-    tile_dot<2, 4, second>();
-    tile_load<5>(a[3] + step, 64);
-    if (!shared) tile_load<7>(b[3] + band, 64);
-    tile_dot<3, 5, 7>();
-  }
-  tile_store<0>(out[0], 64);
-  if (J > 1) tile_store<1>(out[1], 64);
-  if (J > 2) tile_store<2>(out[2], 64), tile_store<3>(out[3], 64);
-}
-
-// What follows a convolution in one channel, in all lanes
-struct ChannelConstants {
-  vf bias, scale, shift;
-  ChannelConstants(const Constants& k, int64_t c)
-      : bias(broadcast(k.bias + c)), scale(broadcast(k.scale + c)), shift(broadcast(k.shift + c)) {}
-  template <Act act, bool near>
-  CMX_ALWAYS_INLINE vf finished(vf sum) const {
-    return activate<act, near>(sum + bias) * scale + shift;
-  }
-};
-
-// Rows [y0, y0 + rows) of one image, in cells [row of cells][column of cells]
-struct Cells {
-  int64_t rows, columns;
-  Cells(int64_t rows, int64_t w) : rows(ceil_div(rows, kCellRows)), columns(ceil_div(w, kCellColumns)) {}
-  int64_t count() const { return rows * columns; }
-};
-
-// Depthwise sums of a few channels at a time
-class TileDepthwise {
- public:
-  TileDepthwise(const View& in, const Depthwise& d, int64_t y0, int64_t rows)
-      : in_(in),
-        d_(d),
-        top_(y0 - before(d.kh)),
-        cells_(rows, in.w),
-        groups_(cells_.rows + d.kh / 2),
-        tile_rows(least(cells_.count(), kTile)),
-        tiles_(ceil_div(cells_.count(), kTile)),
-        group_(tiles_ == 1 ? 4 : 2),
-        maker_(d.kh, d.kw) {}
-
-  int64_t bytes() const {
-    const int64_t gathered = in_place() ? 0 : VL * in_rows() * in_.w * 2 + most(in_.w, VL) * VL * 4;
-    return group_ * (window_bytes() + band_bytes() + round_up(cells_.count(), kTile) * VL * 4) + gathered + 128;
-  }
-
-  // begin(c) gives put(cell, i, j, even, odd, even_skip, odd_skip), which gets the sums of channels c and c + 1 in the cell
-  // (i, j), and the input there, [2][8]. It holds what it needs: nothing behind a pointer stays in a register.
-  template <class Begin>
-  void run(int64_t n, int64_t c_begin, int64_t c_end, char* memory, Begin begin) const {
-    const Pieces m(*this, memory);
-    for (int64_t c0 = c_begin; c0 < c_end; c0 += group_) {
-      if (!in_place() && (c0 - c_begin) % VL == 0) gather_planes(n, c0, m);
-      for (int64_t g = 0; g < group_; g++) prepare(n, least(c0 + g, c_end - 1), c_begin, g, m);
-      multiply(m);
-      for (int64_t g = 0; g < group_ && c0 + g < c_end; g += 2) {
-        if (finish(c0 + g, g, m, begin)) continue;
-        for (int64_t i = 0; i < 2; i++) separate(least(c0 + g + i, c_end - 1), g + i, m);
-        finish(c0 + g, g, m, begin);
-      }
-    }
-  }
-
- private:
-  struct Pieces {
-    char *windows, *bands;  // of a channel: [part][row group][column of cells][kTileDepth]; [step][kTile][kTile] pairs
-    float* sums;            // [channel][cell][VL]
-    float* some;
-    bfloat16* planes;  // [VL][in_rows][w], and room for what is not read
-    Pieces(const TileDepthwise& t, char* memory)
-        : windows(memory),
-          bands(windows + t.group_ * t.window_bytes()),
-          sums((float*)(bands + t.group_ * t.band_bytes())),
-          some(sums + t.group_ * round_up(t.cells_.count(), kTile) * VL),
-          planes((bfloat16*)(some + (t.in_place() ? 0 : most(t.in_.w, VL) * VL))) {}
-  };
-  bool in_place() const { return in_.sw == 1 && !in_.blocked; }
-  int64_t in_rows() const { return kCellRows * groups_; }
-  int64_t part_bytes() const { return groups_ * cells_.columns * kTileDepth * 2; }
-  int64_t window_bytes() const { return maker_.bands.parts * part_bytes(); }
-  int64_t band_bytes() const { return maker_.bands.steps * kTile * kTile * 4; }
-  float* sums(const Pieces& m, int64_t g) const { return m.sums + g * round_up(cells_.count(), kTile) * VL; }
-  int64_t first_cell(int64_t tile) const { return least(tile * kTile, cells_.count() - tile_rows); }
-
-  // Planes of VL channels out of anything
-  void gather_planes(int64_t n, int64_t c0, const Pieces& m) const {
-    for (int64_t r = 0; r < in_rows(); r++) {
-      const int64_t y = top_ + r;
-      if (y < 0 || y >= in_.h) continue;
-      gather(in_, n, c0, y, 0, in_.w, m.some, VL);
-      for (int64_t x = 0; x < in_.w; x += VL) {
-        vf v[VL];
-        for (int64_t i = 0; i < VL; i++) v[i] = load(m.some + least(x + i, in_.w - 1) * VL);
-        transpose(v);
-        const __mmask16 mask = (1u << least(VL, in_.w - x)) - 1;
-        for (int64_t l = 0; l < VL; l++)
-          _mm256_mask_storeu_epi16(m.planes + (l * in_rows() + r) * in_.w + x, mask, (__m256i)narrow_bf16(v[l]));
-      }
-    }
-  }
-
-  // Windows and bands of channel c
-  void prepare(int64_t n, int64_t c, int64_t gathered, int64_t g, const Pieces& m) const {
-    const bool direct = in_place();
-    const int64_t row = direct ? in_.sh : in_.w;
-    const bfloat16* const plane = direct ? address<const bfloat16>(in_, n, c, 0, 0)
-                                         : m.planes + (c - gathered) % VL * in_rows() * in_.w - top_ * in_.w;
-    fill_windows(plane, row, m.windows + g * window_bytes(), direct ? group_ * in_.sc : 0);
-    const int64_t words = maker_.bands.words / VL;
-    maker_.make((const vu*)d_.weight + c * d_.kh * words, (vu*)(m.bands + g * band_bytes()));
-  }
-  // Windows of a plane; `ahead`, elements further, lies the one whose come next. Stores are whole rows of tiles: a tile that
-  // meets two stores in a row waits for both.
-  __attribute__((noinline)) void fill_windows(const bfloat16* plane, int64_t row, char* windows, int64_t ahead) const {
-    const int64_t window = maker_.bands.window, part = part_bytes(), columns = cells_.columns, top = top_, h = in_.h;
-    for (int64_t group = 0; group < groups_; group++) {
-      const int64_t y = top + kCellRows * group;
-      for (int64_t x = 0; x < in_.w; x += kTileDepth) {
-        __builtin_prefetch(plane + y * row + x + ahead);
-        __builtin_prefetch(plane + (y + 1) * row + x + ahead);
-      }
-    }
-    for (int64_t j = 0, x = -before(d_.kw); j < columns; j++, x += kCellColumns) {
-      char* to = windows + j * kTileDepth * 2;
-      tile_keep_awake();
-      if (window == kTile) {
-        const __mmask16 mask = inside(x, kTile);
-        const bfloat16* from = plane + top * row + x;
-        for (int64_t y = top; y < top + in_rows(); y += kCellRows, from += kCellRows * row, to += columns * kTileDepth * 2) {
-          const __mmask16 upper = y >= 0 && y < h ? mask : 0, lower = y + 1 >= 0 && y + 1 < h ? mask : 0;
-          const __m256i first = _mm256_maskz_loadu_epi16(upper, from), second = _mm256_maskz_loadu_epi16(lower, from + row);
-          _mm512_store_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
-        }
-        continue;
-      }
-      for (int64_t y = top; y < top + in_rows(); y++)
-        for (int64_t at = 0; at < window; at += kTileDepth) {
-          const __mmask32 mask = y >= 0 && y < h ? inside(x + at, kTileDepth) : 0;
-          const int64_t r = y - top, of = (r % kCellRows * window + at) / kTileDepth;
-          _mm512_store_si512(to + of * part + r / kCellRows * columns * kTileDepth * 2,
-                             _mm512_maskz_loadu_epi16(mask, plane + y * row + x + at));
-        }
-    }
-  }
-  // Columns x .. x + count that lie in the image
-  uint32_t inside(int64_t x, int64_t count) const {
-    const int64_t lo = most(0, -x), hi = least(count, in_.w - x);
-    return hi <= lo ? 0 : (uint32_t)(((uint64_t)1 << hi) - ((uint64_t)1 << lo));
-  }
-
-  void multiply(const Pieces& m) const {
-    const char *a[4], *b[4];
-    float* to[4];
-    auto job = [&](int j, int64_t i, int64_t tile) {
-      a[j] = m.windows + i * window_bytes() + first_cell(tile) * kTileDepth * 2;
-      b[j] = m.bands + i * band_bytes();
-      to[j] = sums(m, i) + first_cell(tile) * VL;
-    };
-    if (group_ == 4) {
-      for (int j = 0; j < 4; j++) job(j, j, 0);
-      return sums_of<4, false>(a, b, to);
-    }
-    int64_t tile = 0;
-    for (; tile + 1 < tiles_; tile += 2) {
-      for (int j = 0; j < 4; j++) job(j, j / 2, tile + j % 2);
-      sums_of<4, true>(a, b, to);
-    }
-    if (tile == tiles_) return;
-    for (int j = 0; j < 2; j++) job(j, j, tile);
-    sums_of<2, false>(a, b, to);
-  }
-  template <int J, bool shared>
-  __attribute__((noinline)) void sums_of(const char* const (&a)[4], const char* const (&b)[4], float* const (&to)[4]) const {
-    const int64_t row = cells_.columns * kTileDepth * 2, parts = maker_.bands.parts, part = part_bytes();
-    int64_t next = 0, of_part = 0, group = 0;
-    band_sums<J, shared>(a, b, maker_.bands.steps, to, [&](int64_t) {
-      const int64_t at = next;
-      if (++of_part == parts) of_part = 0, group += row;
-      next = group + of_part * part;
-      return at;
-    });
-  }
-
-  // Whether all sums of channels g and g + 1 are finite. put(cell, i, j, even, odd, even_skip, odd_skip)
-  template <bool residual, class Put>
-  bool finish_pair(int64_t g, const Pieces& m, Put put) const {
-    const int64_t rows = cells_.rows, columns = cells_.columns, other = window_bytes();
-    const float *even = sums(m, g), *odd = sums(m, g + 1);
-    const char *upper = under(m, g, 0), *lower = under(m, g, 1);
-    vf zero{};
-    for (int64_t i = 0, cell = 0; i < rows; i++)
-      for (int64_t j = 0; j < columns; j++, cell++, even += VL, odd += VL, upper += kTileDepth * 2, lower += kTileDepth * 2) {
-        const vf e = load(even), o = load(odd);
-        zero += vf{} * e;
-        zero += vf{} * o;
-        put(cell, i, j, e, o, residual ? both(upper, lower) : vf{}, residual ? both(upper + other, lower + other) : vf{});
-      }
-    return _mm512_cmp_ps_mask((__m512)zero, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
-  }
-  template <class Begin>
-  bool finish(int64_t c, int64_t g, const Pieces& m, Begin begin) const {
-    return d_.residual ? finish_pair<true>(g, m, begin(c)) : finish_pair<false>(g, m, begin(c));
-  }
-  // The input under row r of the first cell; that under cell i lies i rows of a tile further
-  const char* under(const Pieces& m, int64_t g, int64_t r) const {
-    return element(m.windows + g * window_bytes(), before(d_.kh) + r, 0, before(d_.kw), maker_.bands.window);
-  }
-  CMX_ALWAYS_INLINE static vf both(const char* upper, const char* lower) {
-    const __m128i first = _mm_loadu_si128((const __m128i_u*)upper), second = _mm_loadu_si128((const __m128i_u*)lower);
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_set_m128i(second, first)), 16);
-  }
-  // Column q of the window of cells in column j, input row y
-  CMX_ALWAYS_INLINE const char* element(const char* windows, int64_t y, int64_t j, int64_t q, int64_t window) const {
-    const int64_t linear = y % kCellRows * window + q;
-    return windows + linear / kTileDepth * part_bytes() +
-           ((y / kCellRows * cells_.columns + j) * kTileDepth + linear % kTileDepth) * 2;
-  }
-
-  // Sums of channel c again without what is not finite, which a band's zeros spread over the cells; then its products
-  // with the taps.
-  __attribute__((noinline)) void separate(int64_t c, int64_t g, const Pieces& m) const {
-    struct Spot {
-      bfloat16 *at, value;
-      int64_t y, j, q;
-    };
-    std::vector<Spot> spots;
-    char* const windows = m.windows + g * window_bytes();
-    const int64_t window = maker_.bands.window, words = maker_.bands.words;
-    for (int64_t y = 0; y < in_rows(); y++)
-      for (int64_t j = 0; j < cells_.columns; j++)
-        for (int64_t q = 0; q < window; q++) {
-          bfloat16* const at = (bfloat16*)element(windows, y, j, q, window);
-          if ((at->bits & 0x7f80) != 0x7f80) continue;
-          spots.push_back({at, *at, y, j, q});
-          at->bits = 0;
-        }
-    if (spots.empty()) return;
-    for (int64_t tile = 0; tile < tiles_; tile++) {
-      const char *const a = windows + first_cell(tile) * kTileDepth * 2, *const b = m.bands + g * band_bytes();
-      float* const to = sums(m, g) + first_cell(tile) * VL;
-      sums_of<1, false>({a, a, a, a}, {b, b, b, b}, {to, to, to, to});
-    }
-    for (const Spot& s : spots) {
-      for (int64_t i = 0; i < cells_.rows; i++)
-        for (int64_t lane = 0; lane < VL; lane++) {
-          const int64_t dy = s.y - kCellRows * i - lane / kCellColumns, dx = s.q - lane % kCellColumns;
-          if (dy < 0 || dy >= d_.kh || dx < 0 || dx >= d_.kw) continue;
-          const uint32_t pair = ((const uint32_t*)d_.weight)[(c * d_.kh + dy) * words + d_.kw - 1 - dx];
-          sums(m, g)[(i * cells_.columns + s.j) * VL + lane] += widen(s.value) * widen({(uint16_t)pair});
-        }
-    }
-    for (const Spot& s : spots) *s.at = s.value;
-  }
-  static float widen(bfloat16 x) {
-    const uint32_t word = (uint32_t)x.bits << 16;
-    float f;
-    memcpy(&f, &word, 4);
-    return f;
-  }
-
-  const View in_;
-  const Depthwise& d_;
-  const int64_t top_;
-  const Cells cells_;
-  const int64_t groups_;  // of two input rows
-
- public:
-  const int64_t tile_rows;  // cells of a tile
-
- private:
-  const int64_t tiles_, group_;  // of a channel; channels of a group
-  const BandMaker maker_;
-};
-
-// ---- product
-
 // Pairs of channels of cells
 struct Panel {
   vu* data;
@@ -468,13 +83,20 @@ class Finisher {
   // `rows` channels from `channel` on, of the cells `cell` and `cell` + 1
   Rows begin(const float* sums, int64_t channel, int64_t rows, int64_t cell) const {
     const int64_t y = y0_ + cell / cells_.columns * kCellRows, x = cell % cells_.columns * kCellColumns;
-    Rows r{sums, direct_ ? address<bfloat16>(out_, n_, channel, y, x) : nullptr, constants_.bias + channel, out_.sh, rows,
-           channel, rows, cell};
+    Rows r{sums,
+           direct_ ? address<bfloat16>(out_, n_, channel, y, x) : nullptr,
+           constants_.bias + channel,
+           out_.sh,
+           rows,
+           channel,
+           rows,
+           cell};
     if (y + 1 == y1_) r.below = 0;  // the last row of an odd number: written first, and then by what belongs there
     return r;
   }
   CMX_ALWAYS_INLINE void row(Rows& r) const {
-    const vf bias = broadcast(r.constants), scale = broadcast(r.constants + scale_), shift = broadcast(r.constants + shift_);
+    const vf bias = broadcast(r.constants), scale = broadcast(r.constants + scale_),
+             shift = broadcast(r.constants + shift_);
     const vf first = activate<act, true>(load(r.from) + bias) * scale + shift;
     const vf second = activate<act, true>(load(r.from + VL) + bias) * scale + shift;
     if (whole_) {  // the cells lie side by side: first halves are the upper row
@@ -539,7 +161,8 @@ class Finisher {
 };
 
 template <Act act>
-static void planes_product(const Stage& s, int64_t n, int64_t y0, const PlanesPlan& plan, const Panel& panel, float* sums) {
+static void planes_product(const Stage& s, int64_t n, int64_t y0, const PlanesPlan& plan, const Panel& panel,
+                           float* sums) {
   constexpr int64_t kStep = kBlock * kTileDepth * 2;  // bytes of either operand
   const int64_t steps = plan.depth / kTileDepth, slab = steps * kStep, blocks = ceil_div(s.out.c, kBlock);
   const int64_t rows_a_step = ceil_div(kBlock, steps), cells = plan.cells.count();
@@ -610,11 +233,12 @@ static void planes_band(const Stage& s, int64_t n, int64_t y0, char* memory) {
           const uint32_t there = two ? ~0u : 0xffff;
           vu* const to = &panel.at(c / 2, 0);
           const int64_t block = panel.steps * kBlock;  // vectors
-          return [=](int64_t cell, int64_t, int64_t, vf e, vf o, vf even_skip, vf odd_skip) __attribute__((always_inline)) {
-            const vf first = even.template finished<decltype(a)::value, true>(e) + even_skip,
-                     second = odd.template finished<decltype(a)::value, true>(o) + odd_skip;
-            to[cell / 2 * block + cell % 2 * kTile] = pack_pair(first, second) & there;
-          };
+          return [=](int64_t cell, int64_t, int64_t, vf e, vf o, vf even_skip, vf odd_skip)
+                     __attribute__((always_inline)) {
+                       const vf first = even.template finished<decltype(a)::value, true>(e) + even_skip,
+                                second = odd.template finished<decltype(a)::value, true>(o) + odd_skip;
+                       to[cell / 2 * block + cell % 2 * kTile] = pack_pair(first, second) & there;
+                     };
         });
       });
       for (int64_t pair = ceil_div(s.in.c, 2); pair < plan.pairs; pair++)
@@ -628,60 +252,9 @@ static void planes_band(const Stage& s, int64_t n, int64_t y0, char* memory) {
 
 static int64_t planes_bytes(const Stage& s) { return PlanesPlan(s, s.rows).bytes(); }
 
-// One block of VL channels of a depthwise layer by itself, rows [y0, y0 + s.rows)
-static int64_t tile_layer_bytes(const DepthwiseStage& s) {
-  return round_up(TileDepthwise(s.in, s.depthwise, 0, s.rows).bytes(), 64) + Cells(s.rows, s.out.w).count() * VL * VL * 4 + 64;
-}
-static void tile_layer(const DepthwiseStage& s, int64_t n, int64_t block, int64_t y0, char* memory) {
-  const View& out = s.out;
-  const int64_t rows = least(s.rows, out.h - y0), c0 = block * VL, c1 = least(c0 + VL, out.c);
-  const Cells cells(rows, out.w);
-  const TileDepthwise depthwise(s.in, s.depthwise, y0, rows);
-  float* const sums = (float*)(memory + round_up(depthwise.bytes(), 64));  // [cell][channel][VL], unless stored in place
-  const Constants& k = s.depthwise.constants;
-  const Tiles tiles(depthwise.tile_rows);
-  with_activation(s.act, [&](auto a) {
-    depthwise.run(n, c0, c1, memory, [&](int64_t c) __attribute__((always_inline)) {
-      const bool two = c + 1 < c1, direct = out.sw == 1;
-      const ChannelConstants even(k, c), odd(k, two ? c + 1 : c);
-      bfloat16* const to = address<bfloat16>(out, n, c, y0, 0);
-      float* const some = sums + (c - c0) * VL;
-      const int64_t plane = out.sc, row = out.sh, w = out.w;
-      return [=](int64_t cell, int64_t i, int64_t j, vf e, vf o, vf even_skip, vf odd_skip) __attribute__((always_inline)) {
-        const vf both[2] = {even.template finished<decltype(a)::value, false>(e) + even_skip,
-                            odd.template finished<decltype(a)::value, false>(o) + odd_skip};
-        for (int64_t q = 0; q < 1 + two; q++) {
-          if (!direct) {
-            store(some + (cell * VL + q) * VL, both[q]);
-            continue;
-          }
-          const __m256i narrow = (__m256i)narrow_bf16(both[q]);
-          const __mmask8 mask = (1u << least(kCellColumns, w - j * kCellColumns)) - 1;
-          bfloat16* const at = to + q * plane + i * kCellRows * row + j * kCellColumns;
-          _mm_mask_storeu_epi16(at, mask, _mm256_castsi256_si128(narrow));
-          if (i * kCellRows + 1 < rows) _mm_mask_storeu_epi16(at + row, mask, _mm256_extracti128_si256(narrow, 1));
-        }
-      };
-    });
-  });
-  if (out.sw == 1) return;
-  for (int64_t i = 0; i < cells.rows; i++)
-    for (int64_t j = 0; j < cells.columns; j++) {
-      float* const cell = sums + (i * cells.columns + j) * VL * VL;
-      vf v[VL];
-      for (int64_t l = 0; l < VL; l++) v[l] = l < c1 - c0 ? load(cell + l * VL) : vf{};
-      transpose(v);
-      for (int64_t l = 0; l < VL; l++) store(cell + l * VL, v[l]);
-      for (int64_t r = 0; r < kCellRows && i * kCellRows + r < rows; r++)
-        scatter(out, n, c0, y0 + i * kCellRows + r, j * kCellColumns, least(kCellColumns, out.w - j * kCellColumns),
-                cell + r * kCellColumns * VL, VL);
-    }
-}
 #else
 static int64_t planes_bytes(const Stage&) { return 0; }
 static void planes_band(const Stage&, int64_t, int64_t, char*) {}
-static int64_t tile_layer_bytes(const DepthwiseStage&) { return 0; }
-static void tile_layer(const DepthwiseStage&, int64_t, int64_t, int64_t, char*) {}
 #endif
 
 }  // namespace cmx::CMX_ISA

@@ -108,8 +108,8 @@ constexpr int64_t kDepth = kTilePanel<P> ? kTileDepth : VL;
 #if defined(__AMX_BF16__)
 // As sweep(), f for one block of the r at a time; reads whole tiles of pixels
 template <class F>
-CMX_INLINE void tile_sweep(const bfloat16* panel, int64_t pitch, int64_t pixels, int64_t channels, const bfloat16* weight,
-                           int64_t r, F f) {
+CMX_INLINE void tile_sweep(const bfloat16* panel, int64_t pitch, int64_t pixels, int64_t channels,
+                           const bfloat16* weight, int64_t r, F f) {
   constexpr int64_t kPixels = 2 * kTile;
   alignas(64) float acc[2][kPixels * VL];
   for (int64_t m = 0; m < pixels; m += kPixels)
@@ -119,8 +119,9 @@ CMX_INLINE void tile_sweep(const bfloat16* panel, int64_t pitch, int64_t pixels,
       const Operand b{weight + j * VL * 2, row, VL * 4, kTileDepth / 2 * row};
       const bool two = j + 1 < r, high = count > kTile;
       auto nothing = [](int64_t) {};
-      auto multiply = two ? high ? tile_block<2, 2, decltype(nothing)> : tile_block<1, 2, decltype(nothing)>
-                          : high ? tile_block<2, 1, decltype(nothing)> : tile_block<1, 1, decltype(nothing)>;
+      auto multiply = two    ? high ? tile_block<2, 2, decltype(nothing)> : tile_block<1, 2, decltype(nothing)>
+                      : high ? tile_block<2, 1, decltype(nothing)>
+                             : tile_block<1, 1, decltype(nothing)>;
       multiply(a, b, channels / kTileDepth, acc[0], VL * 4, sizeof(acc[0]), nothing);
       for (int64_t i = 0; i < 1 + two; i++) f(m, count, j + i, acc[i]);
     }

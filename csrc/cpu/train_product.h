@@ -156,15 +156,14 @@ static void product_backward_as(const ProductBackward& s, int64_t n, int64_t m0,
   float* const other = run + most(s.chunk, kRunPixels) * VL;
   const int64_t da_pitch = s.pixels + kPanelGap<P>;
   clear(s.dbias, ceil_div(c_out, VL));
-  fill_panel(c_out, pixels, panel, plan.pitch, run,
-             [&](int64_t block, int64_t x, int64_t count, float* to) {
-               gradient_run(s.out, s.act, {n, block, 0, m0 + x, count}, to, other);
-               add_sum(to, count, s.dbias + block * VL);
-               if (!s.need_weight) return;
-               const int64_t whole = round_up(count, kSlot);
-               clear(to + count * VL, whole - count);
-               put_columns(to, whole, (P*)s.da + block * VL * da_pitch + slot + x, da_pitch);
-             });
+  fill_panel(c_out, pixels, panel, plan.pitch, run, [&](int64_t block, int64_t x, int64_t count, float* to) {
+    gradient_run(s.out, s.act, {n, block, 0, m0 + x, count}, to, other);
+    add_sum(to, count, s.dbias + block * VL);
+    if (!s.need_weight) return;
+    const int64_t whole = round_up(count, kSlot);
+    clear(to + count * VL, whole - count);
+    put_columns(to, whole, (P*)s.da + block * VL * da_pitch + slot + x, da_pitch);
+  });
   const int64_t whole = round_up(pixels, kSlot);
   for (int64_t c = 0; s.need_weight && whole < s.chunk && c < round_up(c_out, VL); c++)
     memset((P*)s.da + c * da_pitch + slot + whole, 0, (s.chunk - whole) * sizeof(P));

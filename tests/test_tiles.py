@@ -1,0 +1,97 @@
+"""Products and depthwise convolutions by AMX tiles: bands of every width, cells at every edge, infinities and NaN."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import check_equal, check_nonfinite
+from conftest import LEVELS
+from torch import Tensor
+
+from cmx_kernels import backends, ops, registry
+from cmx_kernels.ops import block_stack as stack
+
+BF16 = torch.bfloat16
+NONE3 = (None, None, None)
+# a band of one packed vector and of two; windows of 16, 32 and 64 columns; even, tall and wide
+KERNELS = ((1, 1), (3, 3), (2, 8), (9, 9), (4, 10), (10, 4), (14, 14), (5, 15), (25, 25), (3, 26), (31, 31), (31, 1))
+PLANES = ((1, 1), (7, 7), (5, 16), (16, 32), (33, 17))
+
+pytestmark = pytest.mark.skipif(
+    "amx" not in LEVELS, reason=f"no AMX on this processor, or not compiled: {', '.join(LEVELS) or registry.WHY_NO_C}"
+)
+
+
+@pytest.fixture(autouse=True)
+def tiles() -> None:
+    if registry.C is not None:
+        registry.C.set_isa_level("amx")
+
+
+def _convolved(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    kh, kw = weight.shape[2:]
+    padded = F.pad(x.to(dtype), ((kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2))
+    return F.conv2d(padded, weight.to(dtype), groups=x.shape[1])
+
+
+def _fused(x: Tensor, weight: Tensor, residual: bool = False) -> Tensor:
+    with backends.use("cpu"):
+        return ops.depthwise_block(x, weight, *NONE3, "none", residual)
+
+
+@pytest.mark.parametrize("plane", PLANES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_every_tap_of_every_column(kernel: tuple[int, int], plane: tuple[int, int]) -> None:
+    """Small integers, whose sums bfloat16 keeps where they are below 256: any tap at a wrong place shows."""
+    x = torch.randint(0, 2, (2, 5, *plane)).to(BF16)
+    weight = torch.randint(-2, 3, (5, 1, *kernel)).to(BF16)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for residual in (False, True):
+            exact = _convolved(x, weight, torch.float64) + (x.double() if residual else 0)
+            check_equal(_fused(x.contiguous(memory_format=layout), weight, residual), exact.to(BF16))
+
+
+@pytest.mark.parametrize("value", (torch.inf, -torch.inf, torch.nan), ids=str)
+@pytest.mark.parametrize("kernel", ((9, 9), (3, 12), (31, 31)), ids=str)
+def test_what_is_not_finite_spoils_only_its_taps(kernel: tuple[int, int], value: float) -> None:
+    """A band's zeros would make NaN of it along the row; nothing else changes by a bit."""
+    x, weight = torch.randn(1, 5, 37, 39).to(BF16), torch.randn(5, 1, *kernel).to(BF16)
+    weight[0, 0, 0, 0] = 0  # times an infinity: NaN, as in eager
+    clean = x.clone()
+    for c, y, at in ((0, 0, 0), (0, 20, 17), (3, 36, 38), (4, 18, 8)):
+        x[0, c, y, at], clean[0, c, y, at] = value, 0
+    out, eager = _fused(x, weight), _convolved(x, weight, torch.float32)
+    check_nonfinite(out, eager)
+    finite = torch.isfinite(eager)
+    assert 0 < finite.sum() < finite.numel()
+    check_equal(out[finite], _fused(clean, weight)[finite])
+
+
+def test_what_is_not_finite_is_added_to_itself_alone() -> None:
+    x, weight = torch.ones(1, 3, 8, 8).to(BF16), torch.zeros(3, 1, 1, 1).to(BF16)
+    x[0, 1, 2, 3] = torch.inf
+    out = _fused(x, weight, residual=True)
+    assert out[0, 1, 2, 3].isnan()  # 0 * inf
+    out[0, 1, 2, 3] = 1
+    check_equal(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize("planted", (False, True))
+def test_a_stack_gives_the_same_in_any_bands(planted: bool) -> None:
+    """Threads choose the rows of a band; an infinity in one of them does not change another by a bit."""
+    torch.manual_seed(1)
+    conv = lambda *size: stack.ConvParams(torch.randn(size) / size[1] ** 0.5, torch.randn(size[0]), None, None)  # noqa: E731
+    blocks = [(conv(40, 1, 9, 9), conv(40, 40, 1, 1)) for _ in range(2)]
+    x = torch.randn(1, 40, 35, 22).to(BF16)
+    if planted:
+        x[0, 7, 17, 11] = torch.inf
+    packed = stack.pack(None, blocks, "relu", BF16)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(stack.block_stack(x, packed))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.isfinite(found[0]).all() != planted
+    for other in found[1:]:
+        check_equal(other, found[0])
