@@ -130,7 +130,7 @@ C, WHY_NO_C = _load()
 
 
 def isa_level() -> str | None:
-    """The instruction set whose CPU kernels run now: baseline, avx2, avx512 or avx512bf16; None without kernels."""
+    """The instruction set whose CPU kernels run now: baseline, avx2, avx512, avx512bf16, amx; None without kernels."""
     return C.isa_level() if C is not None else None
 
 
