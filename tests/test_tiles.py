@@ -66,6 +66,23 @@ def test_what_is_not_finite_spoils_only_its_taps(kernel: tuple[int, int], value:
     check_equal(out[finite], _fused(clean, weight)[finite])
 
 
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_a_last_band_of_fewer_tiles(layout: torch.memory_format) -> None:
+    """Its channels come in larger groups, which take more memory than those of the bands before it."""
+    x, weight = (
+        torch.randn(1, 16, 18, 32).to(BF16).contiguous(memory_format=layout),
+        torch.randn(16, 1, 31, 31).to(BF16),
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)  # bands of 10 rows and of 8: two tiles and one
+        found = [_fused(x, weight) for _ in range(20)]
+    finally:
+        torch.set_num_threads(threads)
+    exact = _convolved(x, weight, torch.float64)
+    assert all(float((out.double() - exact).abs().max() / exact.abs().max()) < 2**-8 for out in found)
+
+
 def test_what_is_not_finite_is_added_to_itself_alone() -> None:
     x, weight = torch.ones(1, 3, 8, 8).to(BF16), torch.zeros(3, 1, 1, 1).to(BF16)
     x[0, 1, 2, 3] = torch.inf

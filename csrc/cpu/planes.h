@@ -250,7 +250,9 @@ static void planes_band(const Stage& s, int64_t n, int64_t y0, char* memory) {
   with_activation(s.act, [&](auto a) { planes_product<decltype(a)::value>(s, n, y0, plan, panel, sums); });
 }
 
-static int64_t planes_bytes(const Stage& s) { return PlanesPlan(s, s.rows).bytes(); }
+static int64_t planes_bytes(const Stage& s) {
+  return most_of_bands(s.out.h, s.rows, [&](int64_t rows) { return PlanesPlan(s, rows).bytes(); });
+}
 
 #else
 static int64_t planes_bytes(const Stage&) { return 0; }

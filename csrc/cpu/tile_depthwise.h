@@ -400,10 +400,20 @@ class TileDepthwise {
   const BandMaker maker_;
 };
 
+// The most that a band of `rows` rows, or the last of them, needs: fewer rows may mean larger groups of channels.
+template <class F>
+CMX_INLINE int64_t most_of_bands(int64_t h, int64_t rows, F bytes) {
+  return most(bytes(least(rows, h)), h % rows ? bytes(h % rows) : 0);
+}
+
 // One block of VL channels of a depthwise layer by itself, rows [y0, y0 + s.rows)
+static int64_t tile_scratch(const DepthwiseStage& s, int64_t rows) {
+  return round_up(TileDepthwise(s.in, s.depthwise, 0, rows).bytes(), 64);
+}
 static int64_t tile_layer_bytes(const DepthwiseStage& s) {
-  return round_up(TileDepthwise(s.in, s.depthwise, 0, s.rows).bytes(), 64) +
-         Cells(s.rows, s.out.w).count() * VL * VL * 4 + 64;
+  return most_of_bands(s.out.h, s.rows, [&](int64_t rows) {
+    return tile_scratch(s, rows) + Cells(rows, s.out.w).count() * VL * VL * 4 + 64;
+  });
 }
 static void tile_layer(const DepthwiseStage& s, int64_t n, int64_t block, int64_t y0, char* memory) {
   const View& out = s.out;
