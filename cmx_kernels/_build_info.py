@@ -14,6 +14,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 MIN_TORCH = (2, 11)
@@ -35,7 +36,7 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
     "avx512bf16": AVX512 + " -mavx512bf16",
-    "amx": AVX512 + " -mavx512bf16 -mamx-tile -mamx-bf16",
+    "amx": AVX512 + " -mavx512bf16 -mamx-tile -mamx-bf16 -DCMX_TILES",
 }
 
 
@@ -86,8 +87,14 @@ def find_torch():
 
 
 def accepts(cxx, flags):
-    """Whether the compiler knows these flags."""
-    return run(*shlex.split(cxx), *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull).returncode == 0
+    """Whether the compiler knows these flags; of tiles, whether its assembler knows their instructions."""
+    command = [*shlex.split(cxx), *flags.split(), "-x", "c++"]
+    if "-mamx-bf16" not in command:
+        return run(*command, "-fsyntax-only", os.devnull).returncode == 0
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "tile.cpp")
+        source.write_text('void dot() { asm("tdpbf16ps %tmm2, %tmm1, %tmm0"); }\n')
+        return run(*command, "-c", str(source), "-o", f"{folder}/tile.o").returncode == 0
 
 
 def find_compiler():

@@ -405,7 +405,8 @@ Tensor block_stack(const Tensor& x, std::vector<Tensor> packed, int64_t channels
     for (size_t i = 0; i < stages.size(); i++) {
       Stage& s = stages[i];
       s.in = from;
-      s.out = i + 1 < stages.size() || want_pool ? between(memory.data() + i % 2 * size, count) : images(out, n, count);
+      s.between = i + 1 < stages.size() || want_pool;
+      s.out = s.between ? between(memory.data() + i % 2 * size, count) : images(out, n, count);
       s.act = act;
       run_stage(s);
       from = s.out;

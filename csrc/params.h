@@ -69,6 +69,7 @@ struct Stage {
   int64_t rows;       // output rows of a band
   int64_t part;       // pixels of the panel that one sweep over the weights takes: they stay in L2
   Ahead after[3];     // what is read after this stage's weights: asked for during the product
+  bool between;       // the output is another stage's input, or pooled: as exact as its dtype needs it
   StageTimes* times;  // null: not asked for
 };
 

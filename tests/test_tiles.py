@@ -66,6 +66,12 @@ def test_what_is_not_finite_spoils_only_its_taps(kernel: tuple[int, int], value:
     check_equal(out[finite], _fused(clean, weight)[finite])
 
 
+def test_nothing_but_nan() -> None:
+    """As a model that has diverged: right, and no slower than a second."""
+    x = torch.full((1, 2, 96, 96), torch.nan).to(BF16)
+    assert _fused(x, torch.randn(2, 1, 31, 31).to(BF16)).isnan().all()
+
+
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
 def test_a_last_band_of_fewer_tiles(layout: torch.memory_format) -> None:
     """Its channels come in larger groups, which take more memory than those of the bands before it."""

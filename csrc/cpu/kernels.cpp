@@ -184,9 +184,17 @@ static int64_t stage_scratch_bytes(const Stage& s) {
   return kBf16Products && s.in.dtype == Dtype::bfloat16 ? StagePlan<bfloat16>(s).bytes() : StagePlan<float>(s).bytes();
 }
 
+// The weight as the vectors read it, behind the bands of the tiles
+static const void* vectors_of(const DepthwiseStage& s) {
+  const Depthwise& d = s.depthwise;
+  return (const char*)d.weight + (tiles_multiply(s.in.dtype) ? packed_bands_bytes(s.in.c, d.kh, d.kw) : 0);
+}
+
 // One block of channels of a depthwise layer by itself, rows [y0, y0 + rows)
-static void depthwise_band(const DepthwiseStage& s, int64_t n, int64_t block, int64_t y0, char* memory) {
-  if (tiles_multiply(s.in.dtype)) return tile_layer(s, n, block, y0, memory);
+static void depthwise_band(const DepthwiseStage& given, int64_t n, int64_t block, int64_t y0, char* memory) {
+  if (tiles_pay(given.in, given.depthwise)) return tile_layer(given, n, block, y0, memory);
+  DepthwiseStage s = given;
+  s.depthwise.weight = vectors_of(given);
   const View &in = s.in, &out = s.out;
   const int64_t rows = least(s.rows, out.h - y0), w = out.w;
   const RowPlan plan(in, s.depthwise.kw);
@@ -223,16 +231,18 @@ static void depthwise_band(const DepthwiseStage& s, int64_t n, int64_t block, in
 }
 
 static int64_t depthwise_scratch_bytes(const DepthwiseStage& s) {
-  if (tiles_multiply(s.in.dtype)) return tile_layer_bytes(s);
+  if (tiles_pay(s.in, s.depthwise)) return tile_layer_bytes(s);
   const RowPlan plan(s.in, s.depthwise.kw);
   return round_up(plan.scratch_vectors(s.in, s.rows, s.depthwise.kh) * VL * 4, 64) + s.rows * s.out.w * VL * 4 + 64;
 }
 
 static int64_t depthwise_weight_bytes(Dtype dtype, int64_t c, int64_t kh, int64_t kw) {
-  return tiles_multiply(dtype) ? packed_bands_bytes(c, kh, kw) : packed_depthwise_bytes(dtype, c, kh, kw);
+  return (tiles_multiply(dtype) ? packed_bands_bytes(c, kh, kw) : 0) + packed_depthwise_bytes(dtype, c, kh, kw);
 }
 static void pack_depthwise_weight(const View& weight, int64_t block, void* out) {
-  tiles_multiply(weight.dtype) ? pack_bands(weight, block, out) : pack_depthwise(weight, block, out);
+  const bool bands = tiles_multiply(weight.dtype);
+  if (bands) pack_bands(weight, block, out);
+  pack_depthwise(weight, block, (char*)out + (bands ? packed_bands_bytes(weight.c, weight.h, weight.w) : 0));
 }
 
 // How a stack multiplies, and its weights

@@ -31,7 +31,7 @@ constexpr int kSums = 8;
 
 static double peak_flop(Dtype dtype, int64_t rounds) {
   const bool pairs = kBf16Products && dtype == Dtype::bfloat16;
-#if defined(__AMX_BF16__)
+#if defined(CMX_TILES)
   if (pairs) {
     const Tiles tiles;
     for (int64_t i = 0; i < rounds; i++)

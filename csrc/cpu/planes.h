@@ -30,7 +30,7 @@ static void pack_planes(const View& weight, int64_t block, void* out) {
     }
 }
 
-#if defined(__AMX_BF16__)
+#if defined(CMX_TILES)
 // Pairs of channels of cells
 struct Panel {
   vu* data;
@@ -56,7 +56,7 @@ struct PlanesPlan {
 };
 
 // Finishes a block of sums [channel][two cells], a row at a time, while the next block is multiplied
-template <Act act>
+template <Act act, bool near>
 class Finisher {
  public:
   Finisher(const Stage& s, const Cells& cells, int64_t n, int64_t y0, float* lines)
@@ -97,8 +97,8 @@ class Finisher {
   CMX_ALWAYS_INLINE void row(Rows& r) const {
     const vf bias = broadcast(r.constants), scale = broadcast(r.constants + scale_),
              shift = broadcast(r.constants + shift_);
-    const vf first = activate<act, true>(load(r.from) + bias) * scale + shift;
-    const vf second = activate<act, true>(load(r.from + VL) + bias) * scale + shift;
+    const vf first = activate<act, near>(load(r.from) + bias) * scale + shift;
+    const vf second = activate<act, near>(load(r.from + VL) + bias) * scale + shift;
     if (whole_) {  // the cells lie side by side: first halves are the upper row
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
       const __m512i rows = _mm512_shuffle_i64x2(both, both, _MM_SHUFFLE(3, 1, 2, 0));
@@ -160,15 +160,15 @@ class Finisher {
   float* const lines_;  // [kBlock][kBlock], unless rows are stored where they belong
 };
 
-template <Act act>
+template <Act act, bool near>
 static void planes_product(const Stage& s, int64_t n, int64_t y0, const PlanesPlan& plan, const Panel& panel,
                            float* sums) {
   constexpr int64_t kStep = kBlock * kTileDepth * 2;  // bytes of either operand
   const int64_t steps = plan.depth / kTileDepth, slab = steps * kStep, blocks = ceil_div(s.out.c, kBlock);
   const int64_t rows_a_step = ceil_div(kBlock, steps), cells = plan.cells.count();
   const int64_t lines_a_step = ceil_div(slab / 64, steps * plan.blocks);  // of the next weights, asked for meanwhile
-  const Finisher<act> finisher(s, plan.cells, n, y0, sums + 2 * plan.kSums);
-  typename Finisher<act>::Rows rest;
+  const Finisher<act, near> finisher(s, plan.cells, n, y0, sums + 2 * plan.kSums);
+  typename Finisher<act, near>::Rows rest;
   for (int64_t block = 0, turn = 0; block < blocks; block++) {
     const char* const weight = (const char*)s.pointwise.weight + block * slab;
     const char* ahead = block + 1 < blocks ? weight + slab : (const char*)s.pointwise.next;
@@ -247,7 +247,10 @@ static void planes_band(const Stage& s, int64_t n, int64_t y0, char* memory) {
   }
   const Timer timer(s.times ? &s.times->product : nullptr);
   const Tiles tiles;
-  with_activation(s.act, [&](auto a) { planes_product<decltype(a)::value>(s, n, y0, plan, panel, sums); });
+  with_activation(s.act, [&](auto a) {
+    constexpr Act act = decltype(a)::value;
+    (s.between ? planes_product<act, true> : planes_product<act, false>)(s, n, y0, plan, panel, sums);
+  });
 }
 
 static int64_t planes_bytes(const Stage& s) {

@@ -105,7 +105,7 @@ constexpr bool kTilePanel = kTiles && sizeof(P) == 2;
 template <class P>
 constexpr int64_t kDepth = kTilePanel<P> ? kTileDepth : VL;
 
-#if defined(__AMX_BF16__)
+#if defined(CMX_TILES)
 // As sweep(), f for one block of the r at a time; reads whole tiles of pixels
 template <class F>
 CMX_INLINE void tile_sweep(const bfloat16* panel, int64_t pitch, int64_t pixels, int64_t channels,
@@ -134,7 +134,7 @@ template <class P, class F, class Done>
 CMX_INLINE void product(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, int64_t c_out,
                         const Pointwise& p, int64_t part, F f, Done done) {
   const int64_t blocks = ceil_div(c_out, VL);
-#if defined(__AMX_BF16__)
+#if defined(CMX_TILES)
   const std::conditional_t<kTilePanel<P>, Tiles, int> tiles{};
   (void)tiles;
 #endif
@@ -143,7 +143,7 @@ CMX_INLINE void product(const P* panel, int64_t pitch, int64_t pixels, int64_t c
     for (int64_t block = 0; block < blocks; block += NR) {
       const int64_t r = least(NR, blocks - block);
       const P* weight = (const P*)p.weight + block * VL * channels;
-#if defined(__AMX_BF16__)
+#if defined(CMX_TILES)
       if constexpr (kTilePanel<P>) {
         tile_sweep(panel + m0 * pitch, pitch, end - m0, channels, weight, r,
                    [&](int64_t m, int64_t count, int64_t j, const float* acc) { f(m0 + m, 1, count, block + j, acc); });

@@ -34,6 +34,23 @@ struct Bands {
 
 CMX_INLINE bool tiles_multiply(Dtype d) { return kTiles && d == Dtype::bfloat16; }
 
+// Whether a layer by itself is faster by tiles than by vectors, in cycles of one block of VL channels (Emerald Rapids): small
+// planes do not repay their bands, and few taps not their windows. In a stack the product wants planes either way.
+static bool tiles_pay(const View& in, const Depthwise& d) {
+  if (!tiles_multiply(in.dtype)) return false;
+  auto inside = [](int64_t size, int64_t k) {  // pairs of a pixel and a tap that lies in the image
+    int64_t sum = 0;
+    for (int64_t i = 0; i < size; i++) sum += least(size, i + k - before(k)) - most(0, i - before(k));
+    return sum;
+  };
+  const Bands bands(d.kh, d.kw);
+  const int64_t columns = ceil_div(in.w, kCellColumns), rows = ceil_div(in.h, kCellRows), cells = rows * columns;
+  const int64_t windows = (rows + d.kh / 2) * columns * bands.parts;
+  const int64_t transposed = in.sw == 1 ? 0 : 16 * in.h * in.w;
+  const int64_t tiles = VL * (20 * bands.steps + 4 * windows + bands.steps * cells + 16 * cells) + transposed;
+  return tiles < inside(in.h, d.kh) * inside(in.w, d.kw) / 2 + 16 * in.h * in.w;
+}
+
 static int64_t packed_bands_bytes(int64_t c, int64_t kh, int64_t kw) { return c * kh * Bands::words_of(kw) * 4; }
 
 // weight [1, c, kh, kw], VL channels of it
@@ -47,7 +64,7 @@ static void pack_bands(const View& weight, int64_t block, void* out) {
     }
 }
 
-#if defined(__AMX_BF16__)
+#if defined(CMX_TILES)
 // Makes the bands of a channel: row p of a band, lane (r, n) has the pair of taps (dy, dx), (dy, dx + 1) that take the
 // window's columns q, q + 1 of input row d to column n of the cell's row r: dy = d - r, dx = q - n.
 class BandMaker {
@@ -178,7 +195,7 @@ class TileDepthwise {
       multiply(m);
       for (int64_t g = 0; g < group_ && c0 + g < c_end; g += 2) {
         if (finish(c0 + g, g, m, begin)) continue;
-        for (int64_t i = 0; i < 2; i++) separate(least(c0 + g + i, c_end - 1), g + i, m);
+        for (int64_t i = 0; i < 2; i++) separate(g + i, m);
         finish(c0 + g, g, m, begin);
       }
     }
@@ -344,16 +361,16 @@ class TileDepthwise {
            ((y / kCellRows * cells_.columns + j) * kTileDepth + linear % kTileDepth) * 2;
   }
 
-  // Sums of channel c again without what is not finite, which a band's zeros spread over the cells; then its products
+  // Sums of a channel again without what is not finite, which a band's zeros spread over the cells; then its products
   // with the taps.
-  __attribute__((noinline)) void separate(int64_t c, int64_t g, const Pieces& m) const {
+  __attribute__((noinline)) void separate(int64_t g, const Pieces& m) const {
     struct Spot {
       bfloat16 *at, value;
       int64_t y, j, q;
     };
     std::vector<Spot> spots;
     char* const windows = m.windows + g * window_bytes();
-    const int64_t window = maker_.bands.window, words = maker_.bands.words;
+    const int64_t window = maker_.bands.window;
     for (int64_t y = 0; y < in_rows(); y++)
       for (int64_t j = 0; j < cells_.columns; j++)
         for (int64_t q = 0; q < window; q++) {
@@ -368,22 +385,20 @@ class TileDepthwise {
       float* const to = sums(m, g) + first_cell(tile) * VL;
       sums_of<1, false>({a, a, a, a}, {b, b, b, b}, {to, to, to, to});
     }
+    const char* const bands = m.bands + g * band_bytes();
     for (const Spot& s : spots) {
-      for (int64_t i = 0; i < cells_.rows; i++)
-        for (int64_t lane = 0; lane < VL; lane++) {
-          const int64_t dy = s.y - kCellRows * i - lane / kCellColumns, dx = s.q - lane % kCellColumns;
-          if (dy < 0 || dy >= d_.kh || dx < 0 || dx >= d_.kw) continue;
-          const uint32_t pair = ((const uint32_t*)d_.weight)[(c * d_.kh + dy) * words + d_.kw - 1 - dx];
-          sums(m, g)[(i * cells_.columns + s.j) * VL + lane] += widen(s.value) * widen({(uint16_t)pair});
-        }
+      const uint32_t reached = (1u << least(kCellColumns, s.q + 1)) - 1;  // dx = q - n: neither below 0, nor from kw on
+      const uint32_t columns = reached >> most(0, s.q - d_.kw + 1) << most(0, s.q - d_.kw + 1);
+      for (int64_t i = most(0, (s.y - d_.kh) / kCellRows); i <= least(cells_.rows - 1, s.y / kCellRows); i++) {
+        const int64_t d = s.y - kCellRows * i, k = d * window + s.q;
+        const __mmask16 lanes = (d < d_.kh ? columns : 0) | (d > 0 && d <= d_.kh ? columns << kCellColumns : 0);
+        const vu pairs = *(const vu*)(bands + k / 2 * VL * 4);
+        float* const to = sums(m, g) + (i * cells_.columns + s.j) * VL;
+        const vf sum = load(to) + all(load(&s.value)[0]) * (k % 2 ? high(pairs) : low(pairs));
+        _mm512_mask_storeu_ps(to, lanes, (__m512)sum);
+      }
     }
     for (const Spot& s : spots) *s.at = s.value;
-  }
-  static float widen(bfloat16 x) {
-    const uint32_t word = (uint32_t)x.bits << 16;
-    float f;
-    memcpy(&f, &word, 4);
-    return f;
   }
 
   const View in_;

@@ -9,7 +9,7 @@
 
 namespace cmx::CMX_ISA {
 
-#if defined(__AMX_BF16__)
+#if defined(CMX_TILES)
 constexpr bool kTiles = true;
 #else
 constexpr bool kTiles = false;
@@ -22,7 +22,7 @@ struct Operand {
   int64_t row, tile, step;
 };
 
-#if defined(__AMX_BF16__)
+#if defined(CMX_TILES)
 // Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 pairs of b; of this thread until it ends. rows: of a and the sums
 class Tiles {
  public:
