@@ -130,6 +130,26 @@ def of_rivals() -> Iterator[str]:
     yield "Spreads above 5 %: eager only."
 
 
+def of_tiles() -> Iterator[str]:
+    name = "xeon-amx-2-cores"
+    machine, rows = (pages.stored(name)[part] for part in ("machine", "models"))
+    assert (machine["isa"], machine["cpu"].split("(")[0]) == ("amx", "Intel")
+    yield f"(Emerald Rapids, AMX), {conditions(name, ('torch', 'onnxruntime', 'openvino'))}, without Inductor; "
+    yield f"command: `{machine['command']}`"
+    loud = [row for row in rows if (row["spread"] or 0) > 0.05]
+    fused = sum(row["kind"] == "fused" for row in loud)
+    yield f"spreads above 5 % in {len(loud)} of {len(rows)} rows, {fused} of them fused"
+    over = {
+        dtype: [row["over_peers"] for row in rows if row["kind"] == "fused" and row["dtype"] == dtype]
+        for dtype in ("bf16", "fp32")
+    }
+    yield f"fused is {span(over['bf16'])} times the best of them, in float32 {span(over['fp32'])} times"
+    assert round(machine["ceilings"]["bf16"] / machine["ceilings"]["fp32"]) == 16
+    for row in rows:
+        right, images = row["top1"].split("/")
+        assert row["status"] == "timed" and row["error"] <= row["allowed"] and right == images, row
+
+
 def of_the_example() -> Iterator[str]:
     curves, losses = (json.loads((ROOT / f"examples/cifar10_{n}.json").read_text()) for n in ("curves", "compare"))
     size = (ROOT / "cmx_kernels/data/convmixer_cifar10.safetensors").stat().st_size / 1e3
@@ -151,7 +171,7 @@ def of_the_example() -> Iterator[str]:
 
 SENTENCES = {
     "README.md": (of_networks, of_training, of_the_gpu),
-    "RESULTS.md": (of_layers, of_rivals, of_the_tables_of_a_gpu),
+    "RESULTS.md": (of_layers, of_rivals, of_tiles, of_the_tables_of_a_gpu),
     "examples/README.md": (of_the_example,),
 }
 
