@@ -150,6 +150,15 @@ def of_tiles() -> Iterator[str]:
         assert row["status"] == "timed" and row["error"] <= row["allowed"] and right == images, row
 
 
+def of_float16() -> Iterator[str]:
+    machine, rows = (pages.stored("xeon-amx-2-cores-fp16")[part] for part in ("machine", "models"))
+    rates = {(row["dtype"], row["provider"], row["model"]): row["images_per_s"] for row in rows}
+    models = {row["model"] for row in rows}
+    for other, form in ((("fp32", "fused"), ".2f"), (("fp16", "eager"), ".1f")):
+        yield f"{span([rates['fp16', 'fused', name] / rates[(*other, name)] for name in models], form)} times"
+    yield f"{machine['date'][:10]}; `{machine['command']}`"
+
+
 def of_the_example() -> Iterator[str]:
     curves, losses = (json.loads((ROOT / f"examples/cifar10_{n}.json").read_text()) for n in ("curves", "compare"))
     size = (ROOT / "cmx_kernels/data/convmixer_cifar10.safetensors").stat().st_size / 1e3
@@ -171,7 +180,7 @@ def of_the_example() -> Iterator[str]:
 
 SENTENCES = {
     "README.md": (of_networks, of_training, of_the_gpu),
-    "RESULTS.md": (of_layers, of_rivals, of_tiles, of_the_tables_of_a_gpu),
+    "RESULTS.md": (of_layers, of_rivals, of_tiles, of_float16, of_the_tables_of_a_gpu),
     "examples/README.md": (of_the_example,),
 }
 
