@@ -107,7 +107,7 @@ class Runner:
         return moved(out, "cpu") if out.is_cuda else out
 
 
-def _at(level: str) -> Iterator[None]:
+def at_level(level: str) -> Iterator[None]:
     before = registry.C.isa_level()
     registry.C.set_isa_level(level)
     yield
@@ -120,7 +120,7 @@ _NO_KERNELS = pytest.param(None, id="no-kernels", marks=pytest.mark.skip(reason=
 @pytest.fixture(params=LEVELS or [_NO_KERNELS])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that was compiled and that this machine has."""
-    for _ in _at(request.param):
+    for _ in at_level(request.param):
         yield request.param
 
 
@@ -133,5 +133,5 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Runner]:
     if request.param in backends.NAMES:
         yield Runner(request.param)
         return
-    for _ in _at(request.param):
+    for _ in at_level(request.param):
         yield Runner("cpu", request.param)

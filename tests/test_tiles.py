@@ -1,10 +1,12 @@
 """Products and depthwise convolutions by AMX tiles: bands of every width, cells at every edge, infinities and NaN."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import check_equal, check_nonfinite
-from conftest import LEVELS
+from conftest import LEVELS, at_level
 from torch import Tensor
 
 from cmx_kernels import backends, ops, registry
@@ -22,9 +24,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def tiles() -> None:
-    if registry.C is not None:
-        registry.C.set_isa_level("amx")
+def tiles() -> Iterator[None]:
+    yield from at_level("amx")
 
 
 def _convolved(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

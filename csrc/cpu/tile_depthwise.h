@@ -370,6 +370,7 @@ class TileDepthwise {
     };
     std::vector<Spot> spots;
     char* const windows = m.windows + g * window_bytes();
+    const char* const bands = m.bands + g * band_bytes();
     const int64_t window = maker_.bands.window;
     for (int64_t y = 0; y < in_rows(); y++)
       for (int64_t j = 0; j < cells_.columns; j++)
@@ -381,11 +382,10 @@ class TileDepthwise {
         }
     if (spots.empty()) return;
     for (int64_t tile = 0; tile < tiles_; tile++) {
-      const char *const a = windows + first_cell(tile) * kTileDepth * 2, *const b = m.bands + g * band_bytes();
+      const char* const a = windows + first_cell(tile) * kTileDepth * 2;
       float* const to = sums(m, g) + first_cell(tile) * VL;
-      sums_of<1, false>({a, a, a, a}, {b, b, b, b}, {to, to, to, to});
+      sums_of<1, false>({a, a, a, a}, {bands, bands, bands, bands}, {to, to, to, to});
     }
-    const char* const bands = m.bands + g * band_bytes();
     for (const Spot& s : spots) {
       const uint32_t reached = (1u << least(kCellColumns, s.q + 1)) - 1;  // dx = q - n: neither below 0, nor from kw on
       const uint32_t columns = reached >> most(0, s.q - d_.kw + 1) << most(0, s.q - d_.kw + 1);
@@ -421,15 +421,13 @@ CMX_INLINE int64_t most_of_bands(int64_t h, int64_t rows, F bytes) {
   return most(bytes(least(rows, h)), h % rows ? bytes(h % rows) : 0);
 }
 
-// One block of VL channels of a depthwise layer by itself, rows [y0, y0 + s.rows)
-static int64_t tile_scratch(const DepthwiseStage& s, int64_t rows) {
-  return round_up(TileDepthwise(s.in, s.depthwise, 0, rows).bytes(), 64);
-}
 static int64_t tile_layer_bytes(const DepthwiseStage& s) {
   return most_of_bands(s.out.h, s.rows, [&](int64_t rows) {
-    return tile_scratch(s, rows) + Cells(rows, s.out.w).count() * VL * VL * 4 + 64;
+    return round_up(TileDepthwise(s.in, s.depthwise, 0, rows).bytes(), 64) +
+           Cells(rows, s.out.w).count() * VL * VL * 4 + 64;
   });
 }
+// One block of VL channels of a depthwise layer by itself, rows [y0, y0 + s.rows)
 static void tile_layer(const DepthwiseStage& s, int64_t n, int64_t block, int64_t y0, char* memory) {
   const View& out = s.out;
   const int64_t rows = least(s.rows, out.h - y0), c0 = block * VL, c1 = least(c0 + VL, out.c);

@@ -47,21 +47,11 @@ static void fill_input(const ProductInput& in, Act act, int64_t n, int64_t m0, i
     return;
   }
   with_dtype(in.image.dtype, [&](auto t) {
-    typedef decltype(t) T;
-    const View& v = in.image;
     for (int64_t i = 0; i < pixels; i++) {
-      P* to = panel + i * pitch;
-      const int64_t y = (m0 + i) / in.columns * in.ph, x = (m0 + i) % in.columns * in.pw;
-      for (int64_t c = 0; c < v.c; c++)
-        for (int64_t p = 0; p < in.ph; p++) {
-          const T* from = address<const T>(v, n, c, y + p, x);
-          for (int64_t q = 0; q < in.pw; q += VL) {
-            const int64_t count = least(VL, in.pw - q);
-            store_some(to, 1, count, load_some(from + q * v.sw, v.sw, count));
-            to += count;
-          }
-        }
-      for (P* const end = panel + i * pitch + channels; to < end; to++) *to = P{};
+      P* const pixel = panel + i * pitch;
+      const int64_t y = (m0 + i) / in.columns, x = (m0 + i) % in.columns;
+      P* to = pixel + copy_patch<decltype(t)>(in.image, n, y, x, in.ph, in.pw, pixel);
+      for (; to < pixel + channels; to++) *to = P{};
     }
   });
 }
