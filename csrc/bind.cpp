@@ -75,12 +75,12 @@ void run_stage(Stage& s) {
   const CpuKernels& k = cpu_kernels();
   const bool patches = s.producer == Stage::Producer::patches;
   const int64_t channels = patches ? s.in.c * s.ph * s.pw : s.in.c;
-  const int64_t pixel = channels * (k.bf16_products && s.in.dtype == Dtype::bfloat16 ? 2 : 4);
+  const int64_t pixel = channels * k.panel_bytes(s.in.dtype);
   const bool planes = s.pointwise.form == Form::planes;
   int64_t most_rows = (4 << 20) / (pixel * s.out.w) + 1;
-  if (planes) {  // half of L2 for the panel, and rows that fill whole tiles of the depthwise half
+  if (k.tiles) most_rows = l2_bytes() / 2 / (pixel * s.out.w);
+  if (planes) {  // rows that fill whole tiles of the depthwise half
     const int64_t tile_rows = std::max<int64_t>(1, 256 / s.out.w);
-    most_rows = l2_bytes() / 2 / (pixel * s.out.w);
     if (most_rows > tile_rows) most_rows -= most_rows % tile_rows;
   }
   s.rows = round_up(band_rows(s.out.n, s.out.h, most_rows), planes ? k.band_step(s.in.dtype) : 1);

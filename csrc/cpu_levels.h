@@ -10,9 +10,11 @@ namespace cmx {
 
 struct CpuKernels {
   const char* name;
-  int64_t lanes;          // channels of a block of a blocked View
-  int64_t tile_channels;  // output channels of a packed panel of pointwise weights
-  bool bf16_products;     // bfloat16 activations are multiplied as bfloat16 pairs
+  int64_t lanes;                  // channels of a block of a blocked View
+  int64_t tile_channels;          // output channels of a packed panel of pointwise weights
+  bool tiles;                     // products are tiles, whose operands come from L2
+  bool bf16_products;             // bfloat16 activations are multiplied as bfloat16 pairs
+  int64_t (*panel_bytes)(Dtype);  // of a number between the two halves of a stage
   bool (*pairs_depthwise)(Dtype, int64_t kw);
   int64_t (*band_step)(Dtype);  // bands of a depthwise convolution begin at multiples of it: sums do not depend on them
 

@@ -1,4 +1,5 @@
-"""Products and depthwise convolutions by AMX tiles: bands of every width, cells at every edge, infinities and NaN."""
+"""By AMX tiles: depthwise convolutions of bfloat16, bands of every width, cells at every edge, infinities and NaN; products of
+float32 as six of bfloat16."""
 
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from cmx_kernels import backends, ops, registry
 from cmx_kernels.ops import block_stack as stack
 
-BF16 = torch.bfloat16
+BF16, F32 = torch.bfloat16, torch.float32
 NONE3 = (None, None, None)
 # a band of one packed vector and of two; windows of 16, 32 and 64 columns; even, tall and wide
 KERNELS = ((1, 1), (3, 3), (2, 8), (9, 9), (4, 10), (10, 4), (14, 14), (5, 15), (25, 25), (3, 26), (31, 31), (31, 1))
@@ -117,5 +118,86 @@ def test_a_stack_gives_the_same_in_any_bands(planted: bool) -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.isfinite(found[0]).all() != planted
+    for other in found[1:]:
+        check_equal(other, found[0])
+
+
+# ---- float32 as the sum of three bfloat16
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """[pixels, c_in] x [c_out, c_in] -> [pixels, c_out]"""
+    with backends.use("cpu"):
+        return ops.pointwise_block(x.T[None, :, None], weight[..., None, None], *NONE3, "none")[0, :, 0].T
+
+
+# blocks of one tile and of two either way, channels beyond a tile, sums in more than one run
+@pytest.mark.parametrize("size", ((1, 5, 3), (16, 32, 16), (17, 33, 33), (49, 96, 80), (64, 1100, 48)), ids=str)
+def test_every_one_of_six_products(size: tuple[int, int, int]) -> None:
+    """Numbers of 24 bits against powers of two come out as they are, and so do sums of 12 bits against 12."""
+    pixels, c_in, c_out = size
+    for x, weight in (
+        (torch.randn(pixels, c_in), torch.eye(c_out, c_in) * 2.0 ** torch.arange(c_out)[:, None].remainder(7)),
+        (torch.eye(pixels, c_in) * -0.5, torch.randn(c_out, c_in)),
+        (torch.randint(-4095, 4096, (pixels, c_in)).float(), torch.eye(c_out, c_in).flip(1) * 4093),
+    ):
+        check_equal(_product(x, weight), (x.double() @ weight.double().T).float())
+
+
+@pytest.mark.parametrize("c_in", (64, 768, 1536, 5000))
+def test_float32_is_as_exact_as_eager(c_in: int) -> None:
+    """Root of the mean squared error, of random numbers and where nothing cancels."""
+    for sign in (False, True):
+        x, weight = torch.randn(96, c_in), torch.randn(64, c_in)
+        if sign:
+            x, weight = x.abs(), weight.abs()
+        exact = x.double() @ weight.double().T
+        eager = F.conv2d(x.T[None, :, None], weight[..., None, None])[0, :, 0].T
+        error = lambda y: float((y - exact).square().mean().sqrt())  # noqa: E731, B023
+        assert error(_product(x, weight)) <= 1.5 * error(eager)
+
+
+def test_the_ends_of_the_range() -> None:
+    """The largest number is no infinity, rounded to bfloat16; what a tile takes for zero is below 2^-126."""
+    largest = torch.finfo(F32).max
+    x = torch.tensor([[largest, 0.0], [-largest, 1.0], [1e-30, 0.0], [2.0**-120, 0.0]])
+    weight = torch.tensor([[0.5, 1.0], [-0.25, 0.0]])
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(_product(x, weight).double(), exact, rtol=2**-23, atol=2**-126)
+
+
+@pytest.mark.parametrize("value", (torch.inf, -torch.inf, torch.nan), ids=str)
+def test_float32_that_is_not_finite(value: float) -> None:
+    """As in eager, of pixels and of weights, and no other result changes by a bit."""
+    x, weight = torch.randn(50, 70), torch.randn(40, 70)
+    weight[3] = 0
+    weight[5, 1] = 2.0  # no second or third piece
+    wanted = _product(x, weight)
+    for where in ("x", "weight"):
+        a, b = x.clone(), weight.clone()
+        (a if where == "x" else b)[33, 1] = value
+        out = _product(a, b)
+        eager = F.conv2d(a.T[None, :, None], b[..., None, None])[0, :, 0].T
+        check_nonfinite(out, eager)
+        finite = torch.isfinite(eager)
+        assert 0 < finite.sum() < finite.numel()
+        check_equal(out[finite], wanted[finite])
+
+
+@pytest.mark.parametrize("channels", (16, 40, 64))
+def test_a_float32_stack_gives_the_same_in_any_bands(channels: int) -> None:
+    """Channels of half a tile, of a ragged one, of whole ones."""
+    conv = lambda *size: stack.ConvParams(torch.randn(size) / size[1] ** 0.5, torch.randn(size[0]), None, None)  # noqa: E731
+    blocks = [(conv(channels, 1, 5, 5), conv(channels, channels, 1, 1)) for _ in range(2)]
+    x = torch.randn(2, channels, 13, 11)
+    packed = stack.pack(None, blocks, "gelu", F32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(stack.block_stack(x, packed))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.isfinite(found[0]).all()
     for other in found[1:]:
         check_equal(other, found[0])

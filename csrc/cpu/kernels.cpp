@@ -32,11 +32,12 @@ struct StagePlan {
     const bool patches = s.producer == Stage::Producer::patches;
     channels = panel_channels<P>(patches ? s.in.c * s.ph * s.pw : s.in.c);
     const bool strassen = s.pointwise.form == Form::strassen;
-    pitch = channels * (1 + strassen) + 64 / (int64_t)sizeof(P);  // rows of the panel must not share their cache sets
+    pitch = width_of<P>(channels) * (1 + strassen) + 64 / (int64_t)sizeof(P);  // rows must not share their cache sets
     rows_pixels = round_up(s.rows * s.out.w, kTilePanel<P> ? kTile : 2);
     row_scratch = s.producer == Stage::Producer::depthwise
                       ? RowPlan(s.in, s.depthwise.kw).scratch_vectors(s.in, s.rows, s.depthwise.kh) * VL
-                      : kCopy * VL;
+                  : patches ? patch_scratch<P>(channels)
+                            : kCopy * VL;
     part = strassen ? rows_pixels : least(s.part, rows_pixels);
     sums = strassen ? strassen_sums(part) : 0;
     out_scratch = s.out.blocked ? 0 : part * NR * VL * (1 + strassen);
@@ -48,9 +49,6 @@ struct StagePlan {
   }
 };
 
-CMX_INLINE void store_as(float* to, const float* from) { store(to, load(from)); }
-CMX_INLINE void store_as(bfloat16* to, const float* from) { store(to, load(from)); }
-
 // panel[pixel][channel] = x, for the rows [y0, y0 + rows)
 template <class P>
 static void fill_copy(const Stage& s, const StagePlan<P>& plan, int64_t n, int64_t y0, int64_t rows, P* panel,
@@ -59,26 +57,25 @@ static void fill_copy(const Stage& s, const StagePlan<P>& plan, int64_t n, int64
     for (int64_t x = 0; x < count; x += plan.kCopy)
       for (int64_t c = 0; c < plan.channels; c += VL) {
         const int64_t step = least(plan.kCopy, count - x);
-        P* to = panel + (before + x) * plan.pitch + c;
+        P* to = at(panel + (before + x) * plan.pitch, c);
         if (c < s.in.c)
           gather(s.in, n, c, y, x, step, some, VL);
         else
           memset(some, 0, step * VL * 4);
-        for (int64_t i = 0; i < step; i++) store_as(to + i * plan.pitch, some + i * VL);
+        for (int64_t i = 0; i < step; i++) store(to + i * plan.pitch, load(some + i * VL));
       }
   });
 }
 
 // panel[pixel][(cin, p, q)] = the patch of the image under the pixel
 template <class P>
-static void fill_patches(const Stage& s, const StagePlan<P>& plan, int64_t n, int64_t y0, int64_t rows, P* panel) {
+static void fill_patches(const Stage& s, const StagePlan<P>& plan, int64_t n, int64_t y0, int64_t rows, P* panel,
+                         float* some) {
   with_dtype(s.in.dtype, [&](auto t) {
     for (int64_t r = 0; r < rows; r++)
-      for (int64_t x = 0; x < s.out.w; x++) {
-        P* const pixel = panel + (r * s.out.w + x) * plan.pitch;
-        P* to = pixel + copy_patch<decltype(t)>(s.in, n, y0 + r, x, s.ph, s.pw, pixel);
-        for (; to < pixel + plan.channels; to += VL) store(to, vf{});
-      }
+      for (int64_t x = 0; x < s.out.w; x++)
+        fill_patch<decltype(t)>(s.in, n, y0 + r, x, s.ph, s.pw, plan.channels, panel + (r * s.out.w + x) * plan.pitch,
+                                some);
   });
 }
 
@@ -87,12 +84,15 @@ static void fill_depthwise(const Stage& s, const StagePlan<P>& panel_plan, int64
                            P* panel, float* row_scratch) {
   const RowPlan plan(s.in, s.depthwise.kw);
   const InputRows span(s.in, s.depthwise.kh, y0, rows);
-  for (int64_t block = 0; block < panel_plan.channels / VL; block++)
+  const int64_t blocks = ceil_div(s.in.c, VL);
+  for (int64_t c = blocks * VL; c < panel_plan.channels; c += VL)
+    for (int64_t i = 0; i < rows * s.out.w; i++) store(at(panel + i * panel_plan.pitch, c), vf{});
+  for (int64_t block = 0; block < blocks; block++)
     depthwise_rows(
         s.in, s.depthwise, plan, block, y0, rows, prepare_rows(s.in, plan, n, block, span.top, span.end, row_scratch),
         [](int64_t, int64_t, int64_t) {},
         [&](int64_t y, int64_t x, int64_t count, const float* acc, const float* residual) {
-          P* to = panel + ((y - y0) * s.out.w + x) * panel_plan.pitch + block * VL;
+          P* to = at(panel + ((y - y0) * s.out.w + x) * panel_plan.pitch, block * VL);
           depthwise_epilogue<std::is_same_v<P, bfloat16>>(acc, count, s.depthwise, block, s.act, plan.pairs, residual,
                                                           to, panel_plan.pitch);
         });
@@ -111,7 +111,7 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
     const Timer timer(s.times ? &s.times->producer : nullptr);
     switch (s.producer) {
       case Stage::Producer::depthwise: fill_depthwise(s, plan, n, y0, rows, panel, row_scratch); break;
-      case Stage::Producer::patches: fill_patches(s, plan, n, y0, rows, panel); break;
+      case Stage::Producer::patches: fill_patches(s, plan, n, y0, rows, panel, row_scratch); break;
       case Stage::Producer::copy: fill_copy(s, plan, n, y0, rows, panel, row_scratch); break;
     }
   }
@@ -123,11 +123,11 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
     return lines + (block % NR + high * NR) * plan.part * VL;
   };
   const int64_t pixels = rows * out.w;
-  // in equal pieces, one for each of the calls below
+  // in equal pieces, a line for so many of the results
   constexpr int64_t kLine = 64;
-  int64_t after_bytes = 0;
+  int64_t after_bytes = 0, due = 0;
   for (const Ahead& m : s.after) after_bytes += m.bytes;
-  const int64_t ahead = ceil_div(after_bytes, kLine * ceil_div(pixels, MR) * ceil_div(out.c, VL));
+  const int64_t results = pixels * ceil_div(out.c, VL);
   const Ahead *after = s.after, *const after_end = after + sizeof(s.after) / sizeof(Ahead);
   int64_t offset = 0;
   auto ask = [&] {
@@ -136,7 +136,7 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
     offset += kLine;
   };
   auto finish = [&](int64_t m, int64_t step, int64_t count, int64_t block, const float* acc) {
-    for (int64_t i = 0; i < ahead; i++) ask();
+    for (due += ceil_div(after_bytes, kLine) * count; due > 0; due -= results) ask();
     const Constants& constants = s.pointwise.constants;
     if (out.blocked) {
       T* to = block_of<T>(out, n, block) + (y0 * out.w + m) * VL;
@@ -174,14 +174,18 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
 
 static void stage_band(const Stage& s, int64_t n, int64_t y0, char* scratch) {
   if (kTiles && s.pointwise.form == Form::planes) return planes_band(s, n, y0, scratch);
-  if constexpr (kBf16Products)
-    if (s.in.dtype == Dtype::bfloat16) return stage_band_as<bfloat16, bfloat16>(s, n, y0, scratch);
-  with_dtype(s.out.dtype, [&](auto t) { stage_band_as<float, decltype(t)>(s, n, y0, scratch); });
+  with_panel(s.in.dtype, [&](auto p) {
+    typedef decltype(p) P;
+    if constexpr (std::is_same_v<P, bfloat16>)
+      stage_band_as<P, P>(s, n, y0, scratch);
+    else
+      with_dtype(s.out.dtype, [&](auto t) { stage_band_as<P, decltype(t)>(s, n, y0, scratch); });
+  });
 }
 
 static int64_t stage_scratch_bytes(const Stage& s) {
   if (kTiles && s.pointwise.form == Form::planes) return planes_bytes(s);
-  return kBf16Products && s.in.dtype == Dtype::bfloat16 ? StagePlan<bfloat16>(s).bytes() : StagePlan<float>(s).bytes();
+  return with_panel(s.in.dtype, [&](auto p) { return StagePlan<decltype(p)>(s).bytes(); });
 }
 
 // The weight as the vectors read it, behind the bands of the tiles
@@ -280,7 +284,9 @@ const CpuKernels& kernels() {
       CMX_NAME(CMX_ISA),
       VL,
       NR * VL,
+      kTiles,
       kBf16Products,
+      [](Dtype d) { return with_panel(d, [](auto p) { return width_of<decltype(p)>(1) * (int64_t)sizeof(p); }); },
       [](Dtype d, int64_t kw) { return pairs_depthwise(d, kw); },
       [](Dtype d) { return tiles_multiply(d) ? kCellRows : 1; },
       depthwise_weight_bytes,

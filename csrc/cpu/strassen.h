@@ -45,8 +45,8 @@ constexpr int64_t kEnds[kQuarters] = {end_of(0), end_of(1), end_of(2), end_of(3)
 // which doubles their error.
 static bool uses_strassen(Dtype dtype, int64_t c_out, int64_t c_in) {
   constexpr int64_t kLeast = 512;
-  return !(kBf16Products && dtype == Dtype::bfloat16) && least(c_out, c_in) >= kLeast && c_in % (2 * VL) == 0 &&
-         c_out % (2 * NR * VL) == 0;
+  return !kTiles && !(kBf16Products && dtype == Dtype::bfloat16) && least(c_out, c_in) >= kLeast &&
+         c_in % (2 * VL) == 0 && c_out % (2 * NR * VL) == 0;
 }
 
 static int64_t packed_strassen_bytes(int64_t c_out, int64_t c_in) {

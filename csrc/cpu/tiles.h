@@ -16,10 +16,11 @@ constexpr bool kTiles = false;
 #endif
 constexpr int64_t kTile = 16, kTileDepth = 32;  // rows and columns of sums; products of each
 
-// One operand: 16 rows (a) or 16 pairs of rows (b), bytes to the next row, the next tile beside it, the next products
+// One operand: 16 rows (a) or 16 pairs of rows (b), bytes to the next row, the next tile beside it, the next products,
+// the next piece of the same numbers
 struct Operand {
   const void* data;
-  int64_t row, tile, step;
+  int64_t row, tile, step, piece = 0;
 };
 
 #if defined(CMX_TILES)
@@ -60,11 +61,22 @@ CMX_INLINE void tile_dot() {
 // (Emerald Rapids). Spoils tile 3.
 CMX_INLINE void tile_keep_awake() { tile_dot<3, 4, 6>(); }
 
+// What a step multiplies: (piece of a, piece of b), each from the last by one exchange. Of numbers that are sums of three
+// pieces the products that weigh less than the last come first: they are added while sums are small.
+struct Factors {
+  int a, b;
+};
+template <int Pieces>
+constexpr Factors kFactors[] = {{0, 0}};
+template <>
+constexpr Factors kFactors<3>[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
+
 // M x N tiles of sums, bytes to the next row and to the next tile beside it; those below lie kTile rows further.
 // work(step) is called between the instructions, for vectors to have something to do.
-template <int M, int N, class Work>
+template <int M, int N, int Pieces = 1, class Work>
 CMX_INLINE void tile_block(const Operand& a, const Operand& b, int64_t steps, float* out, int64_t row, int64_t beside,
                            Work work) {
+  constexpr auto& factors = kFactors<Pieces>;
   const char *pa = (const char*)a.data, *pb = (const char*)b.data;
   const int64_t below = kTile * row;
   tile_zero<0>();
@@ -72,18 +84,19 @@ CMX_INLINE void tile_block(const Operand& a, const Operand& b, int64_t steps, fl
   if (M == 2) tile_zero<2>();
   if (M == 2 && N == 2) tile_zero<3>();
   for (int64_t i = 0; i < steps; i++, pa += a.step, pb += b.step) {
-    tile_load<4>(pa, a.row);
-    tile_load<6>(pb, b.row);
-    tile_dot<0, 4, 6>();
-    if (N == 2) {
-      tile_load<7>(pb + b.tile, b.row);
-      tile_dot<1, 4, 7>();
+#pragma GCC unroll 6
+    for (int f = 0; f < (int)(sizeof(factors) / sizeof(Factors)); f++) {
+      const bool other_a = !f || factors[f].a != factors[f - 1].a, other_b = !f || factors[f].b != factors[f - 1].b;
+      const char *const fa = pa + factors[f].a * a.piece, *const fb = pb + factors[f].b * b.piece;
+      if (other_a) tile_load<4>(fa, a.row);
+      if (other_b) tile_load<6>(fb, b.row);
+      tile_dot<0, 4, 6>();
+      if (N == 2 && other_b) tile_load<7>(fb + b.tile, b.row);
+      if (N == 2) tile_dot<1, 4, 7>();
+      if (M == 2 && other_a) tile_load<5>(fa + a.tile, a.row);
+      if (M == 2) tile_dot<2, 5, 6>();
+      if (M == 2 && N == 2) tile_dot<3, 5, 7>();
     }
-    if (M == 2) {
-      tile_load<5>(pa + a.tile, a.row);
-      tile_dot<2, 5, 6>();
-    }
-    if (M == 2 && N == 2) tile_dot<3, 5, 7>();
     work(i);
   }
   tile_store<0>((char*)out, row);

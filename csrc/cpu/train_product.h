@@ -15,9 +15,6 @@ constexpr int64_t kRunPixels = 16, kSlot = 16;  // pixels at a time; a chunk of 
 template <class P>
 constexpr int64_t kPanelGap = 64 / sizeof(P);  // rows of a panel must not share their cache sets
 
-CMX_INLINE void put(float* to, vf v) { store(to, v); }
-CMX_INLINE void put(bfloat16* to, vf v) { store(to, v); }
-
 // f(block, first pixel, count, run): fills `run`, which goes to panel[pixel][channel]
 template <class P, class F>
 CMX_INLINE void fill_panel(int64_t c, int64_t pixels, P* panel, int64_t pitch, float* run, F f) {
@@ -28,7 +25,7 @@ CMX_INLINE void fill_panel(int64_t c, int64_t pixels, P* panel, int64_t pitch, f
         f(block, x, count, run);
       else
         clear(run, count);
-      for (int64_t i = 0; i < count; i++) put(panel + (x + i) * pitch + block * VL, load(run + i * VL));
+      for (int64_t i = 0; i < count; i++) store(at(panel + (x + i) * pitch, block * VL), load(run + i * VL));
     }
 }
 
@@ -47,12 +44,9 @@ static void fill_input(const ProductInput& in, Act act, int64_t n, int64_t m0, i
     return;
   }
   with_dtype(in.image.dtype, [&](auto t) {
-    for (int64_t i = 0; i < pixels; i++) {
-      P* const pixel = panel + i * pitch;
-      const int64_t y = (m0 + i) / in.columns, x = (m0 + i) % in.columns;
-      P* to = pixel + copy_patch<decltype(t)>(in.image, n, y, x, in.ph, in.pw, pixel);
-      for (; to < pixel + channels; to++) *to = P{};
-    }
+    for (int64_t i = 0; i < pixels; i++)
+      fill_patch<decltype(t)>(in.image, n, (m0 + i) / in.columns, (m0 + i) % in.columns, in.ph, in.pw, channels,
+                              panel + i * pitch, run);
   });
 }
 
@@ -60,9 +54,12 @@ template <class P>
 struct ProductPlan {
   int64_t channels, pitch;  // of the wider panel
   ProductPlan(int64_t chunk, int64_t c_in, int64_t c_out)
-      : channels(panel_channels<P>(most(c_in, c_out))), pitch(channels + kPanelGap<P>), chunk(chunk) {}
+      : channels(panel_channels<P>(most(c_in, c_out))), pitch(width_of<P>(channels) + kPanelGap<P>), chunk(chunk) {}
   int64_t panel_bytes() const { return round_up(chunk * pitch * sizeof(P), 64); }
-  int64_t bytes() const { return panel_bytes() + (NR * chunk + 2 * most(chunk, kRunPixels)) * VL * 4 + 64; }
+  int64_t bytes() const {
+    const int64_t runs = most(2 * most(chunk, kRunPixels) * VL, patch_scratch<P>(channels));
+    return panel_bytes() + (NR * chunk * VL + runs) * 4 + 64;
+  }
 
  private:
   int64_t chunk;
@@ -84,7 +81,7 @@ CMX_INLINE void product_into(const View& out, const P* panel, int64_t pitch, int
       [&](int64_t, int64_t, int64_t block, int64_t blocks) {
         for (int64_t j = 0; j < blocks; j++) {
           const Run r{n, block + j, 0, m0, pixels};
-          float* const values = sums + j * pixels * VL;
+          float* const values = sums + ((block + j) % NR) * pixels * VL;
           round_run(out.dtype, values, pixels);
           scatter_run(out, r, values);
           f(r, values);
@@ -105,14 +102,14 @@ static void product_train_as(const ProductTrain& s, int64_t n, int64_t m0, char*
       [&](const Run& r, const float* a) { moments_run(a, pixels, s.act, moments + r.block * kMomentPieces * VL); });
 }
 
-// da transposed: [channel][pixel], VL pixels of a run at a time
+// da transposed: [channel][pixel] from pixel `first` on, VL pixels of a run at a time
 template <class P>
-CMX_INLINE void put_columns(const float* run, int64_t count, P* to, int64_t pitch) {
+CMX_INLINE void put_columns(const float* run, int64_t count, P* rows, int64_t first, int64_t pitch) {
   for (int64_t i = 0; i < count; i += VL) {
     vf v[VL];
     for (int64_t k = 0; k < VL; k++) v[k] = load(run + (i + k) * VL);
     transpose(v);
-    for (int64_t l = 0; l < VL; l++) put(to + l * pitch + i, v[l]);
+    for (int64_t l = 0; l < VL; l++) store(at(rows + l * pitch, first + i), v[l]);
   }
 }
 
@@ -121,17 +118,13 @@ template <class P>
 static void pack_input(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, int64_t chunk, void* packed,
                        int64_t rows, int64_t slot) {
   constexpr int64_t S = kChannelsAtOnce<P>;
-  for (int64_t first = 0; first < channels; first += NR * VL) {
-    const int64_t width = least(NR * VL, channels - first);
-    float* const to = (float*)packed + first * rows / S + slot * width / S;
+  for (int64_t first = 0; first < channels; first += kWide<P> * VL) {
+    const int64_t width = least(kWide<P> * VL, channels - first);
+    float* const to = (float*)packed + first * width_of<P>(rows) / S;
     for (int64_t i = 0; i < chunk; i += S)
       for (int64_t j = 0; j < width; j += VL) {
-        const P* from = panel + i * pitch + first + j;
-        float* at = to + i * width / S + j;
-        if constexpr (S == 1)
-          store(at, i < pixels ? load(from) : vf{});
-        else
-          *(vu*)at = pack_pair(i < pixels ? load(from) : vf{}, i + 1 < pixels ? load(from + pitch) : vf{});
+        auto pixel = [&](int64_t x) { return x < pixels ? load(at(panel + x * pitch, first + j)) : vf{}; };
+        pack_channels<P>(pixel(i), pixel(i + S - 1), to + j, slot + i, width);
       }
   }
 }
@@ -144,7 +137,7 @@ static void product_backward_as(const ProductBackward& s, int64_t n, int64_t m0,
   P* const panel = (P*)scratch;
   float *const sums = (float*)(scratch + plan.panel_bytes()), *const run = sums + NR * s.chunk * VL;
   float* const other = run + most(s.chunk, kRunPixels) * VL;
-  const int64_t da_pitch = s.pixels + kPanelGap<P>;
+  const int64_t da_pitch = width_of<P>(s.pixels) + kPanelGap<P>;
   clear(s.dbias, ceil_div(c_out, VL));
   fill_panel(c_out, pixels, panel, plan.pitch, run, [&](int64_t block, int64_t x, int64_t count, float* to) {
     gradient_run(s.out, s.act, {n, block, 0, m0 + x, count}, to, other);
@@ -152,11 +145,11 @@ static void product_backward_as(const ProductBackward& s, int64_t n, int64_t m0,
     if (!s.need_weight) return;
     const int64_t whole = round_up(count, kSlot);
     clear(to + count * VL, whole - count);
-    put_columns(to, whole, (P*)s.da + block * VL * da_pitch + slot + x, da_pitch);
+    put_columns(to, whole, (P*)s.da + block * VL * da_pitch, slot + x, da_pitch);
   });
   const int64_t whole = round_up(pixels, kSlot);
   for (int64_t c = 0; s.need_weight && whole < s.chunk && c < round_up(c_out, VL); c++)
-    memset((P*)s.da + c * da_pitch + slot + whole, 0, (s.chunk - whole) * sizeof(P));
+    for (int64_t i = whole; i < s.chunk; i += VL) store(at((P*)s.da + c * da_pitch, slot + i), vf{});
   if (s.need_input) {
     clear(s.sums, blocks * kSumPieces);
     product_into(s.dx, panel, plan.pitch, c_out, s.transposed, nullptr, n, m0, pixels, sums,
@@ -173,7 +166,7 @@ static void product_backward_as(const ProductBackward& s, int64_t n, int64_t m0,
 // dweight += da x input of a group, output channels [first, first + count)
 template <class P>
 static void weight_gradient_as(const ProductBackward& s, int64_t first, int64_t count) {
-  const int64_t pitch = s.pixels + kPanelGap<P>, columns = round_up(s.in.channels, VL);
+  const int64_t pitch = width_of<P>(s.pixels) + kPanelGap<P>, columns = round_up(s.in.channels, VL);
   Pointwise p{};
   p.weight = s.panel;
   product((const P*)s.da + first * pitch, pitch, count, s.pixels, s.in.channels, p, count,
@@ -184,14 +177,6 @@ static void weight_gradient_as(const ProductBackward& s, int64_t first, int64_t 
             }
           },
           [](int64_t, int64_t, int64_t, int64_t) {});
-}
-
-// Calls f(P()) with the element of the panels for activations in a dtype
-template <class F>
-CMX_INLINE auto with_panel(Dtype d, F f) {
-  if constexpr (kBf16Products)
-    if (d == Dtype::bfloat16) return f(bfloat16{});
-  return f(float{});
 }
 
 static int64_t product_scratch_bytes(Dtype d, int64_t chunk, int64_t c_in, int64_t c_out) {
@@ -212,11 +197,16 @@ static int64_t chunk_step(Dtype d) {
 }
 // Sizes of the memory of a group: da, input
 static int64_t group_da_bytes(Dtype d, int64_t pixels, int64_t c_out) {
-  return with_panel(d,
-                    [&](auto p) { return round_up(c_out, VL) * (pixels + kPanelGap<decltype(p)>)*(int64_t)sizeof(p); });
+  return with_panel(d, [&](auto p) {
+    typedef decltype(p) P;
+    return round_up(c_out, VL) * (width_of<P>(pixels) + kPanelGap<P>)*(int64_t)sizeof(P);
+  });
 }
 static int64_t group_input_bytes(Dtype d, int64_t pixels, int64_t channels) {
-  return with_panel(d, [&](auto p) { return round_up(channels, VL) * pixels * (int64_t)sizeof(p); });
+  return with_panel(d, [&](auto p) {
+    typedef decltype(p) P;
+    return round_up(channels, VL) * width_of<P>(pixels) * (int64_t)sizeof(P);
+  });
 }
 
 }  // namespace cmx::CMX_ISA

@@ -66,6 +66,8 @@ CMX_INLINE vh narrow_bf16(vf v) {
 #endif
 }
 
+CMX_INLINE vf widen_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+
 CMX_INLINE vf widen_fp16(vh h) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps((__m256i)h);
@@ -96,7 +98,7 @@ CMX_INLINE vh narrow_fp16(vf v) {
 }
 
 CMX_INLINE vf load(const float* p) { return *(const vf*)p; }
-CMX_INLINE vf load(const bfloat16* p) { return (vf)(__builtin_convertvector(*(const vh*)p, vu) << 16); }
+CMX_INLINE vf load(const bfloat16* p) { return widen_bf16(*(const vh*)p); }
 CMX_INLINE vf load(const float16* p) { return widen_fp16(*(const vh*)p); }
 
 CMX_INLINE void store(float* p, vf v) { *(vf*)p = v; }
