@@ -176,7 +176,7 @@ static void planes_product(const Stage& s, int64_t n, int64_t y0, const PlanesPl
     for (int64_t cell = 0; cell < cells; cell += 2, turn ^= 1) {
       const Operand b{(const char*)panel.data + cell / 2 * slab, kTile * 4, kTile * kTile * 4, kStep};
       float* const to = sums + turn * plan.kSums;
-      auto work = [&](int64_t) __attribute__((always_inline)) {
+      auto work = [&](bool) __attribute__((always_inline)) {
         for (int64_t i = 0; i < lines_a_step; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
         for (int64_t i = 0; i < rows_a_step && rest.left; i++) finisher.row(rest);
       };

@@ -135,10 +135,10 @@ CMX_INLINE void sweep(const P* panel, int64_t pitch, int64_t pixels, int64_t cha
 
 #if defined(CMX_TILES)
 // As sweep() for at most two panels, f for some pixels of one of them at a time, while the next are multiplied; reads whole
-// tiles of pixels
+// tiles of pixels. Meanwhile the panels at `next` (or null) are on their way.
 template <class P, class F>
 CMX_INLINE void tile_sweep(const P* panel, int64_t pitch, int64_t pixels, int64_t channels, const P* weight, int64_t r,
-                           F f) {
+                           const void* next, F f) {
   constexpr int64_t kPixels = 2 * kTile, kSome = 8;  // of a block of tiles, and of a call of f
   constexpr int64_t kRow = kTileDepth * 2, kTileBytes = kTile * kRow;
   constexpr int kOf = kPieces<P>;
@@ -164,17 +164,23 @@ CMX_INLINE void tile_sweep(const P* panel, int64_t pitch, int64_t pixels, int64_
     left -= some;
     if (done == count) j++, done = 0;
   };
-  auto work = [&](int64_t) __attribute__((always_inline)) {
+  // evenly: the hardware would bring what a block of tiles reads first all at once
+  const char *ahead = (const char*)next, *const ahead_end = next ? ahead + r * block * 2 : ahead;
+  const int64_t turns = std::size(kFactors<kOf>) * steps * ceil_div(pixels, kPixels);
+  const int64_t lines = ceil_div(r * block * 2, 64 * turns);
+  auto work = [&](bool last) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < lines && ahead < ahead_end; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    if (!last) return;
     for (int64_t i = 0; i < calls_a_step && left; i++) call();
   };
   const bool two = r > 1;
-  for (int64_t next = 0, turn = 0; next < pixels; next += kPixels, turn ^= 1) {
-    const int64_t there = least(kPixels, pixels - next);
+  for (int64_t first = 0, turn = 0; first < pixels; first += kPixels, turn ^= 1) {
+    const int64_t there = least(kPixels, pixels - first);
     auto multiply = there > kTile ? two ? tile_block<2, 2, kOf, decltype(work)> : tile_block<2, 1, kOf, decltype(work)>
                     : two         ? tile_block<1, 2, kOf, decltype(work)>
                                   : tile_block<1, 1, kOf, decltype(work)>;
     for (int64_t k = 0; k < steps; k += kTileRun) {
-      const Operand a{panel + next * pitch + k * kOf * kTileDepth, pitch * 2, kTile * pitch * 2, kOf * kRow, kRow};
+      const Operand a{panel + first * pitch + k * kOf * kTileDepth, pitch * 2, kTile * pitch * 2, kOf * kRow, kRow};
       const Operand b{weight + k * kOf * kTile * kTileDepth, kRow, block * 2, kOf * kTileBytes, kTileBytes};
       float* const to = acc[k ? 2 : turn][0];
       multiply(a, b, least(kTileRun, steps - k), to, VL * 4, sizeof(acc[0][0]), work);
@@ -182,7 +188,7 @@ CMX_INLINE void tile_sweep(const P* panel, int64_t pitch, int64_t pixels, int64_
         store(acc[turn][0] + i, load(acc[turn][0] + i) + load(to + i));
     }
     while (left) call();
-    sums = acc[turn][0], m = next, count = there, j = done = 0, left = r * there;
+    sums = acc[turn][0], m = first, count = there, j = done = 0, left = r * there;
   }
   while (left) call();
 }
@@ -205,7 +211,7 @@ CMX_INLINE void product(const P* panel, int64_t pitch, int64_t pixels, int64_t c
       const P* weight = (const P*)p.weight + block * VL * width_of<P>(channels);
       const void* next = block + r < blocks ? weight + size : end < pixels ? p.weight : p.next;
       if constexpr (kTilePanel<P>)
-        tile_sweep(panel + m0 * pitch, pitch, end - m0, channels, weight, r,
+        tile_sweep(panel + m0 * pitch, pitch, end - m0, channels, weight, r, next,
                    [&](int64_t m, int64_t count, int64_t j, const float* acc) { f(m0 + m, 1, count, block + j, acc); });
       else
         sweep(panel + m0 * pitch, pitch, end - m0, channels, kRun, weight, r, next,

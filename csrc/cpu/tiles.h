@@ -5,6 +5,8 @@
 // Operands lie anywhere, with any distance between rows; rows that cross a line of the cache take five times as long.
 #pragma once
 
+#include <iterator>
+
 #include "vec.h"
 
 namespace cmx::CMX_ISA {
@@ -72,11 +74,12 @@ template <>
 constexpr Factors kFactors<3>[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
 
 // M x N tiles of sums, bytes to the next row and to the next tile beside it; those below lie kTile rows further.
-// work(step) is called between the instructions, for vectors to have something to do.
+// work(last of a step) is called between the instructions, for vectors to have something to do.
 template <int M, int N, int Pieces = 1, class Work>
 CMX_INLINE void tile_block(const Operand& a, const Operand& b, int64_t steps, float* out, int64_t row, int64_t beside,
                            Work work) {
   constexpr auto& factors = kFactors<Pieces>;
+  constexpr int count = std::size(factors);
   const char *pa = (const char*)a.data, *pb = (const char*)b.data;
   const int64_t below = kTile * row;
   tile_zero<0>();
@@ -85,7 +88,7 @@ CMX_INLINE void tile_block(const Operand& a, const Operand& b, int64_t steps, fl
   if (M == 2 && N == 2) tile_zero<3>();
   for (int64_t i = 0; i < steps; i++, pa += a.step, pb += b.step) {
 #pragma GCC unroll 6
-    for (int f = 0; f < (int)(sizeof(factors) / sizeof(Factors)); f++) {
+    for (int f = 0; f < count; f++) {
       const bool other_a = !f || factors[f].a != factors[f - 1].a, other_b = !f || factors[f].b != factors[f - 1].b;
       const char *const fa = pa + factors[f].a * a.piece, *const fb = pb + factors[f].b * b.piece;
       if (other_a) tile_load<4>(fa, a.row);
@@ -96,8 +99,8 @@ CMX_INLINE void tile_block(const Operand& a, const Operand& b, int64_t steps, fl
       if (M == 2 && other_a) tile_load<5>(fa + a.tile, a.row);
       if (M == 2) tile_dot<2, 5, 6>();
       if (M == 2 && N == 2) tile_dot<3, 5, 7>();
+      work(f + 1 == count);
     }
-    work(i);
   }
   tile_store<0>((char*)out, row);
   if (N == 2) tile_store<1>((char*)out + beside, row);
