@@ -6,6 +6,7 @@ definition serves torch.ops.cmx_triton, which ``implement`` fills once Triton ha
 
 import importlib
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -122,6 +123,11 @@ def _load() -> tuple[Any, str | None]:
         reason = f"the native library does not load in torch {torch.__version__}: {error}"
         warnings.warn(f"cmx_kernels: {reason}. Running on the reference; rebuild with `pip install .`", stacklevel=2)
         return None, reason
+    if level := os.environ.get("CMX_ISA"):
+        try:
+            native.set_isa_level(level)
+        except ValueError as error:
+            raise ValueError(f"CMX_ISA: {error}") from None
     return native, None
 
 

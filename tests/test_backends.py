@@ -211,6 +211,15 @@ def test_environment_with_an_unknown_backend() -> None:
     assert "ValueError: CMX_BACKEND: got 'gpu', wanted one of cuda, triton, cpu, reference" in done.stderr
 
 
+@pytest.mark.skipif(not HAS_C, reason=str(registry.WHY_NO_C))
+def test_environment_chooses_the_instruction_set() -> None:
+    for level in registry.C.isa_levels():
+        done = _python(IMPORT + "; print(registry.isa_level())", CMX_ISA=level)
+        assert done.stdout.strip() == level, done.stderr
+    done = _python(IMPORT, CMX_ISA="avx1024")
+    assert f"CMX_ISA: isa level: got 'avx1024', wanted one of {', '.join(registry.C.isa_levels())}" in done.stderr
+
+
 def _copy(folder: Path) -> Path:
     """The package's Python files, without a native library."""
     ignored = shutil.ignore_patterns("_C*", "__pycache__", "_build.json")
