@@ -1,5 +1,5 @@
-"""By AMX tiles: depthwise convolutions of bfloat16, bands of every width, cells at every edge, infinities and NaN; products of
-float32 as six of bfloat16."""
+"""AMX tiles: depthwise convolutions of bfloat16 (bands of every width, cells at every edge), float32 as three bfloat16,
+infinities and NaN."""
 
 from collections.abc import Iterator
 
