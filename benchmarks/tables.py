@@ -109,7 +109,7 @@ LEGEND = (
     "224 x 224 photographs, random weights; medians of calls; spread: half the distance of the quartiles",
     "x eager, x best peer: against the fastest of them in this dtype or a more exact one",
     "limit: all multiply-adds at the arithmetic peak measured in the same turns (depthwise: at that of fp32);",
-    "fused float32 networks need an eighth fewer in their products (Strassen), or multiply by AMX tiles, and may pass it",
+    "fused float32 networks need an eighth fewer in their products (Strassen), or use AMX tiles, and may pass it",
     "largest error: against float64; allowed: twice that of plain PyTorch in the same dtype, and rounding",
     "top-1: photographs whose class is that of plain float32",
     "MiB: the most that the provider's process held in a call after the first, used parts of libraries included;",
