@@ -51,14 +51,16 @@ static double peak_flop(Dtype dtype, int64_t rounds) {
     return double(rounds) * 4 * 2 * kTile * kTile * kTileDepth;
   }
 #endif
+#if defined(__AVX2__)
+  asm volatile("vzeroall" ::
+                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+                     "xmm12", "xmm13", "xmm14", "xmm15");
+  const vf &one = *(const vf*)numbers, &other = *(const vf*)(numbers + 32);
 #if defined(__AVX512F__)
-  asm volatile("vzeroall\nvmovups %0, %%zmm30\nvmovups %1, %%zmm31" ::"m"(*(const vf*)numbers),
-               "m"(*(const vf*)(numbers + 32))
-               : "xmm30", "xmm31");
-#elif defined(__AVX2__)
-  asm volatile("vzeroall\nvmovups %0, %%ymm14\nvmovups %1, %%ymm15" ::"m"(*(const vf*)numbers),
-               "m"(*(const vf*)(numbers + 32))
-               : "xmm14", "xmm15");
+  asm volatile("vmovups %0, %%zmm30\nvmovups %1, %%zmm31" ::"m"(one), "m"(other) : "xmm30", "xmm31");
+#else
+  asm volatile("vmovups %0, %%ymm14\nvmovups %1, %%ymm15" ::"m"(one), "m"(other) : "xmm14", "xmm15");
+#endif
 #endif
 #if defined(__AVX2__)
 #if defined(__AVX512BF16__)
