@@ -160,12 +160,21 @@ def _measured(op: str, x: Tensor, act: str, weight: Shape) -> str | None:
     return None
 
 
+def _only_cpu(x: Tensor, act: str) -> bool:
+    """Whether no backend but the CPU kernels can be the answer: what a call on the CPU finds in a microsecond."""
+    if not x.is_cpu or x.dtype not in _CPU_DTYPES or act not in _CPU_ACTIVATIONS or registry.C is None:
+        return False
+    return FUSED and not (_forced or tuned.choices or transformed())
+
+
 def select(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = None) -> str:
     """The name of the backend that runs ``op`` on ``x``.
 
     quiet: say nothing of a fall-back.
     weight: the shape of the convolution's weight; with it a measurement of tune() counts.
     """
+    if _only_cpu(x, act):
+        return "cpu"
     if _forced is not None:
         for backend in BACKENDS:
             if backend.name == _forced:
@@ -199,31 +208,33 @@ def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape 
 
 
 # Measured with benchmarks/bench_ops.py, see csrc/cpu/NOTES.md: in channels_last, values at least, taps at most
-_PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS = 1 << 18, 9, 25
+_INTEL = registry.C is not None and "amx" in registry.C.isa_levels()
+_PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS = 1 << 17 if _INTEL else 1 << 18, 9, 25
 _NARROW, _LARGE, _LARGER = 128, 1 << 20, 1 << 21  # _MORE_TAPS: see _plain_taps
-_PLAIN_DTYPES = (torch.float32, torch.bfloat16)
+_FLOAT32, _PLAIN_DTYPES, _STRIDED = torch.float32, (torch.float32, torch.bfloat16), torch.strided
 
 
 def plain_is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's own depthwise convolution, with nothing behind it, is faster than the CPU kernels.
 
-    Asked in every call of a layer, so the first question is the one that most often says no.
+    Asked in every call of a layer, whose data has taken the place of our code in the caches: as few functions and
+    objects as can be, and the question that most often says no first.
     """
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.numel() < _PLAIN_ELEMENTS:
         return False  # a size asked for in a graph would bind it to that size
-    if x.dtype not in _PLAIN_DTYPES or x.device.type != "cpu" or x.layout != torch.strided or x.dim() != 4:
+    if not x.is_cpu or x.dtype not in _PLAIN_DTYPES or x.layout is not _STRIDED or x.dim() != 4 or x.stride(1) != 1:
         return False
-    kh, kw = weight.shape[2:]
-    if x.stride(1) != 1 or kh * kw > _plain_taps(x) or kernels_are_forced():
+    taps = weight.size(2) * weight.size(3)
+    if taps > _PLAIN_TAPS and (taps > _MORE_TAPS or taps > _plain_taps(x)):
         return False
-    if torch.is_autocast_enabled("cpu"):  # x takes another dtype first
+    if _forced not in (None, "reference") or torch.is_autocast_enabled("cpu"):  # autocast: x takes another dtype first
         return False
-    return _measured("depthwise_block", x, "none", weight.shape) is None  # tune() knows better
+    return not tuned.choices or _measured("depthwise_block", x, "none", weight.shape) is None  # tune() knows better
 
 
 def _plain_taps(x: Tensor) -> int:
-    if x.dtype == torch.float32:  # few channels, or many values of several images
-        more = x.shape[1] < _NARROW or (x.shape[0] > 1 and x.numel() > _LARGE)
+    if x.dtype == _FLOAT32:  # few channels, or many values of several images
+        more = _INTEL or x.size(1) < _NARROW or (x.size(0) > 1 and x.numel() > _LARGE)
     else:
         more = x.numel() > _LARGER
     return _MORE_TAPS if more else _PLAIN_TAPS

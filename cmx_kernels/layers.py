@@ -12,7 +12,7 @@ from cmx_kernels.models.obstacles import check_call, check_tensor, plain_is_want
 from cmx_kernels.models.stack import STATE
 from cmx_kernels.models.structure import Refusal, why_not_size
 from cmx_kernels.ops.block_stack import ConvParams, PackedCache
-from cmx_kernels.ops.checks import MAX_KERNEL, autocast, wants_grad
+from cmx_kernels.ops.checks import MAX_KERNEL, autocast, autocast_is_on, wants_grad
 from cmx_kernels.ops.depthwise_packed import PackedDepthwise, depthwise_packed, pack
 from cmx_kernels.ops.kept_weights import for_autocast, forget_moved
 
@@ -108,25 +108,28 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
             backends.fall_back("a LargeKernelDepthwiseConv2d", reason)
             return super().forward(x)
         inference = not (torch.compiler.is_compiling() or wants_grad(x, weight, bias))
-        given, (x,) = x, autocast(x)
+        given = x
+        if autocast_is_on(x):
+            (x,) = autocast(x)
         backend = backends.select("depthwise_block", x, "none", weight=weight.shape)
         if backend == "reference":
             return super().forward(given)
-        if inference and backend == "cpu" and not weight.is_inference():
+        if inference and backend == "cpu":
             packed = self._packed(x, weight, bias)
             if packed is not None:
                 return profiling.call(depthwise_packed, "depthwise_block", backend, x, packed, "none", False)
         return ops.depthwise_block(given, for_autocast(given, weight, bias), bias, act="none", residual=False)
 
     def _packed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> PackedDepthwise | None:
-        """The weight in the kernel's layout, packed again after every change; None if it does not fit x."""
-        shape = (self.out_channels, 1, *self.kernel_size)
-        mixed = torch.is_autocast_enabled(x.device.type)
-        if weight.shape != shape or x.shape[1] != shape[0] or not (mixed or weight.dtype == x.dtype):
+        """The weight in the layout of the CPU kernels, packed again after every change; None if it does not fit x."""
+        channels, dtype = self.out_channels, weight.dtype
+        if weight.shape != (channels, 1, *self.kernel_size) or x.size(1) != channels or not weight.is_cpu:
             return None
-        if bias is not None and (bias.shape != shape[:1] or bias.is_inference() or bias.dtype != weight.dtype):
+        if dtype != x.dtype and not torch.is_autocast_enabled("cpu"):
             return None
-        if weight.device != x.device or (bias is not None and bias.device != x.device):
+        if bias is not None and (bias.shape != (channels,) or bias.dtype != dtype or not bias.is_cpu):
+            return None
+        if weight.is_inference() or (bias is not None and bias.is_inference()):  # whose changes are not counted
             return None
         cache: PackedCache | None = self.__dict__.get(STATE)
         if cache is None:

@@ -226,7 +226,8 @@ def test_pytorch_runs_what_it_is_faster_at(dtype: torch.dtype, k: int, monkeypat
 
 @torch.no_grad()
 def test_several_images_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """25 taps of 128 channels and more in float32: PyTorch's own is faster for several images, not for one."""
+    """25 taps of 128 channels and more in float32: PyTorch's own is faster for several images, not for one; or always."""
+    monkeypatch.setattr(backends, "_INTEL", False)
     monkeypatch.setattr(backends, "_PLAIN_ELEMENTS", 2000)
     monkeypatch.setattr(backends, "_LARGE", 30000)
     x = torch.randn(3, 128, 9, 11).to(memory_format=torch.channels_last)
@@ -234,6 +235,9 @@ def test_several_images_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
         assert backends.plain_is_faster(x[:images], torch.empty(128, 1, k, k)) == faster
     one = torch.randn(1, 128, 27, 11).to(memory_format=torch.channels_last)
     assert not backends.plain_is_faster(one, torch.empty(128, 1, 5, 5))
+    monkeypatch.setattr(backends, "_INTEL", True)
+    for k, dtype, faster in ((5, torch.float32, True), (7, torch.float32, False), (5, torch.bfloat16, False)):
+        assert backends.plain_is_faster(one.to(dtype), torch.empty(128, 1, k, k)) == faster
 
 
 @pytest.mark.parametrize(

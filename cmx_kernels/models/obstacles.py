@@ -20,13 +20,14 @@ _OF_TORCH = (
     ),
     (nn.Conv2d, "_conv_forward"),
 )
-_found = [getattr(kind, name) for kind, name in _OF_TORCH]
+_KINDS, _NAMES = zip(*_OF_TORCH, strict=True)
+_found = [*map(getattr, _KINDS, _NAMES)]
 _AS_TORCH_HAS_THEM = [f if f.__module__.startswith("torch.nn.") else None for f in _found]
 # Private, so a torch without them is taken as one without transforms at work
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in HOOKS)
+_GLOBAL_HOOKS = [getattr(module_globals, f"_global{hooks}", {}) for hooks in HOOKS]
 
 
 def plain_is_wanted(x: Any) -> bool:
@@ -59,11 +60,11 @@ def check_call(x: Tensor) -> None:
         raise Refusal(backends.TRANSFORMED)
     if torch.compiler.is_compiling():
         return
-    if [getattr(kind, name) for kind, name in _OF_TORCH] != _AS_TORCH_HAS_THEM:
+    if [*map(getattr, _KINDS, _NAMES)] != _AS_TORCH_HAS_THEM:
         raise Refusal("somebody replaced a method of a class in torch.nn")
     if x.is_nested or x.layout is not torch.strided:
         check_activations(x)
-    if any(getattr(module_globals, hooks, None) for hooks in _GLOBAL_HOOKS):
+    if any(_GLOBAL_HOOKS):
         raise Refusal("a hook for all modules is registered")
 
 

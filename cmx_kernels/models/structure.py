@@ -138,7 +138,10 @@ def why_not_one_operator(unit: Unit) -> str | None:
 
 def why_not_size(conv: nn.Conv2d) -> str | None:
     """A sentence if a weight is not of the size from which the settings of its convolution were judged."""
-    size = conv.weight.shape[2:]
+    shape = conv.weight.shape
+    if shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):  # faster than to cut it
+        return None
+    size = shape[2:]
     return None if size == conv.kernel_size else f"a weight is {list(size)} with kernel_size={conv.kernel_size}"
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmx_kernels.ops.block_stack import ConvParams, constants_of, pack_depthwise
-from cmx_kernels.ops.checks import check_activations, memory_format
+from cmx_kernels.ops.checks import memory_format
 from cmx_kernels.registry import define
 
 
@@ -47,10 +47,8 @@ def depthwise_packed(x: Tensor, packed: PackedDepthwise, act: str, residual: boo
         x: [N, C, H, W] in the dtype it was packed for, any strides.
         packed: from :func:`pack`, on this machine.
         act, residual: as in ops.depthwise_block.
+
+    Raises:
+        RuntimeError: one of them does not fit the others, from the operator.
     """
-    check_activations(x)
-    if x.shape[1] != packed.constants.shape[1]:
-        raise ValueError(
-            f"x: got {x.shape[1]} channels, wanted {packed.constants.shape[1]}, which the weight was packed for"
-        )
     return _compiled(x, packed.weight, packed.constants, packed.kernel, act, residual)
