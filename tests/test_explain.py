@@ -226,7 +226,7 @@ def test_pytorch_runs_what_it_is_faster_at(dtype: torch.dtype, k: int, monkeypat
 
 @torch.no_grad()
 def test_several_images_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """25 taps of 128 channels and more in float32: PyTorch's own is faster for several images, not for one; or always."""
+    """25 taps of 128 channels and more in float32: PyTorch's own wins for several images, not for one, or always."""
     monkeypatch.setattr(backends, "_INTEL", False)
     monkeypatch.setattr(backends, "_PLAIN_ELEMENTS", 2000)
     monkeypatch.setattr(backends, "_LARGE", 30000)
