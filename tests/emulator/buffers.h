@@ -39,6 +39,19 @@ inline void prepare(int) {}
 inline cudaError_t finish() { return cudaDeviceSynchronize(); }
 #endif
 
+// Run `wrong` on each case, and in two orders: a sanitizer sees nearly the same in all, and the next case runs in the next two.
+template <class Cases, class F>
+int in_orders(const Cases& cases, const F& wrong) {
+  static int order = 0;
+  int bad = 0;
+  for (const auto& k : cases)
+    for (int run = 0; run < (kOrders > 1 ? 2 : 1) && !bad; ++run) {
+      prepare(order++ % kOrders);
+      bad += wrong(k);
+    }
+  return bad;
+}
+
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error("CUDA error " + std::to_string(static_cast<int>(error)));
 }

@@ -1,4 +1,4 @@
-// The kernels under a sanitizer: buffers of exactly the right size, ragged shapes, every thread order, right values.
+// The kernels under a sanitizer: buffers of exactly the right size, ragged shapes, several thread orders, right values.
 // Compiled with g++ -DCMX_EMULATED for AddressSanitizer and ThreadSanitizer, with nvcc for compute-sanitizer.
 // Arguments: kernel names (ffma, mma, mma_plane, mma_last); all of them if none. Ends with 1 where a value is wrong.
 #include <cmath>
@@ -17,7 +17,7 @@ struct Case {
 
 // The formula without scale, bias and activation, on small integers: exact in every type
 template <class T>
-static int wrong(const char* kernel, const Case& k, Dtype dtype, int order) {
+static int wrong(const char* kernel, const Case& k, Dtype dtype) {
   const DepthwiseShape s{k.n, k.c, k.h, k.w, k.kh, k.kw, dtype};
   const int64_t plane = int64_t(k.h) * k.w, count = k.n * k.c * plane;
   const Buffer<T> x = allocate<T>(count), weight = allocate<T>(k.c * k.kh * k.kw), y = allocate<T>(count);
@@ -30,7 +30,6 @@ static int wrong(const char* kernel, const Case& k, Dtype dtype, int order) {
   p.x = x.get(), p.weight = weight.get(), p.y = y.get();
   p.shape = s, p.x_stride = p.y_stride = strides, p.act = Act::none, p.residual = true;
 
-  prepare(order);
   const Gpu gpu{90, 1, 227 << 10, 1.755, 4.3};
   const Memory m = memory_of(p.x, strides, p.y, strides, s);
   if (!std::strcmp(kernel, "ffma")) {
@@ -64,7 +63,7 @@ static int wrong(const char* kernel, const Case& k, Dtype dtype, int order) {
       }
   }
   if (bad)
-    std::printf("%s %dx%dx%dx%d kernel %dx%d order %d: %d wrong\n", kernel, k.n, k.c, k.h, k.w, k.kh, k.kw, order, bad);
+    std::printf("%s %dx%dx%dx%d kernel %dx%d: %d wrong\n", kernel, k.n, k.c, k.h, k.w, k.kh, k.kw, bad);
   return bad;
 }
 
@@ -77,20 +76,12 @@ static int all_wrong(const char* kernel) {
   // accesses of 2 to 16 bytes; a group that is not full, and several tiles a block
   const Case lasts[] = {{1, 3, 5, 7, 3, 4},  {2, 2, 17, 19, 7, 7},  {1, 20, 3, 5, 3, 3},
                         {5, 24, 9, 3, 2, 2}, {1, 8, 5, 33, 13, 20}, {1, 4, 3, 24, 1, 31}};
-  int bad = 0;
-  for (int order = 0; order < kOrders; ++order) {
-    if (!std::strcmp(kernel, "mma_plane")) {
-      for (const Case& k : planes) bad += wrong<bf16>(kernel, k, Dtype::bfloat16, order);
-    } else if (!std::strcmp(kernel, "mma_last")) {
-      if (order < 3)  // no cp.async
-        for (const Case& k : lasts) bad += wrong<bf16>(kernel, k, Dtype::bfloat16, order);
-    } else {
-      for (const Case& k : ragged) bad += wrong<bf16>(kernel, k, Dtype::bfloat16, order);
-      if (!std::strcmp(kernel, "ffma"))
-        for (const Case& k : ragged) bad += wrong<float>(kernel, k, Dtype::float32, order);
-    }
-  }
-  return bad;
+  const auto in_bf16 = [&](const Case& k) { return wrong<bf16>(kernel, k, Dtype::bfloat16); };
+  const auto in_float = [&](const Case& k) { return wrong<float>(kernel, k, Dtype::float32); };
+  if (!std::strcmp(kernel, "mma_plane")) return in_orders(planes, in_bf16);
+  if (!std::strcmp(kernel, "mma_last")) return in_orders(lasts, in_bf16);
+  const int bad = in_orders(ragged, in_bf16);
+  return bad || std::strcmp(kernel, "ffma") ? bad : in_orders(ragged, in_float);
 }
 
 int main(int count, char** names) {

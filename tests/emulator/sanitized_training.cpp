@@ -1,4 +1,4 @@
-// The kernels of training under a sanitizer: buffers of exactly the right size, ragged shapes, every thread order, right
+// The kernels of training under a sanitizer: buffers of exactly the right size, ragged shapes, several thread orders, right
 // values on small integers, which are exact in every type. As tests/emulator/sanitized.cpp, for the CPU and for a GPU.
 // Arguments: forward, backward_ffma, backward_mma, rows; all of them if none.
 #include <cmath>
@@ -201,28 +201,28 @@ int main(int count, char** names) {
   const auto wanted = [&](const char* name) { return count == 1 || !std::strcmp(names[1], name); };
   int bad = 0;
   try {
-    for (int order = 0; order < kOrders; ++order) {
-      prepare(order);
-      for (const Case& k : ragged) {
-        if (wanted("forward")) {
-          bad += forward<float>(k, Dtype::float32, DepthwiseKernel::ffma);
-          bad += forward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma);
-        }
-        if (order >= 3) continue;  // no cp.async in the others
-        if (wanted("forward") && k.c > 1) bad += forward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma_last);
-        if (wanted("backward_ffma")) {
-          bad += backward<float>(k, Dtype::float32, DepthwiseKernel::ffma);
-          bad += backward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::ffma);
-        }
-        if (wanted("backward_mma")) bad += backward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma);
-        for (const bool last : {false, true})
-          if (wanted("rows")) bad += rows<bf16>(k, Dtype::bfloat16, last) + rows<float>(k, Dtype::float32, last);
+    bad += in_orders(ragged, [&](const Case& k) {
+      int bad = 0;
+      if (wanted("forward")) {
+        bad += forward<float>(k, Dtype::float32, DepthwiseKernel::ffma);
+        bad += forward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma);
+        if (k.c > 1) bad += forward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma_last);
       }
-      for (const Case& k : planes) {
-        if (wanted("forward")) bad += forward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma_plane);
-        if (wanted("backward_mma") && order < 3) bad += backward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma);
+      if (wanted("backward_ffma")) {
+        bad += backward<float>(k, Dtype::float32, DepthwiseKernel::ffma);
+        bad += backward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::ffma);
       }
-    }
+      if (wanted("backward_mma")) bad += backward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma);
+      for (const bool last : {false, true})
+        if (wanted("rows")) bad += rows<bf16>(k, Dtype::bfloat16, last) + rows<float>(k, Dtype::float32, last);
+      return bad;
+    });
+    bad += in_orders(planes, [&](const Case& k) {
+      int bad = 0;
+      if (wanted("forward")) bad += forward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma_plane);
+      if (wanted("backward_mma")) bad += backward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma);
+      return bad;
+    });
   } catch (const std::exception& e) {
     std::printf("%s\n", e.what());
     return 1;
