@@ -59,9 +59,30 @@ def written(text: str, suffix: str) -> str:
     return str(file)
 
 
-def flags(mode: str) -> list[str]:
-    includes = ["-Icsrc", "-Icsrc/cuda", "-Itests/emulator", "-isystem", str(cuda_include())]
+def flags(mode: str, root: Path = ROOT) -> list[str]:
+    """root: of the csrc whose headers are taken."""
+    includes = [f"-I{root}/csrc", f"-I{root}/csrc/cuda", "-Itests/emulator", "-isystem", str(cuda_include())]
     return [*FLAGS.split(), *MODES[mode].split(), *includes]
+
+
+def without_fp16(text: str) -> str:
+    """A launcher that takes bf16 for fp16, too: half of the kernels to compile, for programs that run none in fp16."""
+    return text.replace("<fp16", "<bf16")
+
+
+@ahead.once
+def half_of_csrc() -> Path:
+    """The folder of a csrc of such launchers."""
+    files = {f: without_fp16(f.read_text()) for f in (*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")) if f.is_file()}
+    root = CACHE / hashlib.sha256("".join(map(str, files.items())).encode()).hexdigest()[:16]
+    if not root.exists():
+        new = root.with_name(f"{os.getpid()}.{root.name}")
+        for file, text in files.items():
+            target = new / file.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+        os.replace(new, root)
+    return root
 
 
 @ahead.once
@@ -77,10 +98,14 @@ def make(target: Path, *arguments: str) -> Path:
 
 @ahead.once
 def build(mode: str, *sources: str) -> Path:
-    """Compiles and links sources (paths from the repository), each once per content: a shared library, or a program."""
-    headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
+    """Compiles and links sources (paths from the repository), each once per content: a shared library, or a program.
+
+    Programs run nothing in fp16.
+    """
+    root = ROOT if mode == "library" else half_of_csrc()
+    headers = [*root.glob("csrc/*.h"), *root.glob("csrc/cuda/*.h"), *root.glob("csrc/cuda/*.cuh")]
     headers += ROOT.glob("tests/emulator/*.h")
-    given = flags(mode)
+    given = flags(mode, root)
     common = " ".join([*given, *(header.read_text() for header in sorted(headers))])
 
     def name(*texts: str) -> Path:
@@ -91,8 +116,9 @@ def build(mode: str, *sources: str) -> Path:
     make(Path(f"{first}.gch"), *given, f"-I{ROOT}", "-x", "c++-header", first)
 
     def compile_one(source: str) -> Path:
-        target = name(common, (ROOT / source).read_text()).with_suffix(".o")
-        return make(target, *given, "-include", first, "-x", "c++", "-c", source)
+        path = (root if source.startswith("csrc/") else ROOT) / source
+        target = name(common, path.read_text()).with_suffix(".o")
+        return make(target, *given, "-include", first, "-x", "c++", "-c", str(path))
 
     with ThreadPoolExecutor(ahead.CORES) as pool:
         objects = list(map(str, pool.map(compile_one, sources)))

@@ -24,7 +24,7 @@ class Bug(NamedTuple):
 
 
 class Program(NamedTuple):
-    """One of tests/emulator with the kernels it runs, or the program of a planted bug."""
+    """One of tests/emulator with the kernels it runs, or the program of a planted bug. It runs none of fp16."""
 
     checker: str
     sources: tuple[str, ...]
@@ -36,8 +36,9 @@ class Program(NamedTuple):
         file, _, old, new, _, _ = self.bug
         text = (emulated.ROOT / file).read_text()
         assert text.count(old) == 1, f"{file} has {text.count(old)} places for this bug, wanted one"
-        planted = emulated.written(text.replace(old, new), ".cu")
-        return emulated.build(self.checker, planted, *(source for source in self.sources if source != file))
+        planted = emulated.written(emulated.without_fp16(text.replace(old, new)), ".cu")
+        others = (source for source in self.sources if source != file)
+        return emulated.build(self.checker, planted, *others)
 
 
 @ahead.once

@@ -156,11 +156,7 @@ def bugs_of_wgmma() -> Path:
     """A program with a copy of the kernel for every bug; the environment variable BUG picks one."""
     text = (emulated.ROOT / FILES["product_wgmma"]).read_text()
     headers, _, kernel = text.partition("namespace cmx {\n")
-    for other, one in (
-        ("launch_kernel<T, true>", "launch_kernel<T, false>"),
-        ("launch_layout<fp16>", "launch_layout<bf16>"),
-    ):
-        kernel = kernel.replace(other, one)
+    kernel = emulated.without_fp16(kernel).replace("launch_kernel<T, true>", "launch_kernel<T, false>")
     parts, calls = [headers, "#include <cstdlib>\n"], []
     for i, (bug, (old, new, _)) in enumerate(WGMMA.items()):
         assert kernel.count(old) == 1, f"{bug}: {kernel.count(old)} places for it, wanted one"

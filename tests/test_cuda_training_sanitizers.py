@@ -17,12 +17,14 @@ def test_clean(program: planted.Program) -> None:
 LOADED = "    load_input<T>(x, at, p, plan);\n    __syncthreads();\n"
 GUARD = "    if (y + i >= s.h) {"
 MERGE = "    __syncthreads();\n    if (patch % (2"
-RESULTS = "      __syncwarp();  // da and x' have been read: the results take their place\n"
+RESULTS = "      __syncwarp();  // da has been read: the results take its place\n"
 FREE = "    __syncwarp();  // the stage is free\n"
-BROUGHT = "    __syncwarp();  // da and x' are there\n"
+BROUGHT = "    __syncwarp();  // da and act(x) are there\n"
 SUMMED = "  __syncthreads();  // the sums of all warps are there\n"
 TURNED = "expand_filter<T, WINDOW, true>"
 AROUND = "around = plan.rows - G::ROWS"
+INPUT = "tile + plan.stage_bytes - 32"
+OUTSIDE = "!column || !image || left <= 0 ? 0u"
 ROWS_MERGE = "    __syncthreads();\n    if (lane_u"
 PLANTED = {  # what: what runs, old, new, checker, what it says
     "no barrier after the load": ("backward_ffma", LOADED, LOADED.split("\n")[0] + "\n", "thread", "data race"),
@@ -55,10 +57,12 @@ PLANTED = {  # what: what runs, old, new, checker, what it says
         "heap-buffer-overflow",
     ),
     "mma: a row of da too few": ("backward_mma", AROUND, f"{AROUND} - 2", "values", "wrong"),
+    "mma: act(x) where results lie": ("backward_mma", INPUT, INPUT.replace("- 32", "- 48"), "values", "wrong"),
+    "mma: x' of pixels outside of the plane": ("backward_mma", OUTSIDE, "0 ? 0u", "values", "wrong"),
     "rows: no barrier between merges": (
         "rows",
-        "    __syncthreads();\n    if (lane_u",
-        "    if (lane_u",
+        ROWS_MERGE,
+        ROWS_MERGE[21:],
         "thread",
         "data race",
     ),

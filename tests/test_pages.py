@@ -111,6 +111,14 @@ def of_layers() -> Iterator[str]:
     yield f"The {len(slower)} others reach {span(worst)} in one layout."
     torchs = [op for op in slower if op["k"] == 3 or op["backends"] == {"conv2d": "torch"}]
     yield f"{len(torchs)} of them are PyTorch's own convolution"
+    ops = pages.stored("xeon-amx-2-cores-layers")["ops"]
+    slower = [op for op in ops if op["slower"]]
+    yield f"{len(ops) - len(slower)} of the same {len(ops)} are slower in neither layout"
+    worst, large = [min(op["x_NCHW"], op["x_NHWC"]) for op in slower], [op["x_best"] for op in ops if op["k"] >= 7]
+    yield f"the others reach {span(worst)}"
+    assert all(op["x_NCHW"] > 0.95 for op in slower) and sum(op["k"] in (3, 5) for op in slower) == 10
+    yield f"from k 7 on are {min(large):.2f} to {max(large):.1f} times as fast"
+    yield f"`{pages.stored('xeon-amx-2-cores-layers')['machine']['command'].replace(' -q', '')}`"
 
 
 def of_rivals() -> Iterator[str]:

@@ -97,18 +97,26 @@ def expect_moments(a: Tensor, act: str) -> Expected:
     return Expected(ref, moments(torch.float32), magnitude, a.numel() // a.shape[1], torch.float32)
 
 
-def expect_sums(dx: Tensor, x: Tensor, affine: Tensor, act: str) -> Expected:
-    """Of the gradient as it was stored"""
+def _stored_activation(x: Tensor, act: str) -> Tensor:
+    """act(x) as a layer in the dtype of x stores it, in float32"""
+    return activation(act)(x.float()).to(x.dtype).float()
+
+
+def expect_sums(dx: Tensor, x: Tensor, affine: Tensor, act: str, rounded: bool = False) -> Expected:
+    """Of the gradient as it was stored. rounded: by a kernel that rounds act(x) to the dtype of x."""
     ref, plain = (training.affine_sums(*to(d, (dx, x, affine, act))) for d in (torch.float64, torch.float32))
+    if rounded:
+        plain = training.affine_sums(dx.float(), _stored_activation(x, act), affine, "none")
     size, rows_size = _absolute(x.double(), affine.double(), act)
     magnitude = training.affine_sums(dx.double().abs(), size, rows_size, "none")
     return Expected(ref, plain, magnitude, x.numel() // x.shape[1], torch.float32)
 
 
 def _rounded_gradients(args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """Torch in the dtype of x, of depthwise_block_backward: da and X are stored in it, sums are float32."""
+    """Torch in the dtype of x, of depthwise_block_backward: da, act(x) and X are stored in it, sums are float32."""
     grad, a, coefficients, x, affine, weight, act, residual, *_ = args
-    da, u = training.gradient_of(grad, a, coefficients, act), training.value(x, affine, act)
+    da = training.gradient_of(grad, a, coefficients, act)
+    u = training.value(_stored_activation(x, act), affine, "none") if affine is not None else x
     stored = (t.to(x.dtype).float() for t in (da, a))
     unchanged = torch.eye(4, 1).expand(4, a.shape[1])  # p = 1: the gradient is da
     given = (*stored, unchanged, u.to(x.dtype).float(), None, weight.float(), "none", False, True, True)
@@ -117,7 +125,7 @@ def _rounded_gradients(args: Args) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expect_gradients(args: Args, rounded: bool = False) -> tuple[Expected, Expected, Expected]:
-    """Of the input, the weight and the bias. rounded: by a kernel that rounds da and X to the dtype of x."""
+    """Of the input, the weight and the bias. rounded: by a kernel that rounds da, act(x) and X to the dtype of x."""
     grad, a, coefficients, x, affine, weight, act, residual, *_ = args
     full = (*args[:8], True, True)
     ref, plain = (training.depthwise_backward_reference(*to(d, full)) for d in (torch.float64, torch.float32))

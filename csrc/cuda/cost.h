@@ -272,16 +272,14 @@ inline Cost backward_mma_cost(const DepthwiseShape& s, Act act, const MmaPlan& p
   const double around = std::ceil(p.images() * (p.rows - tile_rows) * p.column_tiles / 64.0) * 16;
   const double sides = std::ceil(p.images() * p.rows * 2 / 32.0) * 4;
   const bool tall = s.h > tile_rows, broad = s.w > tile_rows;
-  const double load = p.load_bytes == 16 ? 7 : 14, da = gradient_instructions(act) + 16 + 2 * load;
-  const double end =
-      (act == Act::gelu ? 15 : activation_instructions(act, s.dtype)) + (p.store_bytes == 16 ? 12 : 16) + load;
-  const double elementwise = values * (da + activation_instructions(act, s.dtype) + 6 + load + end) +
-                             around * (tall ? da : 12) + sides * (broad ? da + 10 : 12);
+  const double load = p.load_bytes == 16 ? 4 : 7, da = gradient_instructions(act) + 12 + 2 * load;
+  const double input = activation_instructions(act, s.dtype) + 10 + load, end = (p.store_bytes == 16 ? 14 : 18) + load;
+  const double elementwise = values * (da + input + end) + around * (tall ? da : 2) + sides * (broad ? da + 10 : 9);
   Cost c{};
   c.memory = backward_memory_cycles(s, gpu);
-  c.issue = tiles * (k16 + ldsm + pairs * p.window + elementwise + 250) / 4 / rates.mma_issue;
+  c.issue = tiles * (k16 + ldsm + pairs * p.window + elementwise + 200) / 4 / rates.mma_issue;
   c.tensor = tiles * k16 / rates.tensor;
-  c.shared = tiles * (ldsm * 4 + pairs * p.window * 2 + values * 2 + (values + around + sides) / 4 + values * 1.5);
+  c.shared = tiles * (ldsm * 4 + pairs * p.window * 2 + values * 2 + (values + around + sides) / 4 + values * 1.75);
   c.idle = idle_factor(p.blocks, gpu.multiprocessors * blocks_at_once(p.shared_bytes, 16. / p.warps, gpu)) *
            double(int64_t(p.splits) * p.warps) * std::ceil(double(p.units) / (p.splits * p.warps)) / p.units;
   return c;

@@ -48,6 +48,12 @@ __device__ __forceinline__ float2 unpack(uint32_t word) {
 }
 
 template <class T>
+__device__ __forceinline__ void unpack4(float* v, const uint2& words) {
+  const float2 a = unpack<T>(words.x), b = unpack<T>(words.y);
+  v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
+}
+
+template <class T>
 __device__ __forceinline__ void unpack8(float* v, const uint4& words) {
   const float2 a = unpack<T>(words.x), b = unpack<T>(words.y), c = unpack<T>(words.z), d = unpack<T>(words.w);
   v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y, v[4] = c.x, v[5] = c.y, v[6] = d.x, v[7] = d.y;
@@ -170,10 +176,16 @@ __device__ __forceinline__ GradientAffine gradient_affine(const float* rows, int
   return {rows[c], rows[channels + c], rows[2 * channels + c], rows[3 * channels + c]};
 }
 
-__device__ __forceinline__ float pre_gradient(float grad, float activated, float slope, const GradientAffine& k,
-                                              Act act) {
-  const float g = fmaf(k.p, grad, fmaf(k.q, activated - k.mean, k.r));
-  return act == Act::relu && slope == 0 ? 0.f : g * slope;  // relu: whatever the gradient was
+__device__ __forceinline__ float pre_gradient(float grad, float activated, float slope, const GradientAffine& k) {
+  return fmaf(k.p, grad, fmaf(k.q, activated - k.mean, k.r)) * slope;
+}
+
+// da of a relu that is 0 there, whatever the gradient was
+template <int N>
+__device__ __forceinline__ void zeros_of_relu(float* da, const float* slope, Act act) {
+  if (act != Act::relu) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i) da[i] = slope[i] == 0 ? 0.f : da[i];
 }
 
 // grad -> da in place; a is lost
@@ -182,9 +194,8 @@ __device__ __forceinline__ void through_activation(float* grad, float* a, const 
   float slope[N];
   activate_with_slope<N>(a, slope, act);
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    grad[i] = pre_gradient(grad[i], a[i], slope[i], k, act);
-  }
+  for (int i = 0; i < N; ++i) grad[i] = pre_gradient(grad[i], a[i], slope[i], k);
+  zeros_of_relu<N>(grad, slope, act);
 }
 
 }  // namespace cmx

@@ -218,7 +218,7 @@ struct MmaPlan {
   static constexpr int kStages = 2;  // tiles of a warp in shared memory: one computed, the rest on their way
   static constexpr int kPlaneStages = 3;
   static constexpr int kPlaneTaps = 1024;  // bytes for a channel's taps in shared memory
-  static constexpr int kPlaneRounds = 8;   // at most so many rounds of blocks, where there is work enough
+  static constexpr int kRounds = 8;        // at most so many rounds of blocks, where there is work enough
   static constexpr int kBlocksPerSm = 4;   // what registers and shared memory allow for the planes
   static constexpr int kWaves = 4;         // so many rounds of blocks even out their ends, where there is work enough
   static constexpr int kUnitsOfAWarp = 4;  // fewer do not pay for reading and expanding the filter
@@ -258,20 +258,14 @@ inline void split_units(MmaPlan& p, int groups, int at_once, const Gpu& gpu) {
   p.blocks = groups * p.splits;
 }
 
-// A channel a block, a tile a warp
-inline void split_units(MmaPlan& p, const DepthwiseShape& s, const Gpu& gpu) {
-  p.warps = std::min(MmaPlan::kWarps, p.units);
-  split_units(p, s.c, p.warps, gpu);
-}
-
-// The same for whole planes: of so many rounds of blocks those that end first. What a block does beside its units takes it
-// about as long as one of them.
-inline void split_planes(MmaPlan& p, int channels, const Gpu& gpu) {
+// The same where a block has a channel and a warp a tile: of so many rounds of blocks those that end first. What a block
+// does beside its units takes it about as long as one of them.
+inline void split_rounds(MmaPlan& p, int channels, const Gpu& gpu) {
   const int64_t of_sm =
       std::min(MmaPlan::kBlocksPerSm * MmaPlan::kWarps / p.warps, blocks_that_fit(p.shared_bytes, gpu));
   const int64_t at_once = gpu.multiprocessors * std::max<int64_t>(1, of_sm), most = ceil_div(p.units, p.warps);
   int64_t best = 0;
-  for (int rounds = 1; rounds <= MmaPlan::kPlaneRounds; ++rounds) {
+  for (int rounds = 1; rounds <= MmaPlan::kRounds; ++rounds) {
     const int64_t splits = std::clamp<int64_t>(rounds * at_once / channels, 1, most);
     const int64_t time = ceil_div(channels * splits, at_once) * (ceil_div(p.units, splits * p.warps) + 1);
     if (!best || time < best) best = time, p.splits = static_cast<int>(splits);
@@ -297,10 +291,11 @@ inline void mma_tiles(MmaPlan& p, const DepthwiseShape& s) {
   p.stage_bytes = p.images() * 2 * p.half_plane;
 }
 
-// Fewer warps where the GPU has less shared memory than they want
-inline void fit_warps(MmaPlan& p, int filter_bytes, int warp_bytes, const Gpu& gpu) {
+// A tile a warp, fewer warps where the GPU has less shared memory than they want, and the blocks; none where it has too little
+inline void fit_blocks(MmaPlan& p, int channels, int filter_bytes, int warp_bytes, const Gpu& gpu) {
+  p.warps = std::min(MmaPlan::kWarps, p.units);
   while ((p.shared_bytes = filter_bytes + p.warps * warp_bytes) > gpu.shared_bytes && p.warps > 1) --p.warps;
-  if (p.shared_bytes > gpu.shared_bytes) p.blocks = 0;
+  if (p.shared_bytes <= gpu.shared_bytes) split_rounds(p, channels, gpu);
 }
 
 // blocks == 0: not for these kernels
@@ -312,8 +307,7 @@ inline MmaPlan mma_plan(const DepthwiseShape& s, const Memory& m, const Gpu& gpu
   const int width = 2 * s.w;
   p.load_bytes = std::min({p.window % 2 ? 16 : 8, m.x_alignment, common_bytes(width, 16)});
   p.store_bytes = std::min(m.y_alignment, common_bytes(width, 16));
-  split_units(p, s, gpu);
-  fit_warps(p, (s.kh + 1) / 2 * p.window * 256, MmaPlan::kStages * p.stage_bytes, gpu);
+  fit_blocks(p, s.c, (s.kh + 1) / 2 * p.window * 256, MmaPlan::kStages * p.stage_bytes, gpu);
   return p;
 }
 
@@ -352,9 +346,7 @@ inline MmaPlan mma_plane_plan(const DepthwiseShape& s, const Memory& m, const Gp
   p.rows = p.tile_rows() + s.kh - 1;
   p.half_plane = static_cast<int>(round_up((2 * ((p.rows - 1) / 4) + 2) * (p.column_tiles | 1) * 16, 128));
   p.stage_bytes = p.images() * 2 * p.half_plane;
-  p.warps = std::min(MmaPlan::kWarps, p.units);
-  p.shared_bytes = MmaPlan::kPlaneTaps + p.warps * MmaPlan::kPlaneStages * p.stage_bytes;
-  split_planes(p, s.c, gpu);
+  fit_blocks(p, s.c, MmaPlan::kPlaneTaps, MmaPlan::kPlaneStages * p.stage_bytes, gpu);
   return p;
 }
 
@@ -365,21 +357,20 @@ inline MmaPlan mma_plane_plan(const DepthwiseShape& s, const Memory& m, const Gp
 constexpr int kMmaBackwardPairs = 5, kMmaBackwardWindow = 2;
 
 // blocks == 0: not for this kernel. `m` of the input and its gradient, `g` of the gradient that comes in and of a.
-// Of a warp in shared memory: da with its halo and x' without, as products take them; then the results in float32; at
-// the end the sums of the weight gradient, 16 x 8 for a pair and a block, and three more.
+// Of a warp in shared memory: da with its halo as products take it, then in its place the results in float32; at the end
+// act(x) without a halo. After all tiles the sums of the weight gradient, 16 x 8 for a pair and a block, and three more.
 inline MmaPlan mma_backward_plan(const DepthwiseShape& s, const Memory& m, const Memory& g, const Gpu& gpu) {
   MmaPlan p{};
   if (!mma_basics(s, m) || !g.x_rows || !g.y_rows) return p;
   if (s.kh > 2 * kMmaBackwardPairs - 1 || s.kw > 8 * kMmaBackwardWindow - 7) return p;
   mma_tiles(p, s);
-  const int inputs = p.stage_bytes + 32 * (p.column_tiles | 1) * 16, results = 32 * 32 * (p.column_tiles + 1);
+  const int input = 32 * (p.column_tiles | 1) * 16, results = 32 * 32 * (p.column_tiles + 1);
   const int sums = (s.kh + 1) / 2 * p.window * 16 * 8 * 4 + 16;
-  p.stage_bytes = static_cast<int>(round_up(std::max({inputs, results, sums}), 128));
+  p.stage_bytes = static_cast<int>(round_up(std::max(std::max(p.stage_bytes, results) + input, sums), 128));
   const int width = common_bytes(2 * s.w, 16);
   p.load_bytes = std::min({m.x_alignment, g.x_alignment, g.y_alignment, width}) == 16 ? 16 : 2;
   p.store_bytes = std::min(m.y_alignment, width);
-  split_units(p, s, gpu);
-  fit_warps(p, (s.kh + 1) / 2 * p.window * 256, p.stage_bytes, gpu);
+  fit_blocks(p, s.c, (s.kh + 1) / 2 * p.window * 256, p.stage_bytes, gpu);
   return p;
 }
 

@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(THREADS, (ALONG_CHANNELS ? 4 : 7) - !WHOLE)
       float slope[N];
       activate_with_slope<N>(w, slope, p.act);
 #pragma unroll
-      for (int j = 0; j < N; ++j) v[j] = pre_gradient(v[j], w[j], slope[j], gradient[j % CHANNELS], p.act);
+      for (int j = 0; j < N; ++j) v[j] = pre_gradient(v[j], w[j], slope[j], gradient[j % CHANNELS]);
+      zeros_of_relu<N>(v, slope, p.act);
       store_unit<T, WHOLE>(p.out, out.at, v, valid, plan.bytes);
 #pragma unroll
       for (int j = 0; j < N; ++j)

@@ -37,7 +37,9 @@ static int wrong(const char* kernel, const Case& k, Dtype dtype) {
     plan.blocks = static_cast<int>(std::min<int64_t>(plan.groups * plan.units, 2));  // several tiles a block
     check(depthwise_fwd_ffma(p, plan, nullptr));
   } else if (!std::strcmp(kernel, "mma")) {
-    check(depthwise_fwd_mma(p, mma_plan(s, m, gpu), nullptr));
+    MmaPlan plan = mma_plan(s, m, gpu);
+    plan.splits = 1, plan.blocks = s.c;  // several tiles a warp
+    check(depthwise_fwd_mma(p, plan, nullptr));
   } else if (last) {
     check(depthwise_fwd_mma_last(p, mma_last_plan(s, m, gpu), nullptr));
   } else {

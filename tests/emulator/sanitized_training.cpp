@@ -95,7 +95,7 @@ static int forward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
   return report("forward", k, bad);
 }
 
-// da = grad, X = x: integers throughout
+// da = grad, X = x + 1: integers throughout
 template <class T>
 static int backward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
   const int64_t plane = int64_t(k.h) * k.w, count = k.n * k.c * plane;
@@ -104,7 +104,7 @@ static int backward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
                   weight = integers<T>(k.c * taps, 1), dx = unknown<T>(count);
   const Buffer<float> coefficients = filled<float>(4 * k.c, 0), affine = filled<float>(3 * k.c, 0),
                       dweight = unknown<float>(k.c * taps), dbias = unknown<float>(k.c), sums = unknown<float>(2 * k.c);
-  for (int c = 0; c < k.c; ++c) coefficients[c] = affine[k.c + c] = 1;
+  for (int c = 0; c < k.c; ++c) coefficients[c] = affine[k.c + c] = affine[2 * k.c + c] = 1;
   DepthwiseGradients p{};
   p.grad = grad.get(), p.a = a.get(), p.x = x.get(), p.weight = weight.get(), p.dx = dx.get();
   p.coefficients = coefficients.get(), p.affine = affine.get();
@@ -114,9 +114,10 @@ static int backward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
   BackwardPlan plan = depthwise_bwd_ffma_plan(p, gpu);
   plan.splits = static_cast<int>(std::min<int64_t>(plan.tile.units, 2));  // several tiles a block
   plan.tile.blocks = plan.tile.groups * plan.splits;
-  const MmaPlan mma = depthwise_bwd_mma_plan(p, gpu);
+  MmaPlan mma = depthwise_bwd_mma_plan(p, gpu);
   const bool tensor_cores = kernel == DepthwiseKernel::mma;
   if (tensor_cores && !mma.blocks) return 0;
+  mma.splits = 1, mma.blocks = k.c;  // several tiles a warp
   const int64_t splits = tensor_cores ? mma.splits : plan.splits;
   const Buffer<float> partials = unknown<float>(splits * k.c * (taps + 3));
   p.partials = partials.get();
@@ -138,7 +139,7 @@ static int backward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
           if (y < 0 || y >= k.h || z < 0 || z >= k.w) continue;
           const double da = float(grad[nc * plane + y * k.w + z]);
           sum += float(weight[c * taps + t]) * da;
-          dw[c * taps + t] += float(x[here]) * da;
+          dw[c * taps + t] += (float(x[here]) + 1) * da;
         }
         const float stored = float(T(float(sum)));
         bad += !(float(dx[here]) == stored);
