@@ -43,6 +43,8 @@ static void use_huge_pages(uintptr_t address, int64_t bytes) {
 
 // FLOP/s of the calling thread on registers alone
 static double peak(const std::string& dtype, double seconds) {
+  if (dtype != "bfloat16" && dtype != "float32")
+    throw std::invalid_argument("dtype: got '" + dtype + "', wanted float32 or bfloat16");
   const Dtype d = dtype == "bfloat16" ? Dtype::bfloat16 : Dtype::float32;
   const auto start = std::chrono::steady_clock::now();
   double flop = 0, passed = 0;

@@ -182,6 +182,16 @@ def test_named_networks_are_all_that_is_trained() -> None:
     assert "convmixer_768_32" in found and "convmixer_256_8" not in found
 
 
+def test_peak_of_arithmetic() -> None:
+    from cmx_kernels import registry
+
+    if registry.C is None:
+        pytest.skip(str(registry.WHY_NO_C))
+    assert registry.C.peak("float32", 1e-3) > 0 and registry.C.peak("bfloat16", 1e-3) > 0
+    with pytest.raises(ValueError, match=r"dtype: got 'bf16', wanted float32 or bfloat16"):
+        registry.C.peak("bf16")
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell a process its peak")
 def test_memory_is_that_of_a_steady_call(tmp_path: Path) -> None:
     """A fused call adds two live activations at most, and no weights: those were packed in the call before."""
