@@ -41,10 +41,10 @@ static void use_huge_pages(uintptr_t address, int64_t bytes) {
 #endif
 }
 
-// FLOP/s of the calling thread on registers alone
+// FLOP/s of the calling thread on registers alone; float16 is multiplied in float32
 static double peak(const std::string& dtype, double seconds) {
-  if (dtype != "bfloat16" && dtype != "float32")
-    throw std::invalid_argument("dtype: got '" + dtype + "', wanted float32 or bfloat16");
+  if (dtype != "bfloat16" && dtype != "float32" && dtype != "float16")
+    throw std::invalid_argument("dtype: got '" + dtype + "', wanted float32, float16 or bfloat16");
   const Dtype d = dtype == "bfloat16" ? Dtype::bfloat16 : Dtype::float32;
   const auto start = std::chrono::steady_clock::now();
   double flop = 0, passed = 0;
@@ -205,5 +205,6 @@ PYBIND11_MODULE(_C, m) {
         "ask the system for huge pages; from a multiple of huge_page on, before the memory is written");
   m.def("lanes", [] { return cpu_kernels().lanes; }, "channels in a vector");
   m.def("peak", peak, py::arg("dtype"), py::arg("seconds") = 0.02, py::call_guard<py::gil_scoped_release>(),
-        "FLOP/s of one thread on registers alone, \"float32\" or \"bfloat16\"; run it on every core at once");
+        "FLOP/s of one thread on registers alone, \"float32\", \"float16\" or \"bfloat16\"; run it on every core at "
+        "once");
 }
