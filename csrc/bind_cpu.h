@@ -152,12 +152,21 @@ inline int64_t l2_bytes() {
   return found > 0 ? found : 1 << 20;
 }
 
-// Rows of a band: every worker has the same number of bands, or at least four, and a band stays below max_rows.
+// Rows of a band: at most max_rows, or a quarter more, and such that the workers end together. Counted is when the last one
+// ends, in half rows, and one for each of its bands, which read the weights again.
 inline int64_t band_rows(int64_t planes, int64_t h, int64_t max_rows) {
   const int64_t workers = torch::stable::get_num_threads();
-  int64_t bands = std::max<int64_t>(1, ceil_div(h, std::max<int64_t>(max_rows, 1)));
-  while (bands < h && planes * bands % workers && planes * bands < 4 * workers) bands++;
-  return std::max<int64_t>(1, ceil_div(h, bands));
+  max_rows = std::clamp<int64_t>(max_rows, 1, h);
+  int64_t best = ceil_div(h, ceil_div(h, max_rows));
+  const auto time = [&](int64_t rows) {
+    const int64_t bands = ceil_div(h, rows), whole = planes * (bands - 1), last = h - (bands - 1) * rows;
+    const int64_t rounds = whole / workers, more = whole % workers;  // who has one more has no last band
+    const int64_t others = rounds * rows + ceil_div(planes, workers - more) * last;
+    return 2 * std::max(more ? (rounds + 1) * rows : 0, others) + ceil_div(planes * bands, workers);
+  };
+  for (int64_t rows = std::min(h, ceil_div(5 * max_rows, 4)); rows > 0 && workers > 1; rows--)
+    if (time(rows) < time(best)) best = rows;
+  return best;
 }
 
 // Packed for the kernels of this machine. The weight's output channels are the channels of the View; see pack_pointwise.
