@@ -160,21 +160,14 @@ def _measured(op: str, x: Tensor, act: str, weight: Shape) -> str | None:
     return None
 
 
-def _only_cpu(x: Tensor, act: str) -> bool:
-    """Whether no backend but the CPU kernels can be the answer: what a call on the CPU finds in a microsecond."""
-    if not x.is_cpu or x.dtype not in _CPU_DTYPES or act not in _CPU_ACTIVATIONS or registry.C is None:
-        return False
-    return FUSED and not (_forced or tuned.choices or transformed())
-
-
 def select(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = None) -> str:
     """The name of the backend that runs ``op`` on ``x``.
 
     quiet: say nothing of a fall-back.
     weight: the shape of the convolution's weight; with it a measurement of tune() counts.
     """
-    if _only_cpu(x, act):
-        return "cpu"
+    if FUSED and not (_forced or tuned.choices or transformed()) and _why_not_cpu(op, x, act) is None:
+        return "cpu"  # which no other backend takes unasked: found in a microsecond
     if _forced is not None:
         for backend in BACKENDS:
             if backend.name == _forced:

@@ -2,7 +2,8 @@
 //
 // A block owns one channel and some of its tiles, each warp its own, as in depthwise_fwd_mma.cu. For each tile a warp
 // brings da with its halo and act(x) without into shared memory, rounded to 16 bits as layers that store them would do; x'
-// is made of act(x) in the registers of its products. Both gradients slide over da, with the filter turned by 180 degrees (ky', kx'):
+// is made of act(x) in the registers of its products. Both gradients slide over da, with the filter turned by 180 degrees
+// (ky', kx'):
 //   dx[i][j] += weight[ky'][kx'] * da[i + ky'][j + kx']        the forward pass's product with Toeplitz matrices
 //   dweight[ky'][kx'] += x'[i][j] * da[i + ky'][j + kx']       summed over rows by products, over a row at the end:
 //     sums[ky'][d][m][n] += sum over i of da[i + ky'][8 (j + d) + m] * x'[i][8 j + n]        for every column tile j
