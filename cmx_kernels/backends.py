@@ -200,6 +200,11 @@ def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape 
     return select(op, x, act, quiet, weight) != "reference"
 
 
+def takes(name: str, op: str, x: Tensor, act: str) -> bool:
+    """Whether the backend ``name``, if there is one, runs ``op`` on ``x``, asked for or not."""
+    return any(b.name == name and b.why_not(op, x, act) is None for b in BACKENDS)
+
+
 # Measured with benchmarks/bench_ops.py, see csrc/cpu/NOTES.md: in channels_last, values at least, taps at most
 _INTEL = registry.C is not None and "amx" in registry.C.isa_levels()
 _PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS = 1 << 17 if _INTEL else 1 << 18, 9, 25

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ def define(
 ) -> Any:
     """Define ``torch.ops.cmx.<name>``. ``reference``, if any, serves every device that has no kernel.
 
+    ``backward``: with the operators, of torch.ops.cmx or cmx_triton, as its first argument.
     ``flops``: the formula for torch.utils.flop_counter, see flops.count.
     """
     qualified = f"cmx::{name}"
@@ -52,7 +54,8 @@ def define(
     if reference is not None:
         torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
     if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+        gradient = partial(backward, torch.ops.cmx)
+        torch.library.register_autograd(qualified, gradient, setup_context=setup_context)
     _definitions[name] = _Definition(schema, fake, setup_context, backward, flops)
     operator = getattr(torch.ops.cmx, name)
     if flops is not None:
@@ -101,7 +104,8 @@ def implement(name: str, kernel: Callable[..., Any]) -> None:
         raise TypeError(f"{inspect.getsourcefile(kernel)}: {found} implements {name}{definition.schema}")
     op.register_fake(definition.fake)
     if definition.backward is not None:
-        op.register_autograd(definition.backward, setup_context=definition.setup_context)
+        gradient = partial(definition.backward, torch.ops.cmx_triton)
+        op.register_autograd(gradient, setup_context=definition.setup_context)
     if definition.flops is not None:
         count(getattr(torch.ops.cmx_triton, name), definition.flops)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from compare import Expected
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 OPS = ("patch_embed", "depthwise_block", "pointwise_block", "pool_head")
 ACTS = ("gelu", "gelu_tanh", "relu", "none")
@@ -137,13 +138,16 @@ def _empty_sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return zero if bias is None else zero + bias[:, None, None]
 
 
-def formula(dtype: torch.dtype, op: str, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """The operator in torch, every tensor in ``dtype``."""
+def formula(
+    dtype: torch.dtype, op: str, x: Tensor, weight: Tensor, *rest: Any, keep: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The operator in torch, every tensor in ``dtype``; keep: what becomes of the pre-activation."""
     x, weight, *rest = (v.to(dtype) if isinstance(v, Tensor) else v for v in (x, weight, *rest))
     if op == "pool_head":
         return F.linear(x.mean((2, 3)), weight, rest[0])
     bias, scale, shift, act, *residual = rest
-    y = _act(act, conv(op, x, weight, bias))
+    a = conv(op, x, weight, bias)
+    y = _act(act, a if keep is None else keep(a))
     y = y if scale is None else y * scale[:, None, None]
     y = y if shift is None else y + shift[:, None, None]
     return y + x if residual and residual[0] else y
@@ -163,6 +167,18 @@ def terms(op: str, x: Tensor, weight: Tensor) -> int:
         pixels = x.shape[2] * x.shape[3]
         return (x.shape[1] * pixels) ** 2 if x.dtype == torch.float64 else x.shape[1] + pixels
     return math.prod(weight.shape[1:])
+
+
+class Called(TorchDispatchMode):
+    """Inside, the operators that run: names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

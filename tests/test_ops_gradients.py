@@ -1,10 +1,14 @@
 """Gradients through the dispatcher: exact in float64, by the error rule in narrower dtypes, for any layout of grad."""
 
+from collections.abc import Callable
+from functools import partial
+
 import cases
 import pytest
 import torch
 from cases import LAYOUTS, RAGGED
 from compare import Expected, check, check_equal
+from plain_models import needs_kernels
 from torch import Tensor
 
 BLOCKS = ("patch_embed", "depthwise_block", "pointwise_block")
@@ -68,22 +72,32 @@ def test_second_derivative(op: str, act: str) -> None:
 
 
 def _expected_gradients(op: str, args: tuple[object, ...], grad: Tensor) -> list[Expected]:
-    """Autograd through the plain formula in float64 and in the compute dtype; the magnitude through absolute values."""
+    """Autograd through the plain formula in float64 and in the compute dtype; the magnitude through absolute values.
 
-    def through(dtype: torch.dtype, absolute: bool) -> list[Tensor]:
+    In 16-bit types pre-activations, and their gradients, are plain in x's dtype, as layers store them.
+    """
+    narrow = args[0].dtype if args[0].dtype.itemsize == 2 and op != "pool_head" else None
+
+    def through(dtype: torch.dtype, absolute: bool, keep: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         leaves = [a.detach().to(dtype) if isinstance(a, Tensor) else a for a in args]
         leaves = [a.abs() if absolute and isinstance(a, Tensor) else a for a in leaves]
         if absolute and op != "pool_head":
             leaves[5] = "none"
         tensors = _leaves(tuple(leaves))
-        out = cases.formula(dtype, op, *leaves)
+        out = cases.formula(dtype, op, *leaves, keep=keep)
         return list(torch.autograd.grad(out, tensors, (grad.abs() if absolute else grad).to(dtype)))
 
     leaves = [a for a in args if isinstance(a, Tensor)]
     terms = [_terms(op, leaf, args, grad) for leaf in leaves]
-    plain = through(cases.compute_dtype(args[0].dtype), False)
+    plain = through(cases.compute_dtype(args[0].dtype), False, narrow and partial(_stored, narrow))
     dtypes = [leaf.dtype for leaf in leaves]
     return [Expected(*e) for e in zip(through(F64, False), plain, through(F64, True), terms, dtypes, strict=True)]
+
+
+def _stored(dtype: torch.dtype, a: Tensor) -> Tensor:
+    """``a`` as it is read again from ``dtype``, and so its gradient."""
+    a.register_hook(lambda grad: grad.to(dtype).to(grad.dtype))
+    return a + (a.to(dtype).to(a.dtype) - a).detach()
 
 
 def _terms(op: str, leaf: Tensor, args: tuple[object, ...], grad: Tensor) -> int:
@@ -180,3 +194,17 @@ def test_changed_input_is_noticed(op: str) -> None:
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(out, weight, torch.ones(out.shape))
+
+
+@needs_kernels
+@pytest.mark.parametrize("twice", (False, True), ids=("once", "with a gradient of its own"))
+@pytest.mark.parametrize("op", BLOCKS)
+def test_which_operators_backward_calls(op: str, twice: bool) -> None:
+    """The kernels of training, unless the gradient is to have one: kernels have none."""
+    args = cases.inputs(op, RAGGED[op])
+    leaves = _leaves(args)
+    out = _call(op, args)
+    with cases.Called() as called:
+        torch.autograd.grad(out, leaves, torch.ones_like(out), create_graph=twice)
+    assert (f"cmx.{op}_backward.default" in called.names) != twice
+    assert ("aten.convolution_backward.default" in called.names) == twice

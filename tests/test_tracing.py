@@ -3,13 +3,13 @@
 import pickle
 from typing import Any
 
+import cases
 import pytest
 import torch
 from plain_models import FUSED, NATIVE, check_against, counted, fused_and_plain, needs_kernels
 from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmx_kernels import ConvMixer, LargeKernelDepthwiseConv2d, cuda, registry, use
 from cmx_kernels.models import structure
@@ -105,23 +105,13 @@ def test_transforms_of_torch_func(models: tuple[nn.Module, nn.Module]) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
-class Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def test_dispatch_modes_and_dual_numbers(models: tuple[nn.Module, nn.Module]) -> None:
     recorded = []
     tangents = []
     for model in models:
         model(X)
-        with Recorder() as recorder:
+        with cases.Called() as recorder:
             model(X)
         recorded.append([name for name in recorder.names if "detach" not in name])
         with forward_ad.dual_level():

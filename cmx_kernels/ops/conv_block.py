@@ -34,6 +34,8 @@ class Geometry(NamedTuple):
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, right, top, bottom
     groups: int = 1
+    operator: str = ""  # whose operators of training (training.py) are of this convolution
+    absent: int = 0  # what these take between x and the weight, here nothing: affines, a skip
 
     def pad(self, x: Tensor) -> Tensor:
         return F.pad(x, self.padding) if any(self.padding) else x
@@ -94,50 +96,77 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, scale, shift, act, *extra = inputs
     ctx.save_for_backward(x, weight, bias, scale)
     ctx.shift_dtype = None if shift is None else shift.dtype
-    ctx.act, ctx.extra = act, extra
+    ctx.act, ctx.extra = act, extra  # extra: residual, of depthwise_block
 
 
-def backward(ctx: Any, grad: Tensor, geometry: Geometry, residual: bool) -> tuple[Tensor | None, ...]:
+def backward(operators: Any, ctx: Any, grad: Tensor, at: Geometry) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, scale, shift; recomputes the pre-activation a = conv(x) + bias where it matters.
 
     dshift = sum(grad)    dscale = sum(grad * act(a))    da = grad * scale * act'(a)    dbias = sum(da)
     dx = conv^T(da, weight) (+ grad)    dweight = x * da (correlation)
+
+    By the kernels of training where ``operators``, torch.ops.cmx or cmx_triton, has them; a is then in x's dtype, as
+    layers keep it. In PyTorch where the gradient is to have a gradient, or a torch.func transform looks on.
     """
     x, weight, bias, scale = ctx.saved_tensors
-    dtype = compute_dtype(x)
     need_x, need_weight, need_bias, need_scale, need_shift = ctx.needs_input_grad[:5]
+    gradients = _by_kernels if _has_kernels(operators, x, weight, ctx.act, at) else _in_torch
+    a, dx, dweight, dbias = gradients(operators, ctx, grad, at)
+    wide = grad.to(compute_dtype(x))
+    dscale = (wide * activation(ctx.act)(a.to(wide.dtype))).sum((0, 2, 3)) if need_scale else None
+    dshift = wide.sum((0, 2, 3)) if need_shift else None
+    return (
+        dx if need_x else None,
+        dweight.to(weight.dtype) if need_weight else None,
+        dbias.to(bias.dtype) if need_bias and bias is not None else None,
+        dscale.to(scale.dtype) if dscale is not None and scale is not None else None,
+        dshift.to(ctx.shift_dtype) if dshift is not None else None,
+    )
+
+
+def _has_kernels(operators: Any, x: Tensor, weight: Tensor, act: str, at: Geometry) -> bool:
+    if torch.is_grad_enabled() or backends.transformed() or x.numel() == 0 or weight.numel() == 0:
+        return False
+    backend = "triton" if operators is torch.ops.cmx_triton else x.device.type
+    return backends.takes(backend, f"{at.operator}_train", x, act)
+
+
+def _in_torch(operators: Any, ctx: Any, grad: Tensor, at: Geometry) -> tuple[Any, ...]:
+    x, weight, bias, scale = ctx.saved_tensors
+    dtype = compute_dtype(x)
+    need_x, need_weight, need_bias, need_scale, _ = ctx.needs_input_grad[:5]
     grad = grad.to(dtype)
-    padded = geometry.pad(x.to(dtype))
+    padded = at.pad(x.to(dtype))
     wide = weight.to(dtype)
     a = grad  # without an activation and a scale nothing depends on its value
     if ctx.act != "none" or need_scale:
-        a = F.conv2d(padded, wide, None if bias is None else bias.to(dtype), geometry.stride, groups=geometry.groups)
-    dscale = (grad * activation(ctx.act)(a)).sum((0, 2, 3)) if need_scale else None
-    dshift = grad.sum((0, 2, 3)) if need_shift else None
+        a = F.conv2d(padded, wide, None if bias is None else bias.to(dtype), at.stride, groups=at.groups)
     scaled = grad if scale is None else grad * column(scale.to(dtype))
     da = activation_backward(ctx.act, scaled, a)
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        da,
-        padded,
-        wide,
-        None,
-        geometry.stride,
-        (0, 0),
-        (1, 1),
-        False,
-        (0, 0),
-        geometry.groups,
-        (need_x, need_weight, False),
+        da, padded, wide, None, at.stride, (0, 0), (1, 1), False, (0, 0), at.groups, (need_x, need_weight, False)
     )
     if need_x:
-        dx = geometry.unpad(dx)
-        dx = (dx + grad if residual else dx).to(x.dtype)
-    if need_weight:
-        dweight = dweight.to(weight.dtype)
-    dbias = da.sum((0, 2, 3)).to(bias.dtype) if need_bias and bias is not None else None
-    dscale = dscale.to(scale.dtype) if dscale is not None and scale is not None else None
-    dshift = dshift.to(ctx.shift_dtype) if dshift is not None else None
-    return (dx if need_x else None, dweight if need_weight else None, dbias, dscale, dshift)
+        dx = at.unpad(dx)
+        dx = (dx + grad if any(ctx.extra) else dx).to(x.dtype)  # the residual connection
+    return a, dx, dweight, da.sum((0, 2, 3)) if need_bias else None
+
+
+def _by_kernels(operators: Any, ctx: Any, grad: Tensor, at: Geometry) -> tuple[Any, ...]:
+    x, weight, bias, scale = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_scale, _ = ctx.needs_input_grad[:5]
+    given = (x, *[None] * at.absent, weight)
+    a = grad  # as above
+    if ctx.act != "none" or need_scale:
+        a, _ = getattr(operators, f"{at.operator}_train")(*given, bias, ctx.act)
+    if not (need_x or need_weight or need_bias):
+        return a, None, None, None
+    p = torch.ones_like(weight[:, 0, 0, 0], dtype=torch.float32) if scale is None else scale.float()
+    coefficients = F.pad(p[None], (0, 0, 0, 3))  # p, 0, 0, 0: da = p * grad * act'(a)
+    call = getattr(operators, f"{at.operator}_backward")
+    need = need_x, need_weight or need_bias
+    dx, dweight, dbias, _ = call(grad, a, coefficients, *given, ctx.act, *ctx.extra, *need)
+    return a, dx, dweight, dbias
 
 
 def run(op: ConvOp, x: Tensor, weight: Tensor, bias: Any, scale: Any, shift: Any, act: str, *extra: Any) -> Tensor:

@@ -17,7 +17,8 @@ from cmx_kernels.registry import define
 
 def geometry(weight: Tensor) -> Geometry:
     kh, kw = weight.shape[2:]
-    return Geometry(padding=((kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2), groups=weight.shape[0])
+    padding = ((kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2)
+    return Geometry(padding=padding, groups=weight.shape[0], operator="depthwise_block", absent=1)
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
@@ -48,8 +49,8 @@ def _fake(
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*conv_block.backward(ctx, grad, geometry(ctx.saved_tensors[1]), ctx.extra[0]), None, None)
+def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*conv_block.backward(operators, ctx, grad, geometry(ctx.saved_tensors[1])), None, None)
 
 
 _SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, str act, bool residual) -> Tensor"

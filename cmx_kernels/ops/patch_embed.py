@@ -16,7 +16,7 @@ from cmx_kernels.registry import define
 
 
 def geometry(weight: Tensor) -> Geometry:
-    return Geometry(stride=(weight.shape[2], weight.shape[3]))
+    return Geometry(stride=(weight.shape[2], weight.shape[3]), operator="patch_embed")
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
@@ -48,8 +48,8 @@ def _fake(
     return torch.empty((n, c, h // p, w // q), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*conv_block.backward(ctx, grad, geometry(ctx.saved_tensors[1]), residual=False), None)
+def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*conv_block.backward(operators, ctx, grad, geometry(ctx.saved_tensors[1])), None)
 
 
 _SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, str act) -> Tensor"

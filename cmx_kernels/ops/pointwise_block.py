@@ -14,7 +14,7 @@ from cmx_kernels.ops.checks import check_weight, in_format, memory_format
 from cmx_kernels.ops.conv_block import ConvOp, Geometry
 from cmx_kernels.registry import define
 
-_GEOMETRY = Geometry()
+_GEOMETRY = Geometry(operator="pointwise_block", absent=3)
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, act: str) -> None:
@@ -39,8 +39,8 @@ def _fake(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*conv_block.backward(ctx, grad, _GEOMETRY, residual=False), None)
+def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*conv_block.backward(operators, ctx, grad, _GEOMETRY), None)
 
 
 _SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, str act) -> Tensor"
