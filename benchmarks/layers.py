@@ -13,7 +13,7 @@ from benchmarks.fields import Work
 from benchmarks.networks import DTYPES
 
 CLASSES = 1000
-TRAINS = "_train"  # forward on the statistics of the batch, and backward
+MODULES = ("depthwise_layer", "depthwise_train_layer")
 Run = Callable[[Tensor], Sequence[Tensor]]
 
 
@@ -30,6 +30,11 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.op}-k{self.k}-n{self.batch}-c{self.c}-{self.h}x{self.w}-{self.dtype}"
+
+    @property
+    def trains(self) -> bool:
+        """Forward, on the statistics of the batch where there is a BatchNorm, and backward."""
+        return "_train" in self.op
 
     @property
     def input(self) -> tuple[int, ...]:
@@ -50,7 +55,7 @@ class Shape(NamedTuple):
     @property
     def work(self) -> Work:
         """x, y and the weight, each moved once; backward is twice the work of forward."""
-        times = 3 if self.op.endswith(TRAINS) else 1
+        times = 3 if self.trains else 1
         flop = 2 * times * prod(self.output) * prod(self.weight[1:])
         moved = times * DTYPES[self.dtype].itemsize * sum(map(prod, (self.input, self.output, self.weight)))
         depthwise = self.op.startswith("depthwise")
@@ -81,18 +86,18 @@ class Layer:
     def plain(self) -> Run:
         """A module against a module: both have the same way to their convolution."""
         s = self.shape
-        if s.op == "depthwise_layer":
-            return _several(self._module(nn.Conv2d(s.c, s.c, s.k, groups=s.c, padding="same")))
-        return self._step(_plain_train) if s.op.endswith(TRAINS) else _several(self._plain)
+        if s.op in MODULES:
+            return self._run(self._module(nn.Conv2d(s.c, s.c, s.k, groups=s.c, padding="same")))
+        return self._step(_plain_train) if s.trains else _several(self._plain)
 
     def fused(self) -> Run:
         from cmx_kernels import ops
 
         s = self.shape
-        if s.op == "depthwise_layer":
-            return _several(self.fused_module())
+        if s.op in MODULES:
+            return self._run(self.fused_module())
         op = getattr(ops, s.op)
-        if s.op.endswith(TRAINS):
+        if s.trains:
             return self._step(lambda *leaves: op(*leaves)[0])
         if s.op == "pool_head":
             return _several(lambda x: op(x, self.weight, self.bias))
@@ -122,13 +127,21 @@ class Layer:
         module.to(self.weight.dtype).load_state_dict({"weight": self.weight, "bias": self.bias})
         return module.requires_grad_(False)
 
-    def _step(self, forward: Callable[..., Tensor]) -> Run:
+    def _run(self, module: nn.Module) -> Run:
+        if not self.shape.trains:
+            return _several(module)
+        parameters = tuple(module.requires_grad_().parameters())
+        return self._step(lambda x, *_: module(x), parameters)
+
+    def _step(self, forward: Callable[..., Tensor], parameters: Sequence[Tensor] | None = None) -> Run:
         """The output, and the gradients of x and all parameters for one and the same gradient of the output."""
         grad = torch.randn(self.shape.output, generator=torch.Generator().manual_seed(1)).to(self.weight.dtype)
+        if parameters is None:
+            parameters = [t.detach().requires_grad_() for t in (self.weight, self.bias, *self.norm[2:])]
 
         def run(x: Tensor) -> Sequence[Tensor]:
             with torch.enable_grad():
-                leaves = [t.detach().requires_grad_() for t in (x, self.weight, self.bias, *self.norm[2:])]
+                leaves = [x.detach().requires_grad_(), *parameters]
                 y = forward(*leaves)
                 return y.detach(), *torch.autograd.grad(y, leaves, grad[: len(x)].to(y.dtype))
 

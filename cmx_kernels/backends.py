@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -38,6 +37,11 @@ def transformed() -> bool:
 def exporting() -> bool:
     """torch.compiler.is_exporting(), which torch 2.11 takes for true in torch.compile too."""
     return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def _leaves_here() -> bool:
+    """Whether a program is made of this call that has to run where this package is not installed."""
+    return exporting() or torch.jit.is_tracing()
 
 
 @dataclass(frozen=True)
@@ -142,14 +146,14 @@ def kernels_are_forced() -> bool:
 
 def refusals(op: str, x: Tensor, act: str, weight: Shape = None) -> dict[str, str]:
     """Every backend that does not take this call, with its reason."""
-    best = _measured(op, x, act, weight)
+    best = measured(op, x, act, weight)
     slower = None if best is None else f"tune() measured {best} as faster"
     found = {b.name: b.reason(op, x, act) or (None if b.name == best else slower) for b in BACKENDS}
     found |= {} if best is None else {best: None, "reference": None}
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
-def _measured(op: str, x: Tensor, act: str, weight: Shape) -> str | None:
+def measured(op: str, x: Tensor, act: str, weight: Shape) -> str | None:
     """What tune() found to be the fastest, where it can run; it has checked the result of a backend that is new."""
     if weight is None or not (tuned.choices or tuned.of_gpus) or transformed():
         return None
@@ -166,7 +170,7 @@ def select(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = No
     quiet: say nothing of a fall-back.
     weight: the shape of the convolution's weight; with it a measurement of tune() counts.
     """
-    if FUSED and not (_forced or tuned.choices or transformed()) and _why_not_cpu(op, x, act) is None:
+    if FUSED and not (_forced or tuned.choices or transformed() or _leaves_here()) and _why_not_cpu(op, x, act) is None:
         return "cpu"  # which no other backend takes unasked: found in a microsecond
     if _forced is not None:
         for backend in BACKENDS:
@@ -175,9 +179,9 @@ def select(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape = No
                 if reason is not None:
                     raise RuntimeError(f"{op}: the forced backend {_forced!r} refuses: {reason}; {_listed(op, x, act)}")
                 return _forced
-    if not FUSED:
+    if not FUSED or _leaves_here():
         return "reference"
-    best = _measured(op, x, act, weight)
+    best = measured(op, x, act, weight)
     if best is not None:
         return best
     for backend in BACKENDS:
@@ -203,46 +207,6 @@ def has_kernel(op: str, x: Tensor, act: str, quiet: bool = False, weight: Shape 
 def takes(name: str, op: str, x: Tensor, act: str) -> bool:
     """Whether the backend ``name``, if there is one, runs ``op`` on ``x``, asked for or not."""
     return any(b.name == name and b.why_not(op, x, act) is None for b in BACKENDS)
-
-
-# Measured with benchmarks/bench_ops.py, see csrc/cpu/NOTES.md: in channels_last, values at least, taps at most
-_INTEL = registry.C is not None and "amx" in registry.C.isa_levels()
-_PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS = 1 << 17 if _INTEL else 1 << 18, 9, 25
-_NARROW, _LARGE, _LARGER = 128, 1 << 20, 1 << 21  # _MORE_TAPS: see _plain_taps
-_FLOAT32, _PLAIN_DTYPES, _STRIDED = torch.float32, (torch.float32, torch.bfloat16), torch.strided
-
-
-def plain_is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's own depthwise convolution, with nothing behind it, is faster than the CPU kernels.
-
-    Asked in every call of a layer, whose data has taken the place of our code in the caches: as few functions and
-    objects as can be, and the question that most often says no first.
-    """
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.numel() < _PLAIN_ELEMENTS:
-        return False  # a size asked for in a graph would bind it to that size
-    if not x.is_cpu or x.dtype not in _PLAIN_DTYPES or x.layout is not _STRIDED or x.dim() != 4 or x.stride(1) != 1:
-        return False
-    taps = weight.size(2) * weight.size(3)
-    if taps > _PLAIN_TAPS and (taps > _MORE_TAPS or taps > _plain_taps(x)):
-        return False
-    if _forced not in (None, "reference") or torch.is_autocast_enabled("cpu"):  # autocast: x takes another dtype first
-        return False
-    return not tuned.choices or _measured("depthwise_block", x, "none", weight.shape) is None  # tune() knows better
-
-
-def _plain_taps(x: Tensor) -> int:
-    if x.dtype == _FLOAT32:  # few channels, or many values of several images
-        more = _INTEL or x.size(1) < _NARROW or (x.size(0) > 1 and x.numel() > _LARGE)
-    else:
-        more = x.numel() > _LARGER
-    return _MORE_TAPS if more else _PLAIN_TAPS
-
-
-def why_plain_is_faster(x: Tensor, weight: Tensor) -> str:
-    return (
-        f"PyTorch's own is faster for a convolution alone, with {_plain_taps(x)} taps or fewer, on {_PLAIN_ELEMENTS} "
-        f"channels_last values or more; x has {x.numel()}, the kernel {prod(weight.shape[2:])} taps"
-    )
 
 
 def _listed(op: str, x: Tensor, act: str) -> str:

@@ -9,16 +9,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cmx_kernels import backends, cost_model, ops, registry
-from cmx_kernels.activations import name_of
+from cmx_kernels import backends, cost_model, ops, plain_layers, registry
+from cmx_kernels.activations import activation, name_of
 from cmx_kernels.layers import LargeKernelDepthwiseConv2d, is_depthwise, unswap, why_not_swap
 from cmx_kernels.models.conversion import revert
 from cmx_kernels.models.fused import Fused, Stem
 from cmx_kernels.models.networks import FusedConvMixer, FusedNetwork
 from cmx_kernels.models.obstacles import check_call, plain_is_wanted
 from cmx_kernels.models.stack import Stack, current, linear_of
-from cmx_kernels.models.structure import Refusal, children, why_not_one_operator
-from cmx_kernels.ops.checks import autocast
+from cmx_kernels.models.structure import Refusal, block_parts, children, looks_like_block, why_not_one_operator
+from cmx_kernels.ops.checks import autocast, wants_grad
 
 PLAIN = "torch"
 
@@ -75,14 +75,17 @@ def explain(model_or_op: nn.Module | str | Callable[..., Tensor], x: Tensor, act
         act: for an operator, its activation.
 
     Raises:
-        TypeError: neither a model nor an operator.
+        TypeError: neither a model nor an operator, or x is no tensor. ValueError: no such activation.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, wanted a torch.Tensor [N, C, H, W]")
     if isinstance(model_or_op, nn.Module):
         return Report(list(_model_rows(model_or_op, x)))
     name = model_or_op if isinstance(model_or_op, str) else getattr(model_or_op, "__name__", None)
     if name not in ops.__all__:
         known = ", ".join(f"ops.{op}" for op in ops.__all__)
         raise TypeError(f"model_or_op: got {model_or_op!r}, wanted an nn.Module or one of {known}")
+    activation(act)
     return Report([_op_row(name, [name], x, act)])
 
 
@@ -104,7 +107,9 @@ def _op_row(part: str, names: list[str], x: Tensor, act: str, note: str = "", we
 
 def _model_rows(model: nn.Module, x: Tensor) -> Iterator[Row]:
     parts = dict(outermost(model, ""))
-    if not parts:
+    refused = list(_refused_blocks(model))
+    yield from refused
+    if not (parts or refused):
         way_out = "no part of it is fused: call cmx_kernels.fuse(model)"
         yield Row("model", PLAIN, type(model).__name__, {"fusion": way_out})
     inputs = {"": x} if "" in parts else inputs_of(model, parts, x)
@@ -113,6 +118,16 @@ def _model_rows(model: nn.Module, x: Tensor) -> Iterator[Row]:
             yield from _part_rows(name, part, inputs[name])
         else:
             yield Row(name, PLAIN, type(part).__name__, {"fusion": "it is not called in this forward"})
+
+
+def _refused_blocks(model: nn.Module) -> Iterator[Row]:
+    for name, module in model.named_modules():
+        if not looks_like_block(module):  # which a fused one does no more
+            continue
+        try:
+            block_parts(module)
+        except Refusal as reason:
+            yield Row(name or "block", PLAIN, "its modules", {"fusion": str(reason)})
 
 
 def outermost(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -132,12 +147,15 @@ def inputs_of(model: nn.Module, parts: dict[str, nn.Module], x: Tensor) -> dict[
     revert(twin)
     unswap(twin)
     seen: dict[str, Tensor] = {}
-    for name in parts:
+    for name, part in parts.items():
 
         def note(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
             seen.setdefault(name, torch.empty_like(args[0], device=x.device))
 
-        twin.get_submodule(name).register_forward_pre_hook(note)
+        at = twin.get_submodule(name)
+        at.register_forward_pre_hook(note)
+        if isinstance(part, FusedConvMixer):  # whose forward_features may be called in its place
+            at.get_submodule("stem").register_forward_pre_hook(note)
     with torch.no_grad():
         twin(x.to("meta"))
     return seen
@@ -153,10 +171,11 @@ def _part_rows(name: str, part: nn.Module, x: Tensor) -> Iterator[Row]:
         given, row = autocast(x)[0], None
         if reason is None:
             row = _op_row(name or "layer", ["depthwise_block"], given, "none", weights=[part.weight])
-        if row is not None and not (row.backend == "cpu" and backends.plain_is_faster(given, part.weight)):
+        how = given, part.weight, wants_grad(x, part.weight, part.bias)
+        if row is not None and not (row.backend == "cpu" and plain_layers.is_faster(*how)):
             yield row
             return
-        why = {"fusion": reason} if reason else {"cpu": backends.why_plain_is_faster(given, part.weight)}
+        why = {"fusion": reason} if reason else {"cpu": plain_layers.why_faster(*how)}
         yield Row(name or "layer", PLAIN, "conv2d", why)
         return
     try:

@@ -22,22 +22,23 @@ def fuse(model: Model, *, strict: bool = False) -> Model:
     again when they change.
 
     Args:
-        strict: raise where something that looks like a ConvMixer cannot be fused, instead of saying so once.
+        strict: raise where there is nothing to fuse, or something that looks like a ConvMixer cannot be, instead of
+            saying so once.
 
     Returns:
         The same object. Its parameters and state dict are untouched.
 
     Raises:
-        TypeError: ``model`` is no nn.Module. ValueError: with ``strict``, nothing or not everything could be fused.
+        TypeError: ``model`` is no nn.Module. ValueError: with ``strict``, as above.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted an nn.Module")
     unswap(model)  # a block that could not be fused may be one that can by now
-    fused, refused = convert(model)
+    found = convert(model)
     swapped = [name for name, reason in swap(model).items() if reason is None]
     name = type(model).__name__
-    problem = "; ".join(f"{part} is not fused: {reason}" for part, reason in refused.items())
-    if not fused and not swapped and not problem:
+    problem = found.problem
+    if not found.fused and not swapped and not problem:
         problem = (
             "found neither a ConvMixer block, Sequential(x + Sequential(depthwise conv, act, bn), conv 1x1, act, bn), "
             "nor a depthwise nn.Conv2d of stride 1 with 'same' padding"

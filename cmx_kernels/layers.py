@@ -6,13 +6,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from cmx_kernels import backends, ops, profiling
+from cmx_kernels import backends, ops, plain_layers, profiling
 from cmx_kernels.models.fused import Block, Stem
 from cmx_kernels.models.obstacles import check_call, check_tensor, plain_is_wanted
 from cmx_kernels.models.stack import STATE
 from cmx_kernels.models.structure import Refusal, why_not_size
 from cmx_kernels.ops.block_stack import ConvParams, PackedCache
-from cmx_kernels.ops.checks import MAX_KERNEL, autocast, autocast_is_on, wants_grad
+from cmx_kernels.ops.checks import MAX_KERNEL, Size, autocast, autocast_is_on, check_int, pair, wants_grad
 from cmx_kernels.ops.depthwise_packed import PackedDepthwise, depthwise_packed, pack
 from cmx_kernels.ops.kept_weights import for_autocast, forget_moved
 
@@ -36,7 +36,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
 
     Same parameters, state dict and initialisation as nn.Conv2d, and the same result. Other strides, paddings and
     dilations, kernels larger than 31 and unbatched input run in plain PyTorch, which is said once. So do, without
-    a word, the few shapes where PyTorch's own convolution was measured as the faster one: backends.plain_is_faster.
+    a word, the few shapes where PyTorch's own convolution was measured as the faster one: plain_layers.py.
 
     Args:
         channels: C, of input and output.
@@ -49,7 +49,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
     def __init__(
         self,
         channels: int,
-        kernel_size: int | tuple[int, int],
+        kernel_size: Size,
         bias: bool = True,
         *,
         stride: int | tuple[int, int] = 1,
@@ -59,6 +59,9 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_int("channels", channels, 1, "a number of channels")
+        for value in pair("kernel_size", kernel_size):
+            check_int("kernel_size", value, 1, "pixels")
         super().__init__(
             channels,
             channels,
@@ -101,20 +104,20 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
 
     def _fused(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if backends.plain_is_faster(x, weight) or plain_is_wanted(x):
+        trains = isinstance(x, Tensor) and wants_grad(x, weight, bias)
+        if plain_layers.is_faster(x, weight, trains) or plain_is_wanted(x):
             return self._conv_forward(x, weight, bias)
         reason = self.why_plain(x)
         if reason is not None:
             backends.fall_back("a LargeKernelDepthwiseConv2d", reason)
             return super().forward(x)
-        inference = not (torch.compiler.is_compiling() or wants_grad(x, weight, bias))
         given = x
         if autocast_is_on(x):
             (x,) = autocast(x)
         backend = backends.select("depthwise_block", x, "none", weight=weight.shape)
         if backend == "reference":
             return super().forward(given)
-        if inference and backend == "cpu":
+        if backend == "cpu" and not (trains or torch.compiler.is_compiling()):
             packed = self._packed(x, weight, bias)
             if packed is not None:
                 return profiling.call(depthwise_packed, "depthwise_block", backend, x, packed, "none", False)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from cmx_kernels.flops import count
 
@@ -32,6 +33,28 @@ class _Definition(NamedTuple):
 
 
 _definitions: dict[str, _Definition] = {}
+
+
+class _ForwardModeRefused(torch.library.Library):
+    """PyTorch gives its custom operators no tangents, and none is taken for zero: the derivative would be lost."""
+
+    def impl(self, op_name: Any, fn: Any, *args: Any, **keywords: Any) -> Any:
+        def call(keyset: Any, *inputs: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+                raise RuntimeError(
+                    f"torch.ops.cmx.{op_name} has no forward-mode derivative; call cmx_kernels.ops.{op_name}, which "
+                    f"runs in PyTorch there"
+                )
+            return fn(keyset, *inputs)
+
+        return super().impl(op_name, call, *args, **keywords)
+
+
+_gradients = _ForwardModeRefused("cmx", "FRAGMENT")
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def define(
@@ -55,7 +78,7 @@ def define(
         torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
     if backward is not None:
         gradient = partial(backward, torch.ops.cmx)
-        torch.library.register_autograd(qualified, gradient, setup_context=setup_context)
+        torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=_gradients)
     _definitions[name] = _Definition(schema, fake, setup_context, backward, flops)
     operator = getattr(torch.ops.cmx, name)
     if flops is not None:

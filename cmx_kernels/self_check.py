@@ -4,7 +4,6 @@ A binary meets GPUs, drivers and compilers that its kernels never ran on; wrong 
 once a device, in about a second, and not at all with CMX_SELF_CHECK=0.
 """
 
-import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -97,6 +96,8 @@ def of_device(device: torch.device, operators: Any) -> str | None:
         for problem in problems(device):
             try:
                 answer = wrong(problem, operators)
+            except torch.OutOfMemoryError:  # which says nothing about the kernels
+                raise
             except Exception as failure:  # whatever a compiler or a driver raises
                 answer = f"{problem.op}: {str(failure).strip().partition(chr(10))[0]}"
             if answer is not None:
@@ -104,18 +105,22 @@ def of_device(device: torch.device, operators: Any) -> str | None:
     return None
 
 
-@functools.cache
-def _known(index: int) -> str | None:
-    return of_device(torch.device("cuda", index), torch.ops.cmx)
+_known: dict[int, str | None] = {}  # devices
 
 
 def why_not(index: int) -> str | None:
     """None where the kernels are right on the CUDA device of this number, else a sentence."""
     if not WANTED:
         return None
-    if torch.cuda.is_current_stream_capturing() and not _known.cache_info().currsize:
-        return "a CUDA graph is being captured before the kernels were tried here: call the model once before"
-    return _known(index)
+    if index not in _known:
+        with torch.cuda.device(index):
+            if torch.cuda.is_current_stream_capturing():
+                return "a CUDA graph is being captured before the kernels were tried here: call the model once before"
+        try:
+            _known[index] = of_device(torch.device("cuda", index), torch.ops.cmx)
+        except torch.OutOfMemoryError:
+            return "there is not enough memory to try the kernels before they are used; they are tried again next time"
+    return _known[index]
 
 
 cuda.tried = why_not

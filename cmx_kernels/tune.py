@@ -70,6 +70,8 @@ def tune(model: nn.Module, x: Tensor) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted an nn.Module")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, wanted a torch.Tensor as the model takes it")
     if model.training:
         raise ValueError("model: got one in training mode, wanted eval mode, which is what is measured; call .eval()")
     if not [part for _, part in outermost(model, "") if not _is_plain(part)]:

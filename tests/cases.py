@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from compare import Expected
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 OPS = ("patch_embed", "depthwise_block", "pointwise_block", "pool_head")
 ACTS = ("gelu", "gelu_tanh", "relu", "none")
@@ -167,18 +166,6 @@ def terms(op: str, x: Tensor, weight: Tensor) -> int:
         pixels = x.shape[2] * x.shape[3]
         return (x.shape[1] * pixels) ** 2 if x.dtype == torch.float64 else x.shape[1] + pixels
     return math.prod(weight.shape[1:])
-
-
-class Called(TorchDispatchMode):
-    """Inside, the operators that run: names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,14 +1,17 @@
 """torch.compile without graph breaks and within a bound on recompilations, export, and the autocast rule."""
 
+from typing import Any
+
 import cases
 import pytest
 import torch
 from cases import LAYOUTS, RAGGED
 from compare import check, check_equal
+from plain_models import NATIVE
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from cmx_kernels import ops, registry
+from cmx_kernels import ops, registry, use
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -132,14 +135,31 @@ def test_autocast_compiled(op: str) -> None:
         check_equal(run(*args), getattr(ops, op)(*args))
 
 
-def test_export() -> None:
-    """torch.export keeps the operator in the graph."""
+class Called(torch.nn.Module):
+    """An operator called by hand, as in somebody's own network."""
 
-    class Block(torch.nn.Module):
-        def forward(self, x: Tensor, w: Tensor) -> Tensor:
-            return ops.depthwise_block(x, w)
+    def __init__(self, op: str, rest: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.op, self.rest = op, rest
 
-    args = cases.inputs("depthwise_block", RAGGED["depthwise_block"])[:2]
-    with torch.no_grad():
-        program = torch.export.export(Block(), args)
-        torch.testing.assert_close(program.module()(*args), ops.depthwise_block(*args))
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(ops, self.op)(x, *self.rest)
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+@torch.no_grad()
+def test_exported_programs_run_where_this_package_is_not_installed(op: str) -> None:
+    """As those of whole models: PyTorch's operators, ours where a backend is forced."""
+    x, *rest = cases.inputs(op, RAGGED[op])
+    model = Called(op, tuple(rest))
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+    assert not any("cmx" in str(node.target) for node in program.graph.nodes)
+    traced = torch.jit.trace(model, (x,))
+    torch.testing.assert_close(traced(x), model(x))
+    assert not any("cmx" in node.kind() for node in traced.inlined_graph.nodes())
+    if NATIVE:
+        with use("cpu"):
+            program = torch.export.export(model, (x,))
+        assert any("cmx" in str(node.target) for node in program.graph.nodes)
+        check_equal(program.module()(x), model(x))

@@ -1,5 +1,7 @@
 """What the cost model says of micro-batches: where they pay, how many images they have."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from plain_models import needs_kernels, trained
@@ -64,6 +66,22 @@ def test_what_is_asked_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert depth_first.images(y.double(), 32, (7, 7), "gelu") == 64
         assert depth_first.images(y, 32, (7, 7), "silu") == 64
         assert depth_first.images(y, 32, (7, 7), "gelu") == 64
+
+
+def test_both_ways_to_ask_for_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the newer one was used, PyTorch refuses to answer by the older."""
+    monkeypatch.setattr(depth_first, "_gpu", lambda device: "RTX 4090")
+    monkeypatch.setattr(micro_batches, "predict", lambda *args: asked.append(args[-1]) or SimpleNamespace(pays=False))
+    asked: list[object] = []
+    y = torch.empty(64, 768, 32, 32, device="meta")
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            assert depth_first.images(y, 32, (7, 7), "gelu") == 64
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert asked == [micro_batches.STRICT, micro_batches.TF32]
 
 
 @torch.no_grad()

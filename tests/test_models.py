@@ -1,6 +1,7 @@
 """ConvMixer against timm: keys, initialisation, logits, methods, arguments; the table of variants."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_unknown_names(name: str, says: str) -> None:
         create_model(name)
 
 
-@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax"])
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", "fast", "fastmax", "fastcatavgmax"])
 @pytest.mark.parametrize("classes", [0, 10])
 @torch.no_grad()
 def test_pools_and_heads(pool: str, classes: int) -> None:
@@ -227,11 +228,14 @@ def test_even_and_rectangular_kernels(kernel: Any, patch: Any, size: tuple[int, 
         ({"global_pool": "fastest"}, ValueError, "global_pool: got 'fastest'"),
         ({"global_pool": ""}, ValueError, "num_classes=0"),
         ({"drop_rate": 2}, ValueError, "drop_rate"),
+        ({"drop_rate": "2"}, ValueError, "drop_rate: got '2'"),
+        ({"act_layer": "gelu"}, TypeError, "act_layer: got 'gelu', wanted a class"),
+        ({"act_layer": nn.GELU()}, TypeError, "act_layer: got GELU(approximate='none'), wanted a class"),
         ({"in_chans": 0}, ValueError, "in_chans"),
     ],
 )
 def test_argument_errors(kw: dict[str, Any], error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says.replace("(", r"\(")):
+    with pytest.raises(error, match=re.escape(says)):
         ConvMixer(**{"dim": 8, "depth": 1, **kw})
 
 

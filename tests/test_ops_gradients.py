@@ -6,6 +6,7 @@ from functools import partial
 import cases
 import pytest
 import torch
+from called import Called
 from cases import LAYOUTS, RAGGED
 from compare import Expected, check, check_equal
 from plain_models import needs_kernels
@@ -204,7 +205,7 @@ def test_which_operators_backward_calls(op: str, twice: bool) -> None:
     args = cases.inputs(op, RAGGED[op])
     leaves = _leaves(args)
     out = _call(op, args)
-    with cases.Called() as called:
+    with Called() as called:
         torch.autograd.grad(out, leaves, torch.ones_like(out), create_graph=twice)
     assert (f"cmx.{op}_backward.default" in called.names) != twice
     assert ("aten.convolution_backward.default" in called.names) == twice

@@ -1,5 +1,6 @@
 """What is tried on a GPU before its kernels are chosen unasked: here on the CPU's operators, and on wrong ones."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,15 +51,31 @@ def test_asked_once_and_not_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "of_device", lambda device, operators: asked.append(device))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    self_check._known.cache_clear()
-    try:
-        assert "being captured" in str(cuda.why_not_unasked(1))
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        assert cuda.why_not_unasked(1) is None
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert cuda.why_not_unasked(1) is None
-        assert asked == [torch.device("cuda", 1)]
-        monkeypatch.setattr(self_check, "WANTED", False)
-        assert self_check.why_not(2) is None and len(asked) == 1
-    finally:
-        self_check._known.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(self_check, "_known", {})
+    assert "being captured" in str(cuda.why_not_unasked(1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert cuda.why_not_unasked(1) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert cuda.why_not_unasked(1) is None
+    assert "being captured" in str(cuda.why_not_unasked(0)), "another device is known, this one is not"
+    assert asked == [torch.device("cuda", 1)]
+    monkeypatch.setattr(self_check, "WANTED", False)
+    assert self_check.why_not(2) is None and len(asked) == 1
+
+
+def test_no_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = [False, True]
+
+    def head(*args: Any) -> Any:
+        if not memory.pop(0):
+            raise torch.OutOfMemoryError
+        raise RuntimeError("wrong")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(self_check, "_known", {})
+    monkeypatch.setattr(self_check, "wrong", head)
+    monkeypatch.setattr(self_check, "problems", lambda device: [self_check.Problem("pool_head", head, ())])
+    assert "not enough memory" in str(self_check.why_not(0))
+    assert "(pool_head: wrong)" in str(self_check.why_not(0))

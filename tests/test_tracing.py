@@ -3,9 +3,9 @@
 import pickle
 from typing import Any
 
-import cases
 import pytest
 import torch
+from called import Called
 from plain_models import FUSED, NATIVE, check_against, counted, fused_and_plain, needs_kernels
 from torch import nn
 from torch.autograd import forward_ad
@@ -111,7 +111,7 @@ def test_dispatch_modes_and_dual_numbers(models: tuple[nn.Module, nn.Module]) ->
     tangents = []
     for model in models:
         model(X)
-        with cases.Called() as recorder:
+        with Called() as recorder:
             model(X)
         recorded.append([name for name in recorder.names if "detach" not in name])
         with forward_ad.dual_level():

@@ -80,6 +80,15 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = 
 }
 
 
+@pytest.mark.parametrize("transform", ("jvp", "forward mode"))
+@pytest.mark.parametrize("op", cases.OPS)
+def test_dispatcher_operators_refuse_forward_mode(op: str, transform: str) -> None:
+    """Where PyTorch would take the derivative for zero, without a word."""
+    x, *rest = cases.inputs(op, RAGGED[op])
+    with pytest.raises(RuntimeError, match=f"torch.ops.cmx.{op} has no forward-mode derivative; .*ops.{op}"):
+        TRANSFORMS[transform](lambda v: getattr(torch.ops.cmx, op)(v, *rest), x)
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("op", TRAINED)
 def test_training_forms_refuse_transforms(op: str, transform: str) -> None:
@@ -205,7 +214,12 @@ def test_profiler_shows_the_backend() -> None:
         assert _ranges(getattr(ops, op), *args) == {f"cmx_kernels.{op} [cpu]"}
         with use("reference"):
             assert _ranges(getattr(ops, op), *args) == {f"cmx_kernels.{op} [reference]"}
-    assert _ranges(ConvMixer(16, 1, 3, 7, 4).eval(), X) == {"cmx_kernels.block_stack [cpu]"}
+    model = ConvMixer(16, 1, 3, 7, 4).eval()
+    assert _ranges(model, X) == {"cmx_kernels.block_stack [cpu]"}
+    with torch.enable_grad():
+        found = _ranges(lambda x: model(x).sum().backward(), X)
+    kinds = ("patch_embed", "depthwise_block", "pointwise_block")
+    assert {f"cmx_kernels.{kind}_{way} [cpu]" for kind in kinds for way in ("train", "backward")} <= found
 
 
 @torch.no_grad()

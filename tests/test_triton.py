@@ -47,6 +47,17 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         triton_kernels.load.cache_clear()
 
 
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where a GPU is, tests/test_triton_device.py launches kernels")
+def test_what_compiles_may_not_launch() -> None:
+    """A launch wants a driver, a C compiler and Python's headers; without one of them that is a refusal."""
+    code = "from cmx_kernels import triton_kernels as t; t.load(); from cmx_kernels.triton_kernels import launch"
+    done = _python(False, "-c", f"{code}; print(t.why_not_arch(90)); print(launch.why_not_launched(0))")
+    compiled, launched = done.stdout.splitlines()[-2:]
+    assert compiled == "None"
+    assert "does not launch a kernel here: " in launched
+
+
 ARCHS = "from cmx_kernels.triton_kernels import why_not_arch as w; print(*map(w, (75, 80, 90, 990)), sep='\\n')"
 
 

@@ -12,7 +12,7 @@ from benchmarks.networks import SPECS
 from benchmarks.plots import records, style
 from benchmarks.plots.style import Content
 
-_OPS = {"depthwise_block": "o", "depthwise_layer": "s", "depthwise_block_train": "v"}
+_OPS = {"depthwise_block": "o", "depthwise_layer": "s", "depthwise_block_train": "v", "depthwise_train_layer": "h"}
 _OPS |= {"pointwise_block": "^", "patch_embed": "D", "pool_head": "P"}
 _INK = {"fp32": "#3f88c5", "tf32": "#00798c", "bf16": "#d1495b", "fp16": "#e09f3e"}
 _LINES = {"fused": "-", "fused channels_last": ":", "fused triton": "--"}

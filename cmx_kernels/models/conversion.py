@@ -14,6 +14,18 @@ class Conversion(NamedTuple):
     fused: list[str]  # names of blocks, stems and networks; "" is the model itself
     refused: dict[str, str]  # name -> reason, for what looks as if it should fuse
 
+    @property
+    def problem(self) -> str:
+        """What is refused, in a sentence for each reason; empty where nothing is."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.refused.items():
+            names.setdefault(reason, []).append(name or "the model")
+        return "; ".join(f"{_listed(parts)} not fused: {reason}" for reason, parts in names.items())
+
+
+def _listed(parts: list[str]) -> str:
+    return f"{parts[0]} is" if len(parts) == 1 else f"{parts[0]} and {len(parts) - 1} more are"
+
 
 def convert(model: nn.Module) -> Conversion:
     """Fuse in place: blocks wherever they are, then stems and the networks around them."""

@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmx_kernels import checkpoints
+from cmx_kernels import backends, checkpoints
 from cmx_kernels.models.conversion import convert
 from cmx_kernels.models.pooling import GlobalPool
 from cmx_kernels.models.training import recomputed
-from cmx_kernels.ops.checks import MAX_KERNEL
-
-Size = int | tuple[int, int]
+from cmx_kernels.ops.checks import MAX_KERNEL, Size, check_int, pair
 
 
 class Residual(nn.Module):
@@ -36,7 +34,8 @@ class ConvMixer(nn.Module):
         dim, depth: width h and number of blocks d, as in ConvMixer-h/d.
         kernel_size, patch_size: pixels, or (rows, columns).
         n_classes, num_classes: two names of one thing; 0 leaves the head out.
-        global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none, with num_classes=0.
+        global_pool: "avg", "max", "avgmax", "catavgmax", timm's "fast" before one of them, which pools the same, or ""
+            for none, with num_classes=0.
         drop_rate: dropout before the head.
         act_layer: class of the activations. It has no keys in a state dict: the released 768/32 needs nn.ReLU.
         fused: run on this package's kernels where they apply; False is the plain PyTorch model with the same keys.
@@ -63,13 +62,15 @@ class ConvMixer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, value in (("dim", dim), ("depth", depth), ("in_chans", in_chans)):
-            _check_int(name, value, 1, f"a number of {'blocks' if name == 'depth' else 'channels'}")
-        for value in _pair("kernel_size", kernel_size):
-            _check_int("kernel_size", value, 1, "pixels; use nn.Conv2d for larger kernels", MAX_KERNEL)
-        for value in _pair("patch_size", patch_size):
-            _check_int("patch_size", value, 1, "pixels")
-        if not 0 <= drop_rate <= 1:
-            raise ValueError(f"drop_rate: got {drop_rate}, wanted a probability from 0 to 1")
+            check_int(name, value, 1, f"a number of {'blocks' if name == 'depth' else 'channels'}")
+        for value in pair("kernel_size", kernel_size):
+            check_int("kernel_size", value, 1, "pixels; use nn.Conv2d for larger kernels", MAX_KERNEL)
+        for value in pair("patch_size", patch_size):
+            check_int("patch_size", value, 1, "pixels")
+        if not isinstance(drop_rate, (int, float)) or not 0 <= drop_rate <= 1:
+            raise ValueError(f"drop_rate: got {drop_rate!r}, wanted a probability from 0 to 1")
+        if isinstance(act_layer, nn.Module) or not callable(act_layer):
+            raise TypeError(f"act_layer: got {act_layer!r}, wanted a class of activations, as nn.GELU")
         classes = _classes(n_classes, num_classes)
         super().__init__()
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -87,8 +88,9 @@ class ConvMixer(nn.Module):
         self.head_hidden_size = dim * self.global_pool.feat_mult()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.head_hidden_size, classes, **where) if classes else nn.Identity()
-        if fused:
-            convert(self)
+        problem = convert(self).problem if fused else ""
+        if problem:
+            backends.say_once(f"ConvMixer(fused=True): {problem}")
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in_chans, H, W] -> [N, dim, H // p, W // p]"""
@@ -195,7 +197,7 @@ def _classes(n_classes: int, num_classes: int | None) -> int:
         num_classes = n_classes
     elif n_classes not in (1000, num_classes):
         raise ValueError(f"num_classes: got {num_classes} and n_classes={n_classes}, wanted one number; give only one")
-    _check_int("num_classes", num_classes, 0, "a number of classes, 0 for no head")
+    check_int("num_classes", num_classes, 0, "a number of classes, 0 for no head")
     return num_classes
 
 
@@ -206,19 +208,3 @@ def _pool(global_pool: str, classes: int) -> GlobalPool:
             "take 'avg', or num_classes=0 for features [N, dim, H, W]"
         )
     return GlobalPool(global_pool)
-
-
-def _pair(name: str, value: Size) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name}: got {value!r}, wanted an int or a pair (rows, columns)")
-    return value[0], value[1]
-
-
-def _check_int(name: str, value: int, least: int, unit: str, most: float = float("inf")) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, wanted an int")
-    if not least <= value <= most:
-        limit = f"{least} to {most}" if most < float("inf") else f"at least {least}"
-        raise ValueError(f"{name}: got {value}, wanted {limit}, {unit}")

@@ -32,11 +32,15 @@ class GlobalPool(nn.Module):
 
     def __init__(self, pool_type: str = "avg") -> None:
         super().__init__()
-        pool_type = pool_type or ""
-        if pool_type not in _POOLS:
-            raise ValueError(f"global_pool: got {pool_type!r}, wanted one of {', '.join(map(repr, _POOLS))}")
+        pool_type = (pool_type or "").lower()
+        kind = (
+            (pool_type.removeprefix("fast") or "avg") if pool_type else ""
+        )  # timm's "fast" is another way to the same
+        if kind not in _POOLS:
+            known = ", ".join(map(repr, _POOLS))
+            raise ValueError(f"global_pool: got {pool_type!r}, wanted one of {known}")
         self.pool_type = pool_type
-        self.pool = _POOLS[pool_type]()
+        self.pool = _POOLS[kind]()
         self.flatten = nn.Flatten(1) if pool_type else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +51,7 @@ class GlobalPool(nn.Module):
 
     def feat_mult(self) -> int:
         """Features a channel."""
-        return 2 if self.pool_type == "catavgmax" else 1
+        return 2 if self.pool_type.endswith("catavgmax") else 1
 
     def extra_repr(self) -> str:
         return f"pool_type={self.pool_type!r}"

@@ -1,12 +1,29 @@
-"""Checks that every operator shares: each error names the argument, what it got, what it wants and the way out."""
+"""Checks that operators and layers share: each error names the argument, what it got, what it wants and the way out."""
 
 import torch
 from torch import Tensor
 
 from cmx_kernels import backends
 
+Size = int | tuple[int, int]
 MAX_KERNEL = 31
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def pair(name: str, value: Size) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: got {value!r}, wanted an int or a pair (rows, columns)")
+    return value[0], value[1]
+
+
+def check_int(name: str, value: int, least: int, unit: str, most: float = float("inf")) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, wanted an int")
+    if not least <= value <= most:
+        limit = f"{least} to {most}" if most < float("inf") else f"at least {least}"
+        raise ValueError(f"{name}: got {value}, wanted {limit}, {unit}")
 
 
 def _check_tensor(tensor: Tensor, name: str, shape: str) -> None:
@@ -56,10 +73,14 @@ def check_vector(x: Tensor, vector: Tensor | None, name: str, channels: int) -> 
         return
     _check_tensor(vector, name, f"[{channels}] or None")
     if vector.dim() != 1 or vector.shape[0] != channels:
-        raise ValueError(f"{name}: got shape {list(vector.shape)}, wanted [{channels}], one value per output channel")
+        raise ValueError(
+            f"{name}: got shape {list(vector.shape)}, wanted [{channels}], one value per output channel; "
+            f"flatten() or expand({channels}) makes one of [C, 1, 1] or [1]"
+        )
     same_device(x, vector, name)
     if vector.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"{name}: got dtype {vector.dtype} with x in {x.dtype}, wanted {x.dtype} or torch.float32")
+        wanted = " or ".join(dict.fromkeys((str(x.dtype), "torch.float32")))
+        raise TypeError(f"{name}: got dtype {vector.dtype} with x in {x.dtype}, wanted {wanted}; convert with .to()")
 
 
 def check_kernel(weight: Tensor) -> None:

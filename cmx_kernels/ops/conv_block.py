@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmx_kernels import backends, profiling
+from cmx_kernels import backends, plain_layers, profiling
 from cmx_kernels.activations import activation, activation_backward
 from cmx_kernels.ops.checks import (
     autocast,
@@ -180,12 +180,14 @@ def run(op: ConvOp, x: Tensor, weight: Tensor, bias: Any, scale: Any, shift: Any
     if backend == "reference":  # what tune() compared with a model's modules is no news about our reference
         backend = backends.select(op.name, x, act)
     args = x, weight, bias, scale, shift, act, *extra
+    records = wants_grad(x, weight, bias, scale, shift)
     # Not as one tuple: torch 2.11 compiles no comparison of tuples that hold tensors
     alone = op.name == "depthwise_block" and scale is None and shift is None and act == "none" and extra == (False,)
-    if alone and backend == "cpu" and (bias is None or bias.dtype == x.dtype) and backends.plain_is_faster(x, weight):
+    alone = alone and backend == "cpu" and (bias is None or bias.dtype == x.dtype)
+    if alone and plain_layers.is_faster(x, weight, records):
         return in_format(F.conv2d(x, weight, bias, padding="same", groups=x.shape[1]), memory_format(x))
     call = backends.function(backend, op.name, op.reference, op.compiled)
-    if call is not op.compiled or torch.compiler.is_compiling() or wants_grad(x, weight, bias, scale, shift):
+    if call is not op.compiled or torch.compiler.is_compiling() or records:
         return profiling.call(call, op.name, backend, *args)
     with below_autograd():  # whose Python code takes as long as a small layer
         return profiling.call(call, op.name, backend, *args)

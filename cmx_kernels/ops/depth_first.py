@@ -78,7 +78,9 @@ def images(y: Tensor, depth: int, kernel: tuple[int, ...], act: str) -> int:
         return n
     if tuned.choice(OP, y, (depth, c, kh, kw), act) == WHOLE:
         return n
-    float32 = micro_batches.TF32 if torch.backends.cudnn.allow_tf32 else micro_batches.STRICT
+    # not cudnn.allow_tf32, which raises where somebody has set this one
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    float32 = micro_batches.TF32 if precision == "tf32" else micro_batches.STRICT
     last = memory_format(y) == torch.channels_last
     best = micro_batches.predict(gpu, (n, c, h, w), depth, (kh, kw), dtype, act, last, float32)
     return best.images if best.pays else n

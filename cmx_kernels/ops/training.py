@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmx_kernels import backends
+from cmx_kernels import backends, profiling
 from cmx_kernels.activations import activation, activation_backward
 from cmx_kernels.ops.checks import column, compute_dtype, in_format, memory_format
 from cmx_kernels.ops.conv_block import Geometry
@@ -108,7 +108,7 @@ def _define(
 
     def call(first: Tensor, *args: Any, backend: str = "", **keywords: Any) -> Any:
         run = reference if first.dtype == torch.float64 else backends.function(backend, name, reference, compiled)
-        return run(first, *args, **keywords)
+        return profiling.call(run, name, backend or first.device.type, first, *args, **keywords)
 
     return call
 

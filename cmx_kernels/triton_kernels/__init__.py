@@ -57,4 +57,7 @@ def why_not(device: int) -> str | None:
     if not torch.cuda.is_available():  # a fake CUDA tensor
         return load()
     major, minor = torch.cuda.get_device_capability(device)
-    return why_not_arch(10 * major + minor)
+    reason = why_not_arch(10 * major + minor)
+    if reason is not None or INTERPRETED or torch.cuda.is_current_stream_capturing():
+        return reason
+    return str(importlib.import_module("cmx_kernels.triton_kernels.launch").why_not_launched(device) or "") or None

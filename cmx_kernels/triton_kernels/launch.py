@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -45,6 +46,18 @@ def why_not_compiled(arch: int) -> str | None:
     except Exception as error:  # whatever the compiler and ptxas raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"triton {triton.__version__} does not compile for sm_{arch}: {lines[-1]}"
+    return None
+
+
+@functools.cache
+def why_not_launched(device: int) -> str | None:
+    """A launch wants more than compilation: a C compiler, Python's headers, the driver's library."""
+    try:
+        with _disable_current_modes(), torch.cuda.device(device):
+            empty_kernel[(1,)](torch.empty(32, device="cuda"), BLOCK=32)
+    except Exception as error:  # whatever Triton and what it calls raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"triton {triton.__version__} does not launch a kernel here: {lines[-1]}"
     return None
 
 

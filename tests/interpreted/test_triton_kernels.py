@@ -10,6 +10,7 @@ import plain_models
 import pytest
 import torch
 import triton_simulator
+from called import Called
 from cases import LAYOUTS, RAGGED
 from compare import Expected, check, check_nonfinite
 from torch import Tensor
@@ -190,7 +191,7 @@ def test_gradients_and_fakes(op: str) -> None:
     with backends.use("reference"):
         wanted = torch.autograd.grad(getattr(ops, op)(*args).sum(), leaves)
     out = kernel(*args).sum()
-    with cases.Called() as called:
+    with Called() as called:
         found = torch.autograd.grad(out, leaves)
     for grad, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(grad, want)

@@ -1,0 +1,69 @@
+"""Where PyTorch's own depthwise convolution, with nothing behind it, is faster than the CPU kernels: thresholds.
+
+Measured with benchmarks/bench_ops.py, see csrc/cpu/NOTES.md.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from cmx_kernels import backends, registry, tuned
+
+# Without gradients, in channels_last: values at least, taps at most
+_INTEL = registry.C is not None and "amx" in registry.C.isa_levels()
+_PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS = 1 << 17 if _INTEL else 1 << 18, 9, 25
+_NARROW, _LARGE, _LARGER = 128, 1 << 20, 1 << 21  # _MORE_TAPS: see _plain_taps
+_TRAINED_PIXELS, _TRAINED_ELEMENTS = 640, 1 << 21  # of a plane, of all: with gradients, _PLAIN_TAPS are PyTorch's below
+_FLOAT32, _PLAIN_DTYPES, _STRIDED = torch.float32, (torch.float32, torch.bfloat16), torch.strided
+
+
+def is_faster(x: Tensor, weight: Tensor, trains: bool = False) -> bool:
+    """Whether PyTorch's own depthwise convolution, with nothing behind it, is faster than the CPU kernels.
+
+    Asked in every call of a layer, whose data has taken the place of our code in the caches: as few functions and
+    objects as can be, and the question that most often says no first.
+
+    trains: with its gradients.
+    """
+    if trains:
+        return _trains_faster(x, weight)
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.numel() < _PLAIN_ELEMENTS:
+        return False  # a size asked for in a graph would bind it to that size
+    if not x.is_cpu or x.dtype not in _PLAIN_DTYPES or x.layout is not _STRIDED or x.dim() != 4 or x.stride(1) != 1:
+        return False
+    taps = weight.size(2) * weight.size(3)
+    if taps > _PLAIN_TAPS and (taps > _MORE_TAPS or taps > _plain_taps(x)):
+        return False
+    if backends.kernels_are_forced() or torch.is_autocast_enabled("cpu"):  # autocast: x takes another dtype first
+        return False  # below, tune() knows better
+    return not tuned.choices or backends.measured("depthwise_block", x, "none", weight.shape) is None
+
+
+def _trains_faster(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.dim() != 4 or x.layout is not _STRIDED:
+        return False
+    small = x.size(2) * x.size(3) < _TRAINED_PIXELS or x.numel() < _TRAINED_ELEMENTS
+    if not (small and x.is_cpu and x.dtype in _PLAIN_DTYPES and weight.size(2) * weight.size(3) <= _PLAIN_TAPS):
+        return False
+    return not (backends.kernels_are_forced() or torch.is_autocast_enabled("cpu"))
+
+
+def _plain_taps(x: Tensor) -> int:
+    if x.dtype == _FLOAT32:  # few channels, or many values of several images
+        more = _INTEL or x.size(1) < _NARROW or (x.size(0) > 1 and x.numel() > _LARGE)
+    else:
+        more = x.numel() > _LARGER
+    return _MORE_TAPS if more else _PLAIN_TAPS
+
+
+def why_faster(x: Tensor, weight: Tensor, trains: bool) -> str:
+    if trains:
+        return (
+            f"PyTorch's own is faster with its gradients, with {_PLAIN_TAPS} taps or fewer, on planes of less than "
+            f"{_TRAINED_PIXELS} pixels, or of less than {_TRAINED_ELEMENTS} values; x has shape {list(x.shape)}"
+        )
+    return (
+        f"PyTorch's own is faster for a convolution alone, with {_plain_taps(x)} taps or fewer, on {_PLAIN_ELEMENTS} "
+        f"channels_last values or more; x has {x.numel()}, the kernel {prod(weight.shape[2:])} taps"
+    )
