@@ -26,6 +26,7 @@ LAYERS = (
     {"registry", "activations", "_build_info", "profiling"},
     {"cuda", "triton_kernels", "cost_model", "tuned"},
     {"backends", "checkpoints", "micro_batches"},
+    {"plain_layers"},
     {"ops"},
     {"models", "self_check"},
     {"layers"},
