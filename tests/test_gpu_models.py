@@ -6,14 +6,17 @@ Skipped where there is no GPU; `make gpu-check PART=correct` runs this.
 import copy
 from collections.abc import Callable, Iterator
 
+import cases
 import pytest
 import torch
-from compare import check_equal
+from called import Called
+from compare import check, check_equal
+from gradient_cases import expected_gradients, leaves_of
 from plain_models import check_against, check_step, trained
 from torch import Tensor, nn
 from training_twins import twins
 
-from cmx_kernels import ConvMixer, cuda, fuse, triton_kernels, use
+from cmx_kernels import ConvMixer, cuda, fuse, ops, triton_kernels, use
 
 CUDA = torch.cuda.is_available()
 WHY_NOT = {
@@ -175,6 +178,24 @@ def test_the_second_device(backend: str) -> None:
     fused, plain, x = pair(device="cuda:1")
     check_against(fused(x), plain, x)
     assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ["gelu", "none"])
+@pytest.mark.parametrize("op", ["patch_embed", "depthwise_block", "pointwise_block"])
+def test_gradients_of_operators(backend: str, op: str, act: str, dtype: torch.dtype) -> None:
+    """By the kernels of training, in the backward pass of an operator that is called by hand."""
+    args = cases.inputs(op, cases.RAGGED[op], dtype, act, (dtype, torch.float32, torch.float32))
+    leaves = leaves_of(args)
+    moved = [a.detach().cuda().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+    y = getattr(ops, op)(*moved)
+    grad = torch.randn(y.shape).to(dtype)
+    expected = expected_gradients(op, args, grad)
+    with Called() as called:
+        found = torch.autograd.grad(y, [m for m in moved if isinstance(m, Tensor)], grad.cuda())
+    assert any(name.endswith(f"{op}_backward.default") for name in called.names)
+    for leaf, out, want in zip(leaves, found, expected, strict=True):
+        check(out.cpu(), want, f"gradient of a tensor {list(leaf.shape)}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,14 +1,12 @@
 """Gradients through the dispatcher: exact in float64, by the error rule in narrower dtypes, for any layout of grad."""
 
-from collections.abc import Callable
-from functools import partial
-
 import cases
 import pytest
 import torch
 from called import Called
 from cases import LAYOUTS, RAGGED
-from compare import Expected, check, check_equal
+from compare import check, check_equal
+from gradient_cases import expected_gradients, leaves_of
 from plain_models import needs_kernels
 from torch import Tensor
 
@@ -21,10 +19,6 @@ SMALL = {
 }
 PRESENT = [(b, s, t) for b in (True, False) for s in (True, False) for t in (True, False)]
 F32, F64 = torch.float32, torch.float64
-
-
-def _leaves(args: tuple[object, ...]) -> list[Tensor]:
-    return [a.requires_grad_() for a in args if isinstance(a, Tensor)]
 
 
 def _call(op: str, args: tuple[object, ...]) -> Tensor:
@@ -53,14 +47,14 @@ def test_gradcheck(op: str, act: str, present: tuple[bool, bool, bool]) -> None:
             filled[i] = value
         return _call(op, filled)
 
-    assert torch.autograd.gradcheck(call, _leaves(args), fast_mode=present != (True, True, True))
+    assert torch.autograd.gradcheck(call, leaves_of(args), fast_mode=present != (True, True, True))
 
 
 @pytest.mark.parametrize("bias", (True, False))
 def test_gradcheck_pool_head(bias: bool) -> None:
     x, weight, b = cases.inputs("pool_head", SMALL["pool_head"], F64)
     args = (x, weight, b) if bias else (x, weight)
-    assert torch.autograd.gradcheck(lambda x, w, b=None: torch.ops.cmx.pool_head(x, w, b), _leaves(args))
+    assert torch.autograd.gradcheck(lambda x, w, b=None: torch.ops.cmx.pool_head(x, w, b), leaves_of(args))
 
 
 @pytest.mark.parametrize("act", cases.ACTS)
@@ -68,50 +62,14 @@ def test_gradcheck_pool_head(bias: bool) -> None:
 def test_second_derivative(op: str, act: str) -> None:
     """Double backward works, because backward is written in differentiable operations."""
     x, weight, bias, scale, shift, *rest = _small(op, act, (True, True, True))
-    leaves = _leaves((x, weight, bias, scale, shift))
+    leaves = leaves_of((x, weight, bias, scale, shift))
     assert torch.autograd.gradgradcheck(lambda *v: _call(op, (*v, *rest)), leaves, fast_mode=True)
 
 
-def _expected_gradients(op: str, args: tuple[object, ...], grad: Tensor) -> list[Expected]:
-    """Autograd through the plain formula in float64 and in the compute dtype; the magnitude through absolute values.
-
-    In 16-bit types pre-activations, and their gradients, are plain in x's dtype, as layers store them.
-    """
-    narrow = args[0].dtype if args[0].dtype.itemsize == 2 and op != "pool_head" else None
-
-    def through(dtype: torch.dtype, absolute: bool, keep: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-        leaves = [a.detach().to(dtype) if isinstance(a, Tensor) else a for a in args]
-        leaves = [a.abs() if absolute and isinstance(a, Tensor) else a for a in leaves]
-        if absolute and op != "pool_head":
-            leaves[5] = "none"
-        tensors = _leaves(tuple(leaves))
-        out = cases.formula(dtype, op, *leaves, keep=keep)
-        return list(torch.autograd.grad(out, tensors, (grad.abs() if absolute else grad).to(dtype)))
-
-    leaves = [a for a in args if isinstance(a, Tensor)]
-    terms = [_terms(op, leaf, args, grad) for leaf in leaves]
-    plain = through(cases.compute_dtype(args[0].dtype), False, narrow and partial(_stored, narrow))
-    dtypes = [leaf.dtype for leaf in leaves]
-    return [Expected(*e) for e in zip(through(F64, False), plain, through(F64, True), terms, dtypes, strict=True)]
-
-
-def _stored(dtype: torch.dtype, a: Tensor) -> Tensor:
-    """``a`` as it is read again from ``dtype``, and so its gradient."""
-    a.register_hook(lambda grad: grad.to(dtype).to(grad.dtype))
-    return a + (a.to(dtype).to(a.dtype) - a).detach()
-
-
-def _terms(op: str, leaf: Tensor, args: tuple[object, ...], grad: Tensor) -> int:
-    """How many products one element of this gradient sums, and those of the recomputed forward."""
-    forward = cases.terms(op, *args[:2])
-    outputs = grad.numel() * (forward if leaf.dim() > 1 else 1)
-    return forward + outputs // max(1, leaf.numel())
-
-
 def _check_gradients(op: str, args: tuple[object, ...], grad: Tensor) -> None:
-    leaves = _leaves(args)
+    leaves = leaves_of(args)
     got = torch.autograd.grad(_call(op, args), leaves, grad)
-    expected = _expected_gradients(op, args, grad)
+    expected = expected_gradients(op, args, grad)
     for name, g, want in zip(("x", "weight", "bias", "scale", "shift"), got, expected, strict=False):
         check(g, want, f"gradient of {name}")
 
@@ -150,7 +108,7 @@ def test_grad_for_some_only(op: str) -> None:
     args = cases.inputs(op, RAGGED[op])
     tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     grad = torch.randn(_call(op, args).shape)
-    leaves = _leaves(args)
+    leaves = leaves_of(args)
     together = torch.autograd.grad(_call(op, args), leaves, grad)
     for i, wanted in zip(tensors, together, strict=True):
         alone = [a.detach() if isinstance(a, Tensor) else a for a in args]
@@ -164,7 +122,7 @@ def test_grad_for_some_only(op: str) -> None:
 def test_empty_batch(op: str) -> None:
     """No image: zero gradients for the parameters, an empty one for x."""
     args = cases.inputs(op, (0, *RAGGED[op][1:]))
-    leaves = _leaves(args)
+    leaves = leaves_of(args)
     out = _call(op, args)
     x_grad, *others = torch.autograd.grad(out, leaves, torch.randn(out.shape))
     assert x_grad.shape == args[0].shape
@@ -176,7 +134,7 @@ def test_empty_batch(op: str) -> None:
 def test_no_graph_is_kept_without_need(op: str) -> None:
     args = cases.inputs(op, RAGGED[op])
     assert _call(op, args).grad_fn is None
-    leaves = _leaves(args)
+    leaves = leaves_of(args)
     assert _call(op, args).grad_fn is not None
     with torch.no_grad():
         assert _call(op, args).grad_fn is None
@@ -203,7 +161,7 @@ def test_changed_input_is_noticed(op: str) -> None:
 def test_which_operators_backward_calls(op: str, twice: bool) -> None:
     """The kernels of training, unless the gradient is to have one: kernels have none."""
     args = cases.inputs(op, RAGGED[op])
-    leaves = _leaves(args)
+    leaves = leaves_of(args)
     out = _call(op, args)
     with Called() as called:
         torch.autograd.grad(out, leaves, torch.ones_like(out), create_graph=twice)
