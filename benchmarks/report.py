@@ -18,6 +18,7 @@ SECTIONS = {  # of the JSON file, besides machine and ops: what each is called, 
     "breakdown": ("Where the time goes: parts of a network, milliseconds", tables.BREAKDOWN),
     "training": ("Training steps", tables.TRAINING),
     "rivals": ("The paper's table", tables.RIVALS),
+    "swapped": ("Depthwise convolutions of other networks, swapped by fuse()", tables.SWAPPED),
     "rival_networks": ("Rivals of the paper's table", tables.NETWORKS),
     "gpu_ops": ("Depthwise block: conv, bias, GELU, scale, shift, residual. Microseconds, L2 flushed", tables.GPU_OPS),
     "gpu_product": (

@@ -88,7 +88,7 @@ def _network(item: Any) -> str | None:
 
 def _quick(item: Any, networks_only: bool) -> bool:
     name = item.path.name
-    if networks_only or name in ("bench_models.py", "bench_rivals.py"):
+    if networks_only or name in ("bench_models.py", "bench_rivals.py", "bench_swapped.py"):
         return name == "bench_models.py"
     if name == "bench_ops.py":
         return bench_ops.quick(item.callspec.params["shape"])

@@ -48,6 +48,18 @@ RIVALS: Columns = (
     ("x plain", "{speedup:.2f}"),
     ("largest error", "{error:.1e}"),
 )
+SWAPPED: Columns = (
+    ("network", "{model}"),
+    ("what", "{kind}"),
+    ("dtype", "{dtype}"),
+    ("batch", "{batch}"),
+    ("swapped", "{swapped} of {depthwise}"),
+    *((f"{name}, ms", f"{{ms[{name}]:.0f}}") for name in ("plain NCHW", "plain NHWC", "fused NCHW", "fused NHWC")),
+    ("x plain", "{speedup:.2f}"),
+    ("GFLOP/s", "{gflops:.0f}"),
+    ("largest error", "{error:.1e}"),
+    ("allowed", "{allowed:.1e}"),
+)
 GPU_OPS: Columns = (
     ("shape", "{shape}"),
     ("k", "{k}"),

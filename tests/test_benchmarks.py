@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -219,6 +220,30 @@ def test_memory_is_that_of_a_steady_call(tmp_path: Path) -> None:
     assert packed > 2 * live + rest and call <= 2 * live + rest, (call, live, packed)
 
 
+def _check_fields(found: dict[str, list[dict[str, Any]]]) -> None:
+    wanted = {"images_per_s", "gflops", "percent_of_limit", "memory", "dtype", "layout", "provider"}
+    wanted |= {"backends", "versions", "commit", "match", "error", "gb_per_s"}
+    for section, records in found.items():
+        for row in records:
+            assert wanted <= row.keys(), (section, wanted - row.keys())
+            assert row["match"] is True and row["error"] <= row["allowed"] and row["percent_of_limit"] > 0
+            assert row["backends"] and "torch" in row["versions"]
+            if row["provider"] == "fused":
+                assert "cpu" in row["backends"].values(), row["backends"]
+            assert "process" in row["memory"] or row["dtype"] == "fp16", "plain float16 has one call only"
+
+
+@pytest.mark.slow
+def test_networks_of_others_are_recorded() -> None:
+    file = ROOT / "benchmarks" / "results" / "latest-swapped.json"
+    command = ["-m", "pytest", "benchmarks/bench_swapped.py", "--benchmark-only", "-k", "test_convnext-step-fp32"]
+    done = _run(*command, "--results", "latest-swapped", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout[-30000:] + done.stderr[-3000:]
+    (row,) = json.loads(file.read_text())["swapped"]
+    _check_fields({"swapped": [row]})
+    assert row["swapped"] == row["depthwise"] == 9
+
+
 @pytest.mark.slow
 def test_every_record_has_the_fields() -> None:
     """Of each file of rows, on something tiny."""
@@ -239,16 +264,7 @@ def test_every_record_has_the_fields() -> None:
         *("depthwise_block", "depthwise_layer", "pointwise_block", "patch_embed", "pool_head"),
         "depthwise_block_train",
     }
-    wanted = {"images_per_s", "gflops", "gb_per_s", "percent_of_limit", "memory", "dtype", "layout", "provider"}
-    wanted |= {"backends", "versions", "commit", "match", "error"}
-    for section, records in found.items():
-        for row in records:
-            assert wanted <= row.keys(), (section, wanted - row.keys())
-            assert row["match"] is True and row["error"] <= row["allowed"] and row["percent_of_limit"] > 0
-            assert row["backends"] and "torch" in row["versions"]
-            if row["provider"] == "fused":
-                assert "cpu" in row["backends"].values(), row["backends"]
-            assert "process" in row["memory"] or row["dtype"] == "fp16", "plain float16 has one call only"
+    _check_fields(found)
     assert {row["provider"] for row in found["models"] if row["dtype"] == "fp16"} == {"eager", "fused"}
 
 
