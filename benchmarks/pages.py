@@ -111,6 +111,17 @@ def rivals(results: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
+def swapped(results: Mapping[str, Any]) -> list[list[str]]:
+    """Milliseconds."""
+    rows = results["swapped"]
+    names = list(rows[0]["ms"])
+    lines = [["network", "what", "dtype", *names, "x plain"]]
+    for row in rows:
+        found = [f"{row['ms'][name]:.0f}" for name in names]
+        lines.append([row["model"], row["kind"], row["dtype"], *found, f"{row['speedup']:.2f}"])
+    return lines
+
+
 def published(_: Mapping[str, Any]) -> list[list[str]]:
     lines = [["network", "top-1", *timm_models.PUBLISHED_ON]]
     for network in timm_models.NETWORKS:
@@ -180,7 +191,7 @@ def gpu_product(results: Mapping[str, Any]) -> list[list[str]]:
 
 _GPU = (gpu_networks, gpu_training, gpu_ops, gpu_product)
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
-    function.__name__: function for function in (networks, training, rivals, published, *_GPU)
+    function.__name__: function for function in (networks, training, rivals, swapped, published, *_GPU)
 }
 
 if __name__ == "__main__":

@@ -121,6 +121,28 @@ def of_layers() -> Iterator[str]:
     yield f"`{pages.stored('xeon-amx-2-cores-layers')['machine']['command'].replace(' -q', '')}`"
 
 
+def of_trained_layers() -> Iterator[str]:
+    ops = pages.stored("xeon-amx-2-cores-train-layers")["ops"]
+    slower = [op for op in ops if op["slower"]]
+    yield f"at batch 8 ({len(ops)}; `{pages.stored('xeon-amx-2-cores-train-layers')['machine']['command'].replace(' -q', '')}`"
+    assert {op["k"] for op in slower} == {3} and len(slower) == 3
+    yield f"{len(ops) - len(slower)} are slower in neither layout; three of k 3 reach " + span(
+        [min(op["x_NCHW"], op["x_NHWC"]) for op in slower]
+    )
+    larger, three = ([op["x_best"] for op in ops if (op["k"] > 3) == many] for many in (True, False))
+    yield f"those from k 5 on are {min(larger):.2f} to {max(larger):.1f} times as fast as nn.Conv2d"
+    yield f"9 taps {min(t for t in three if t > 0.9):.2f} to {max(three):.1f}"
+    steps = [row["speedup"] for row in pages.stored("xeon-amx-2-cores-swapped")["swapped"] if row["kind"] == "step"]
+    yield f"a step is {span(steps)} times as fast"
+    yield conditions("xeon-amx-2-cores-swapped", ("torch", "timm"))
+
+
+def of_swapped_networks() -> Iterator[str]:
+    rows = pages.stored("xeon-amx-2-cores-swapped")["swapped"]
+    (row,) = (r for r in rows if (r["model"], r["kind"], r["dtype"]) == ("convnext_tiny", "step", "bf16"))
+    yield f"a bfloat16 training step of ConvNeXt-T takes [{1 / row['speedup']:.2f} of the time]"
+
+
 def of_rivals() -> Iterator[str]:
     """And of the README's table on another machine."""
     yield f"two Zen 5 cores, {conditions('epyc-zen5-2-cores-rivals', ('torch', 'timm'))}; random weights."
@@ -199,8 +221,16 @@ def of_the_example() -> Iterator[str]:
 
 
 SENTENCES = {
-    "README.md": (of_networks, of_training, of_the_gpu),
-    "RESULTS.md": (of_layers, of_rivals, of_tiles, of_training_by_tiles, of_float16, of_the_tables_of_a_gpu),
+    "README.md": (of_networks, of_training, of_swapped_networks, of_the_gpu),
+    "RESULTS.md": (
+        of_layers,
+        of_trained_layers,
+        of_rivals,
+        of_tiles,
+        of_training_by_tiles,
+        of_float16,
+        of_the_tables_of_a_gpu,
+    ),
     "examples/README.md": (of_the_example,),
 }
 
