@@ -12,8 +12,8 @@ from cmx_kernels import backends, registry, tuned
 
 # Without gradients, in channels_last: values at least, taps at most
 _INTEL = registry.C is not None and "amx" in registry.C.isa_levels()
-_PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS = 1 << 17 if _INTEL else 1 << 18, 9, 25
-_NARROW, _LARGE, _LARGER = 128, 1 << 20, 1 << 21  # _MORE_TAPS: see _plain_taps
+_PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS, _MOST_TAPS = 1 << 17 if _INTEL else 1 << 18, 9, 25, 49
+_NARROW, _LARGE, _LARGER, _WIDE = 128, 1 << 20, 1 << 21, 2048  # see _plain_taps
 _TRAINED_PIXELS, _TRAINED_ELEMENTS = 640, 1 << 21  # of a plane, of all: with gradients, _PLAIN_TAPS are PyTorch's below
 _FLOAT32, _PLAIN_DTYPES, _STRIDED = torch.float32, (torch.float32, torch.bfloat16), torch.strided
 
@@ -33,7 +33,7 @@ def is_faster(x: Tensor, weight: Tensor, trains: bool = False) -> bool:
     if not x.is_cpu or x.dtype not in _PLAIN_DTYPES or x.layout is not _STRIDED or x.dim() != 4 or x.stride(1) != 1:
         return False
     taps = weight.size(2) * weight.size(3)
-    if taps > _PLAIN_TAPS and (taps > _MORE_TAPS or taps > _plain_taps(x)):
+    if taps > _PLAIN_TAPS and (taps > _MOST_TAPS or taps > _plain_taps(x)):
         return False
     if backends.kernels_are_forced() or torch.is_autocast_enabled("cpu"):  # autocast: x takes another dtype first
         return False  # below, tune() knows better
@@ -50,10 +50,13 @@ def _trains_faster(x: Tensor, weight: Tensor) -> bool:
 
 
 def _plain_taps(x: Tensor) -> int:
+    wide = _INTEL and x.size(2) * x.size(3) >= _WIDE
     if x.dtype == _FLOAT32:  # few channels, or many values of several images
+        if wide and x.size(1) < _NARROW:
+            return _MOST_TAPS
         more = _INTEL or x.size(1) < _NARROW or (x.size(0) > 1 and x.numel() > _LARGE)
     else:
-        more = x.numel() > _LARGER
+        more = wide or x.numel() > _LARGER
     return _MORE_TAPS if more else _PLAIN_TAPS
 
 

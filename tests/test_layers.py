@@ -145,6 +145,12 @@ def test_several_images_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain_layers, "_INTEL", True)
     for k, dtype, faster in ((5, torch.float32, True), (7, torch.float32, False), (5, torch.bfloat16, False)):
         assert plain_layers.is_faster(one.to(dtype), torch.empty(128, 1, k, k)) == faster
+    monkeypatch.setattr(plain_layers, "_WIDE", 27 * 11)  # and of few channels, 49 taps in float32
+    for k, dtype, faster in ((5, torch.bfloat16, True), (7, torch.bfloat16, False), (7, torch.float32, False)):
+        assert plain_layers.is_faster(one.to(dtype), torch.empty(128, 1, k, k)) == faster
+    narrow = one[:, :96].contiguous(memory_format=torch.channels_last)
+    for k, faster in ((7, True), (8, False)):
+        assert plain_layers.is_faster(narrow, torch.empty(96, 1, k, k)) == faster
 
 
 @pytest.mark.parametrize(
