@@ -5,10 +5,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "bind.h"
 #include "cpu_levels.h"
+#include "huge_pages.h"
 
 namespace cmx {
 
@@ -95,21 +99,33 @@ class Scratch {
   Scratch(Use use, int64_t count) {
     const int64_t most_kept = (8 << 20) * std::max<int64_t>(2, torch::stable::get_num_threads());
     thread_local struct {
-      std::unique_ptr<char[]> data;
+      Memory data;
       int64_t size = 0;
     } kept[2];
-    count += 64;
     auto& mine = kept[use];
     if (count > most_kept)
-      own_.reset(new char[count]);
+      own_ = allocated(count);
     else if (count > mine.size)
-      mine.data.reset(new char[count]), mine.size = count;
-    data_ = (char*)round_up((int64_t)(own_ ? own_ : mine.data).get(), 64);
+      mine.size = 0, mine.data.reset(), mine.data = allocated(count), mine.size = count;
+    data_ = (own_ ? own_ : mine.data).get();
   }
   char* data() const { return data_; }
 
  private:
-  std::unique_ptr<char[]> own_;
+  struct Free {
+    void operator()(char* data) const { free(data); }
+  };
+  using Memory = std::unique_ptr<char, Free>;
+
+  static Memory allocated(int64_t count) {
+    const int64_t unit = count < kHugePage ? 64 : kHugePage, size = round_up(std::max<int64_t>(count, 1), unit);
+    Memory memory((char*)aligned_alloc(unit, size));
+    if (!memory) throw std::bad_alloc();
+    if (unit == kHugePage) use_huge_pages(memory.get(), size);
+    return memory;
+  }
+
+  Memory own_;
   char* data_;
 };
 

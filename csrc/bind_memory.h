@@ -11,9 +11,6 @@
 #include <mutex>
 
 #include "bind_cpu.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace cmx {
 
@@ -43,7 +40,7 @@ class KeptMemory {
       }
       char* const base = new_pages(size);
       if (!base) return nullptr;
-      madvise(base, (bytes + kPlaces * kStep) / kHugePage * kHugePage, MADV_HUGEPAGE);
+      use_huge_pages(base, (bytes + kPlaces * kStep) / kHugePage * kHugePage);
       found = free_.emplace(size, base);
       all_ += size;
     }
@@ -89,7 +86,7 @@ class KeptMemory {
   static void lock() { of_process().mutex_.lock(); }
   static void unlock() { of_process().mutex_.unlock(); }
 
-  static constexpr int64_t kSmallest = 1 << 20, kHugePage = 2 << 20, kPlaces = 16, kStep = 4096 + 64;
+  static constexpr int64_t kSmallest = 1 << 20, kPlaces = 16, kStep = 4096 + 64;
 
 #if defined(MADV_FREE) && defined(MADV_HUGEPAGE)
   static char* new_pages(int64_t size) {  // at a multiple of kHugePage

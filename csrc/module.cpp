@@ -1,9 +1,6 @@
 // The Python module: what was compiled, which instruction set runs, how fast the machine is at best.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <chrono>
 #include <cstring>
@@ -14,6 +11,7 @@
 #include <vector>
 
 #include "cpu_levels.h"
+#include "huge_pages.h"
 
 namespace py = pybind11;
 using namespace cmx;
@@ -28,17 +26,6 @@ static std::vector<std::string> dtypes() {
 #define X(name) #name,
   return {CMX_FOR_EACH_DTYPE(X)};
 #undef X
-}
-
-constexpr int64_t kHugePage = 2 << 20;
-
-// For memory at a multiple of kHugePage that is not yet written: weights in pages of 4 KB wait for page tables
-static void use_huge_pages(uintptr_t address, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  madvise((void*)address, bytes, MADV_HUGEPAGE);
-#else
-  (void)address, (void)bytes;
-#endif
 }
 
 // FLOP/s of the calling thread on registers alone; float16 is multiplied in float32
@@ -201,8 +188,10 @@ PYBIND11_MODULE(_C, m) {
       .def("unchanged", &Samples::unchanged);
   m.def("release_memory", release_memory, "give free memory of training back to the system at once");
   m.attr("huge_page") = kHugePage;
-  m.def("use_huge_pages", use_huge_pages, py::arg("address"), py::arg("bytes"),
-        "ask the system for huge pages; from a multiple of huge_page on, before the memory is written");
+  m.def(
+      "use_huge_pages", [](uintptr_t address, int64_t bytes) { use_huge_pages((void*)address, bytes); },
+      py::arg("address"), py::arg("bytes"),
+      "ask the system for huge pages; from a multiple of huge_page on, before the memory is written");
   m.def("lanes", [] { return cpu_kernels().lanes; }, "channels in a vector");
   m.def("peak", peak, py::arg("dtype"), py::arg("seconds") = 0.02, py::call_guard<py::gil_scoped_release>(),
         "FLOP/s of one thread on registers alone, \"float32\", \"float16\" or \"bfloat16\"; run it on every core at "
