@@ -20,7 +20,10 @@ SECTIONS = {  # of the JSON file, besides machine and ops: what each is called, 
     "rivals": ("The paper's table", tables.RIVALS),
     "swapped": ("Depthwise convolutions of other networks, swapped by fuse()", tables.SWAPPED),
     "rival_networks": ("Rivals of the paper's table", tables.NETWORKS),
-    "gpu_ops": ("Depthwise block: conv, bias, GELU, scale, shift, residual. Microseconds, L2 flushed", tables.GPU_OPS),
+    "gpu_ops": (
+        "Depthwise block: conv, bias, GELU, scale, shift, residual; steps of a layer. Microseconds, L2 flushed",
+        tables.GPU_OPS,
+    ),
     "gpu_product": (
         "Products: output shape, patch. Microseconds, L2 flushed; cuBLAS: the product alone",
         tables.GPU_PRODUCT,

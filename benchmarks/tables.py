@@ -61,6 +61,7 @@ SWAPPED: Columns = (
     ("allowed", "{allowed:.1e}"),
 )
 GPU_OPS: Columns = (
+    ("op", "{op}"),
     ("shape", "{shape}"),
     ("k", "{k}"),
     ("dtype", "{dtype}"),

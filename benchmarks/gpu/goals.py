@@ -118,7 +118,8 @@ def _at_64(dtype: str, *kernels: int) -> Callable[[Row], bool]:
     """Rows of 64 images; of all kernel sizes if none is named."""
 
     def where(row: Row) -> bool:
-        return row["shape"].startswith("64x") and row["dtype"] == dtype and (not kernels or row["k"] in kernels)
+        here = row["op"] != "depthwise_train_layer" and row["shape"].startswith("64x") and row["dtype"] == dtype
+        return here and (not kernels or row["k"] in kernels)
 
     return where
 
