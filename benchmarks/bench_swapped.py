@@ -79,7 +79,8 @@ def bench_swapped(benchmark: Any, network: Network, kind: str, dtype: str, keep:
     x, mixed = photos.photographs(224)[:BATCH], dtype == "bf16"
     models = {"plain": model, "fused": fuse(copy.deepcopy(model), strict=True)}
     error, allowed = _checked(kind, *models.values(), x[:2], mixed)
-    rows = list(explain(models["fused"], x))
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed), torch.set_grad_enabled(kind == "step"):
+        rows, backends = list(explain(models["fused"], x)), fields.backends_of(models["fused"], x)
     calls: dict[str, Callable[[], Any]] = {}
     for who, net in models.items():
         for name, layout in LAYOUTS.items():
@@ -91,7 +92,7 @@ def bench_swapped(benchmark: Any, network: Network, kind: str, dtype: str, keep:
     used = memory.of_steady_call(calls[f"fused {fused}"]) | memory.of_model(models["fused"])
     work = _work(kind, model, x)
     measured = (error, allowed, used, work, ms[f"fused {fused}"] / 1e3, machine.peaks())
-    record = fields.record("fused", dtype, fused, fields.backends_of(models["fused"], x), *measured)
+    record = fields.record("fused", dtype, fused, backends, *measured)
     record |= {"model": network.name, "kind": kind, "batch": BATCH, "ms": ms}
     record |= {"swapped": sum(row.backend == "cpu" for row in rows), "depthwise": len(rows)}
     record |= {"speedup": ms[f"plain {plain}"] / ms[f"fused {fused}"]}

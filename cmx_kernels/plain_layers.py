@@ -14,7 +14,8 @@ from cmx_kernels import backends, registry, tuned
 _INTEL = registry.C is not None and "amx" in registry.C.isa_levels()
 _PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS, _MOST_TAPS = 1 << 17 if _INTEL else 1 << 18, 9, 25, 49
 _NARROW, _LARGE, _LARGER, _WIDE = 128, 1 << 20, 1 << 21, 2048  # see _plain_taps
-_TRAINED_PIXELS, _TRAINED_ELEMENTS = 640, 1 << 21  # of a plane, of all: with gradients, _PLAIN_TAPS are PyTorch's below
+# With gradients, _PLAIN_TAPS are PyTorch's below so many pixels of a plane, or values; measured on a Xeon with AMX only
+_TRAINED_PIXELS, _TRAINED_ELEMENTS = 640, 1 << 21
 _FLOAT32, _PLAIN_DTYPES, _STRIDED = torch.float32, (torch.float32, torch.bfloat16), torch.strided
 
 
@@ -43,10 +44,12 @@ def is_faster(x: Tensor, weight: Tensor, trains: bool = False) -> bool:
 def _trains_faster(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.dim() != 4 or x.layout is not _STRIDED:
         return False
-    small = x.size(2) * x.size(3) < _TRAINED_PIXELS or x.numel() < _TRAINED_ELEMENTS
+    small = x.numel() > 0 and (x.size(2) * x.size(3) < _TRAINED_PIXELS or x.numel() < _TRAINED_ELEMENTS)
     if not (small and x.is_cpu and x.dtype in _PLAIN_DTYPES and weight.size(2) * weight.size(3) <= _PLAIN_TAPS):
         return False
-    return not (backends.kernels_are_forced() or torch.is_autocast_enabled("cpu"))
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") not in _PLAIN_DTYPES:
+        return False
+    return not backends.kernels_are_forced()
 
 
 def _plain_taps(x: Tensor) -> int:

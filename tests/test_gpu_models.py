@@ -180,6 +180,13 @@ def test_the_second_device(backend: str) -> None:
     assert torch.cuda.current_device() == 0
 
 
+LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
+    torch.clone,
+    lambda grad: grad[:, :1, :1, :1].expand(grad.shape),
+    lambda grad: grad.contiguous(memory_format=torch.channels_last),
+)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", ["gelu", "none"])
 @pytest.mark.parametrize("op", ["patch_embed", "depthwise_block", "pointwise_block"])
@@ -190,12 +197,14 @@ def test_gradients_of_operators(backend: str, op: str, act: str, dtype: torch.dt
     moved = [a.detach().cuda().requires_grad_() if isinstance(a, Tensor) else a for a in args]
     y = getattr(ops, op)(*moved)
     grad = torch.randn(y.shape).to(dtype)
-    expected = expected_gradients(op, args, grad)
-    with Called() as called:
-        found = torch.autograd.grad(y, [m for m in moved if isinstance(m, Tensor)], grad.cuda())
-    assert any(name.endswith(f"{op}_backward.default") for name in called.names)
-    for leaf, out, want in zip(leaves, found, expected, strict=True):
-        check(out.cpu(), want, f"gradient of a tensor {list(leaf.shape)}")
+    tensors = [m for m in moved if isinstance(m, Tensor)]
+    for layout in LAYOUTS:
+        expected = expected_gradients(op, args, layout(grad))
+        with Called() as called:
+            found = torch.autograd.grad(y, tensors, layout(grad.cuda()), retain_graph=True)
+        assert any(name.endswith(f"{op}_backward.default") for name in called.names)
+        for leaf, out, want in zip(leaves, found, expected, strict=True):
+            check(out.cpu(), want, f"gradient of a tensor {list(leaf.shape)}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

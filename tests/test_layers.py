@@ -4,6 +4,7 @@ import copy
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from called import Called
@@ -125,6 +126,13 @@ def test_pytorch_trains_what_it_is_faster_at(
         assert ("cmx.depthwise_block_backward.default" in called.names) == kernels
         torch.testing.assert_close(found, torch.autograd.grad(plain(x).sum(), (x, plain.weight)))
     assert bool(explain(ours, x).refusals) != kernels
+    for layer in (ours, conv_pair(k, bias=False)[0]):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert bool(explain(layer, x).refusals) != kernels
+            y = layer(x)
+        with Called() as called:
+            y.sum().backward()
+        assert ("cmx.depthwise_block_backward.default" in called.names) == kernels
     with use("cpu"):
         assert not explain(ours, x).refusals
     with torch.no_grad():
@@ -155,11 +163,26 @@ def test_several_images_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("channels", "kernel", "error"),
-    [(8, 0, ValueError), (8, (3, 3, 3), TypeError), (8, ("3", 3), TypeError), (8, 3.0, TypeError), (0, 3, ValueError)],
+    [
+        (-1, 3, ValueError),
+        (8, 0, ValueError),
+        (8, (3, 3, 3), TypeError),
+        (8, ("3", 3), TypeError),
+        (8, 3.0, TypeError),
+        (0, 3, ValueError),
+    ],
 )
-def test_arguments_of_the_layer(channels: int, kernel: Any, error: type[Exception]) -> None:
+def test_wrong_arguments_of_the_layer(channels: int, kernel: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"(channels|kernel_size): got .*wanted"):
         LargeKernelDepthwiseConv2d(channels, kernel)
+
+
+def test_odd_arguments_of_the_layer() -> None:
+    """NumPy's integers; planes without pixels, which PyTorch's convolution refuses."""
+    layer = LargeKernelDepthwiseConv2d(np.int64(8), np.int64(3))
+    assert layer.weight.shape == (8, 1, 3, 3)
+    x = torch.randn(2, 8, 0, 4, requires_grad=True)
+    assert ops.depthwise_block(x, layer.weight, layer.bias, act="none", residual=False).shape == x.shape
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from compare import check, check_equal
 from gradient_cases import expected_gradients, leaves_of
 from plain_models import needs_kernels
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 BLOCKS = ("patch_embed", "depthwise_block", "pointwise_block")
 SMALL = {
@@ -60,7 +61,7 @@ def test_gradcheck_pool_head(bias: bool) -> None:
 @pytest.mark.parametrize("act", cases.ACTS)
 @pytest.mark.parametrize("op", BLOCKS)
 def test_second_derivative(op: str, act: str) -> None:
-    """Double backward works, because backward is written in differentiable operations."""
+    """Double backward works: where a gradient is to have one, backward is PyTorch's operations."""
     x, weight, bias, scale, shift, *rest = _small(op, act, (True, True, True))
     leaves = leaves_of((x, weight, bias, scale, shift))
     assert torch.autograd.gradgradcheck(lambda *v: _call(op, (*v, *rest)), leaves, fast_mode=True)
@@ -153,6 +154,33 @@ def test_changed_input_is_noticed(op: str) -> None:
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(out, weight, torch.ones(out.shape))
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_under_checkpoints(op: str) -> None:
+    """What was saved is computed again, and can be had once."""
+    args = cases.inputs(op, RAGGED[op])
+    leaves = leaves_of(args)
+    grad = torch.randn(_call(op, args).shape)
+    wanted = torch.autograd.grad(_call(op, args), leaves, grad)
+    found = torch.autograd.grad(checkpoint(lambda: _call(op, args), use_reentrant=False), leaves, grad)
+    for got, want in zip(found, wanted, strict=True):
+        check_equal(got, want)
+
+
+@pytest.mark.parametrize("act", cases.ACTS)
+@pytest.mark.parametrize("op", BLOCKS)
+def test_pre_activations_beyond_float16(op: str, act: str) -> None:
+    """They are infinite to a layer that stores them; gradients stay finite, as the output does."""
+    x, weight, *_ = cases.inputs(op, RAGGED[op], torch.float16)
+    x, weight = x.abs() * 1000 + 100, weight.abs() * 1000 + 100
+    scale = torch.full((len(weight),), 1e-7)
+    args = (x, weight, None, scale, None, act, *([False] if op == "depthwise_block" else []))
+    x.requires_grad_(), weight.requires_grad_()
+    out = _call(op, args)
+    assert torch.isfinite(out).all() and out.max() / 1e-7 > 65504
+    for found in torch.autograd.grad(out, (x, weight), torch.ones_like(out)):
+        assert torch.isfinite(found).all()
 
 
 @needs_kernels

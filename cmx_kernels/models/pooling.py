@@ -28,14 +28,15 @@ _POOLS: dict[str, Callable[[], nn.Module]] = {
 
 
 class GlobalPool(nn.Module):
-    """[N, C, H, W] -> [N, C] ("avg", "max", or "avgmax", their mean), [N, 2 C] ("catavgmax"), unchanged ("")."""
+    """[N, C, H, W] -> [N, C] ("avg", "max", or "avgmax", their mean), [N, 2 C] ("catavgmax"), unchanged ("").
+
+    timm's "fast" before one of these, or alone for "avg", is another way to the same.
+    """
 
     def __init__(self, pool_type: str = "avg") -> None:
         super().__init__()
-        pool_type = (pool_type or "").lower()
-        kind = (
-            (pool_type.removeprefix("fast") or "avg") if pool_type else ""
-        )  # timm's "fast" is another way to the same
+        pool_type = str(pool_type or "").lower()
+        kind = "avg" if pool_type == "fast" else pool_type.removeprefix("fast")
         if kind not in _POOLS:
             known = ", ".join(map(repr, _POOLS))
             raise ValueError(f"global_pool: got {pool_type!r}, wanted one of {known}")

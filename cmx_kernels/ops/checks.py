@@ -1,5 +1,7 @@
 """Checks that operators and layers share: each error names the argument, what it got, what it wants and the way out."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def pair(name: str, value: Size) -> tuple[int, int]:
-    if isinstance(value, int):
+    if isinstance(value, Integral):
         return value, value
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name}: got {value!r}, wanted an int or a pair (rows, columns)")
@@ -19,7 +21,7 @@ def pair(name: str, value: Size) -> tuple[int, int]:
 
 
 def check_int(name: str, value: int, least: int, unit: str, most: float = float("inf")) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):  # NumPy's integers are some
         raise TypeError(f"{name}: got {value!r}, wanted an int")
     if not least <= value <= most:
         limit = f"{least} to {most}" if most < float("inf") else f"at least {least}"

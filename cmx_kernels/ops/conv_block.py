@@ -99,7 +99,12 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.act, ctx.extra = act, extra  # extra: residual, of depthwise_block
 
 
-def backward(operators: Any, ctx: Any, grad: Tensor, at: Geometry) -> tuple[Tensor | None, ...]:
+Saved = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, weight, bias, scale
+
+
+def backward(
+    operators: Any, ctx: Any, grad: Tensor, geometry: Callable[[Tensor], Geometry]
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, scale, shift; recomputes the pre-activation a = conv(x) + bias where it matters.
 
     dshift = sum(grad)    dscale = sum(grad * act(a))    da = grad * scale * act'(a)    dbias = sum(da)
@@ -108,16 +113,20 @@ def backward(operators: Any, ctx: Any, grad: Tensor, at: Geometry) -> tuple[Tens
     By the kernels of training where ``operators``, torch.ops.cmx or cmx_triton, has them; a is then in x's dtype, as
     layers keep it. In PyTorch where the gradient is to have a gradient, or a torch.func transform looks on.
     """
-    x, weight, bias, scale = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_scale, need_shift = ctx.needs_input_grad[:5]
+    saved: Saved = ctx.saved_tensors  # once: what a checkpoint computes again can be had once
+    x, weight, bias, scale = saved
+    *_, need_bias, need_scale, need_shift = ctx.needs_input_grad[:5]
+    at = geometry(weight)
     gradients = _by_kernels if _has_kernels(operators, x, weight, ctx.act, at) else _in_torch
-    a, dx, dweight, dbias = gradients(operators, ctx, grad, at)
-    wide = grad.to(compute_dtype(x))
-    dscale = (wide * activation(ctx.act)(a.to(wide.dtype))).sum((0, 2, 3)) if need_scale else None
-    dshift = wide.sum((0, 2, 3)) if need_shift else None
+    a, dx, dweight, dbias = gradients(operators, ctx, grad, saved, at)
+    dscale = dshift = None
+    if need_scale or need_shift:
+        wide = grad.to(compute_dtype(x))
+        dshift = wide.sum((0, 2, 3)) if need_shift else None
+        dscale = (wide * activation(ctx.act)(a.to(wide.dtype))).sum((0, 2, 3)) if need_scale else None
     return (
-        dx if need_x else None,
-        dweight.to(weight.dtype) if need_weight else None,
+        dx,
+        dweight.to(weight.dtype) if dweight is not None else None,
         dbias.to(bias.dtype) if need_bias and bias is not None else None,
         dscale.to(scale.dtype) if dscale is not None and scale is not None else None,
         dshift.to(ctx.shift_dtype) if dshift is not None else None,
@@ -131,8 +140,8 @@ def _has_kernels(operators: Any, x: Tensor, weight: Tensor, act: str, at: Geomet
     return backends.takes(backend, f"{at.operator}_train", x, act)
 
 
-def _in_torch(operators: Any, ctx: Any, grad: Tensor, at: Geometry) -> tuple[Any, ...]:
-    x, weight, bias, scale = ctx.saved_tensors
+def _in_torch(operators: Any, ctx: Any, grad: Tensor, saved: Saved, at: Geometry) -> tuple[Any, ...]:
+    x, weight, bias, scale = saved
     dtype = compute_dtype(x)
     need_x, need_weight, need_bias, need_scale, _ = ctx.needs_input_grad[:5]
     grad = grad.to(dtype)
@@ -149,24 +158,27 @@ def _in_torch(operators: Any, ctx: Any, grad: Tensor, at: Geometry) -> tuple[Any
     if need_x:
         dx = at.unpad(dx)
         dx = (dx + grad if any(ctx.extra) else dx).to(x.dtype)  # the residual connection
-    return a, dx, dweight, da.sum((0, 2, 3)) if need_bias else None
+    return a, dx if need_x else None, dweight if need_weight else None, da.sum((0, 2, 3)) if need_bias else None
 
 
-def _by_kernels(operators: Any, ctx: Any, grad: Tensor, at: Geometry) -> tuple[Any, ...]:
-    x, weight, bias, scale = ctx.saved_tensors
+def _by_kernels(operators: Any, ctx: Any, grad: Tensor, saved: Saved, at: Geometry) -> tuple[Any, ...]:
+    x, weight, bias, scale = saved
     need_x, need_weight, need_bias, need_scale, _ = ctx.needs_input_grad[:5]
+    need = need_x, need_weight or need_bias
     given = (x, *[None] * at.absent, weight)
     a = grad  # as above
-    if ctx.act != "none" or need_scale:
+    if need_scale or (ctx.act != "none" and any(need)):
         a, _ = getattr(operators, f"{at.operator}_train")(*given, bias, ctx.act)
-    if not (need_x or need_weight or need_bias):
+    if not any(need):
         return a, None, None, None
+    seen = grad if ctx.act == "none" else a
+    if ctx.act != "none" and a.dtype == torch.float16:  # infinite beyond its range, where 0 * act(a) would be NaN
+        seen = a.clamp(torch.finfo(a.dtype).min, torch.finfo(a.dtype).max)
     p = torch.ones_like(weight[:, 0, 0, 0], dtype=torch.float32) if scale is None else scale.float()
     coefficients = F.pad(p[None], (0, 0, 0, 3))  # p, 0, 0, 0: da = p * grad * act'(a)
     call = getattr(operators, f"{at.operator}_backward")
-    need = need_x, need_weight or need_bias
-    dx, dweight, dbias, _ = call(grad, a, coefficients, *given, ctx.act, *ctx.extra, *need)
-    return a, dx, dweight, dbias
+    dx, dweight, dbias, _ = call(grad, seen, coefficients, *given, ctx.act, *ctx.extra, *need)
+    return a, dx if need_x else None, dweight if need_weight else None, dbias
 
 
 def run(op: ConvOp, x: Tensor, weight: Tensor, bias: Any, scale: Any, shift: Any, act: str, *extra: Any) -> Tensor:

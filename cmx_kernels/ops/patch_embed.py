@@ -49,7 +49,7 @@ def _fake(
 
 
 def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*conv_block.backward(operators, ctx, grad, geometry(ctx.saved_tensors[1])), None)
+    return (*conv_block.backward(operators, ctx, grad, geometry), None)
 
 
 _SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, str act) -> Tensor"

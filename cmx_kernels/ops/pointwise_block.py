@@ -40,7 +40,7 @@ def _fake(
 
 
 def _backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*conv_block.backward(operators, ctx, grad, _GEOMETRY), None)
+    return (*conv_block.backward(operators, ctx, grad, lambda weight: _GEOMETRY), None)
 
 
 _SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, str act) -> Tensor"

@@ -1,7 +1,8 @@
 """The Triton backend: torch.ops.cmx_triton.<op>, one kernel file an operator. See README.md in this folder.
 
 Triton is imported by ``load()``, the first time that this backend is asked about a tensor it could take, never before.
-With TRITON_INTERPRET=1 set before the start, Triton's interpreter runs the kernels, on CPU tensors too.
+With TRITON_INTERPRET=1 set before the start, Triton's interpreter runs the kernels, on CPU tensors too: as repaired by
+tests/triton_simulator.py. As shipped it multiplies bfloat16 by its bits and takes no mask that is broadcast.
 """
 
 import functools
