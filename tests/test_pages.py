@@ -133,7 +133,9 @@ def of_trained_layers() -> Iterator[str]:
     larger, three = ([op["x_best"] for op in ops if (op["k"] > 3) == many] for many in (True, False))
     yield f"those from k 5 on are {min(larger):.2f} to {max(larger):.1f} times as fast as nn.Conv2d"
     yield f"those of k 3 {min(three):.2f} to {max(three):.1f}"
-    steps = [row["speedup"] for row in pages.stored("xeon-amx-2-cores-swapped")["swapped"] if row["kind"] == "step"]
+    rows = pages.stored("xeon-amx-2-cores-swapped")["swapped"]
+    alone, steps = ([row["speedup"] for row in rows if row["kind"] == kind] for kind in ("inference", "step"))
+    yield f"Inference changes by at most {100 * max(abs(x - 1) for x in alone):.0f} % either way"
     yield f"a step is {span(steps)} times as fast"
     yield conditions("xeon-amx-2-cores-swapped", ("torch", "timm"))
 
