@@ -79,7 +79,7 @@ def test_backward_of_the_dispatchers_operator(op: str, silu: str) -> None:
     context, grad = Context(), torch.randn_like(wanted)
     setup_context(context, (*leaves, silu, *([False] if op == "depthwise_block" else [])), wanted)
     with torch.no_grad():
-        found = sys.modules[f"cmx_kernels.ops.{op}"]._backward(context, grad)
+        found = sys.modules[f"cmx_kernels.ops.{op}"]._backward(torch.ops.cmx, context, grad)
     for got, want in zip(found[:5], torch.autograd.grad(wanted, leaves, grad), strict=True):
         torch.testing.assert_close(got, want)
 
