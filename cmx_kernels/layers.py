@@ -104,7 +104,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
 
     def _fused(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        trains = isinstance(x, Tensor) and wants_grad(x, weight, bias)
+        trains = torch.is_grad_enabled() and isinstance(x, Tensor) and wants_grad(x, weight, bias)
         if plain_layers.is_faster(x, weight, trains) or plain_is_wanted(x):
             return self._conv_forward(x, weight, bias)
         reason = self.why_plain(x)

@@ -36,7 +36,9 @@ def is_faster(x: Tensor, weight: Tensor, trains: bool = False) -> bool:
     taps = weight.size(2) * weight.size(3)
     if taps > _PLAIN_TAPS and (taps > _MOST_TAPS or taps > _plain_taps(x)):
         return False
-    if backends.kernels_are_forced() or torch.is_autocast_enabled("cpu"):  # autocast: x takes another dtype first
+    if backends._forced not in (None, "reference") or torch.is_autocast_enabled(
+        "cpu"
+    ):  # whose dtype x is to take first
         return False  # below, tune() knows better
     return not tuned.choices or backends.measured("depthwise_block", x, "none", weight.shape) is None
 
