@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import fields, machine, memory, reference
 from benchmarks.layers import MODULES, Layer, Shape
-from benchmarks.networks import DTYPES, QUICK_DTYPES
+from benchmarks.networks import DTYPES, LAYOUTS, QUICK_DTYPES
 from benchmarks.recording import CLOCK
 from cmx_kernels.bench import in_turns
 
@@ -37,7 +37,6 @@ OTHERS = [
     *(("pool_head", 1, plane) for plane in ((768, 32, 32), (1024, 16, 16))),
     *(("depthwise_block_train", k, p) for k, p in ((7, (768, 32, 32)), (9, (1024, 16, 16)), (5, (256, 16, 16)))),
 ]
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 _MOST_FLOP, _MOST_ELEMENTS = 5e9, 2**24  # beyond, plain PyTorch takes seconds
 _SECONDS, _ROUNDS = 0.15, (3, 30)  # of each shape
 _AGAIN = 3  # times as long, where it is not clear which is faster

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from benchmarks import fields, machine, memory, photos, reference, timm_models
 from benchmarks.fields import Work
-from benchmarks.networks import DTYPES, QUICK_DTYPES, SPECS, plain
+from benchmarks.networks import DTYPES, LAYOUTS, QUICK_DTYPES, SPECS, plain
 from benchmarks.peers import fused as fused_peer
 from benchmarks.recording import CLOCK
 from benchmarks.timm_models import NETWORKS, Network
 from cmx_kernels.bench import in_turns
 
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 BATCH = 4
 SOURCE = "timm results-imagenet.csv"
 

@@ -20,13 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import fields, machine, memory, photos, reference, timm_models
 from benchmarks.fields import Work
-from benchmarks.networks import QUICK_DTYPES
+from benchmarks.networks import LAYOUTS, QUICK_DTYPES
 from benchmarks.recording import CLOCK
 from benchmarks.timm_models import Network
 from cmx_kernels import explain, fuse
 from cmx_kernels.bench import in_turns
 
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 BATCH = 4
 NETWORKS = tuple(Network(name, "", 0.0) for name in ("convnext_tiny", "starnet_s4", "caformer_s18", "test_convnext"))
 KINDS = ("inference", "step")
@@ -49,7 +48,7 @@ def _checked(kind: str, plain: nn.Module, fused: nn.Module, x: Tensor, mixed: bo
     """The largest error, and what is allowed, of the result that is nearest to it; all are checked."""
     exact = _call(kind, copy.deepcopy(plain).double(), x.double(), False)
     found = [
-        reference.rule(*(t.double() if i == 0 else t for i, t in enumerate(tensors)))
+        reference.rule(*tensors)
         for tensors in zip(exact, _call(kind, plain, x, mixed), _call(kind, fused, x, mixed), strict=True)
     ]
     for error, allowed in found:
@@ -84,8 +83,8 @@ def bench_swapped(benchmark: Any, network: Network, kind: str, dtype: str, keep:
     calls: dict[str, Callable[[], Any]] = {}
     for who, net in models.items():
         for name, layout in LAYOUTS.items():
-            last = copy.deepcopy(net).to(memory_format=layout)
-            calls[f"{who} {name}"] = partial(_call, kind, last, x.contiguous(memory_format=layout), mixed)
+            own = copy.deepcopy(net).to(memory_format=layout)
+            calls[f"{who} {name}"] = partial(_call, kind, own, x.contiguous(memory_format=layout), mixed)
     times = in_turns(calls, 1.0, (5, 15))
     ms = {name: statistics.median(found) * 1e3 for name, found in times.items()}
     plain, fused = (min(LAYOUTS, key=lambda name, who=who: ms[f"{who} {name}"]) for who in models)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.fields import Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 QUICK_DTYPES = ("fp32", "bf16")  # plain PyTorch takes seconds to minutes for a float16 convolution on a CPU
 
 

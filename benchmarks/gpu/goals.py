@@ -114,11 +114,14 @@ def _case(row: Row) -> str:
     return f"{row['op']}{k} {row['shape']} {row['dtype']}"
 
 
+STEP = "depthwise_train_layer"  # which no goal but that against PyTorch is about
+
+
 def _at_64(dtype: str, *kernels: int) -> Callable[[Row], bool]:
     """Rows of 64 images; of all kernel sizes if none is named."""
 
     def where(row: Row) -> bool:
-        here = row["op"] != "depthwise_train_layer" and row["shape"].startswith("64x") and row["dtype"] == dtype
+        here = row["op"] != STEP and row["shape"].startswith("64x") and row["dtype"] == dtype
         return here and (not kernels or row["k"] in kernels)
 
     return where

@@ -22,7 +22,7 @@ from benchmarks.gpu.store import Store
 from cmx_kernels import LargeKernelDepthwiseConv2d, backends, ops
 
 _MODELS = ((1536, 32, 9), (768, 32, 7), (1024, 16, 9))  # channels, pixels on a side, kernel
-BLOCK, STEP = "depthwise_block", "depthwise_train_layer"
+BLOCK, STEP = "depthwise_block", goals.STEP
 _BLOCKS = [  # (n, c, size), kernel, dtype: what has goals first, so that a short run has it
     *[((64, c, s), k, d) for d in ("bf16", "fp32") for c, s, k in _MODELS],
     *[((64, 384, 56), k, d) for k in (7, 9) for d in ("bf16", "fp32")],
@@ -95,6 +95,10 @@ def key_of(op: str, shape: tuple[int, int, int], k: int, dtype: str) -> dict[str
     return {"op": op, "shape": "{0}x{1}x{2}x{2}".format(*shape), "k": k, "dtype": dtype}
 
 
+def allowed_error(plain: Tensor, exact: Tensor) -> float:
+    return 2 * (plain.double() - exact).abs().max().item() + 4 * torch.finfo(plain.dtype).eps * exact.abs().max().item()
+
+
 def measure(device: Device, record: dict[str, Any], shape: tuple[int, int, int], gb_per_s: float) -> None:
     (n, c, size), k = shape, record["k"]
     kind = KINDS[record["dtype"]]
@@ -107,8 +111,7 @@ def measure(device: Device, record: dict[str, Any], shape: tuple[int, int, int],
     exact = eager(args[0][:2].double(), *(a.double() for a in args[1:]))
     backend = "cuda" if device.cuda else backends.select("depthwise_block", args[0], "gelu")
     with flags():
-        of_eager = (eager(args[0][:2], *args[1:]).double() - exact).abs().max().item()
-        allowed = 2 * of_eager + 4 * torch.finfo(kind).eps * exact.abs().max().item()
+        allowed = allowed_error(eager(args[0][:2], *args[1:]), exact)
         us = race(device, providers(device, args, backend), exact, allowed, record)
     cost = device.cost("depthwise", (n, c, size, size), (k, k), str(kind).removeprefix("torch."))
     rated(record, us, cost, backend)
@@ -116,10 +119,7 @@ def measure(device: Device, record: dict[str, Any], shape: tuple[int, int, int],
         record["percent_of_copy"] = 100 * record["gb_per_s"] / gb_per_s
 
 
-Gradients = tuple[Tensor, ...]
-
-
-def step(module: nn.Module, x: Tensor, grad: Tensor) -> Gradients:
+def step(module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     x = x.detach().requires_grad_()
     return torch.autograd.grad(module(x), (x, *module.parameters()), grad)
 
@@ -165,11 +165,7 @@ def measure_step(device: Device, record: dict[str, Any], shape: tuple[int, int, 
     few = x[:2], grad[:2]
     with flags():
         exact = step(copy.deepcopy(conv).double(), *(t.double() for t in few))
-        eps = 4 * torch.finfo(kind).eps
-        allowed = [
-            2 * (near.double() - ref).abs().max().item() + eps * ref.abs().max().item()
-            for near, ref in zip(step(conv, *few), exact, strict=True)
-        ]
+        allowed = [allowed_error(near, ref) for near, ref in zip(step(conv, *few), exact, strict=True)]
         with backends.use(backend):
             found = step(layer, *few)
         for out, ref, most in zip(found, exact, allowed, strict=True):

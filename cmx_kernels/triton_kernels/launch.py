@@ -39,13 +39,16 @@ def begin_chained(CHAINED: tl.constexpr):
         gdc_launch_dependents()
 
 
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 def why_not_compiled(arch: int) -> str | None:
     try:
         source = ASTSource(empty_kernel, {"x": "*fp32", "BLOCK": "constexpr"}, {(1,): 32})
         triton.compile(source, target=GPUTarget("cuda", arch, 32))
     except Exception as error:  # whatever the compiler and ptxas raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return f"triton {triton.__version__} does not compile for sm_{arch}: {lines[-1]}"
+        return f"triton {triton.__version__} does not compile for sm_{arch}: {_last_line(error)}"
     return None
 
 
@@ -56,8 +59,7 @@ def why_not_launched(device: int) -> str | None:
         with _disable_current_modes(), torch.cuda.device(device):
             empty_kernel[(1,)](torch.empty(32, device="cuda"), BLOCK=32)
     except Exception as error:  # whatever Triton and what it calls raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return f"triton {triton.__version__} does not launch a kernel here: {lines[-1]}"
+        return f"triton {triton.__version__} does not launch a kernel here: {_last_line(error)}"
     return None
 
 
