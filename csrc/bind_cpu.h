@@ -94,14 +94,14 @@ inline char* aligned(const Tensor& t) { return (char*)round_up((int64_t)t.mutabl
 // Memory of the calling thread, kept until its next call: pages that are new in every call take longer than a small layer.
 class Scratch {
  public:
-  enum Use { workers, activations };  // of one call, at the same time
+  enum Use { workers, activations, panel, uses };  // of one call, at the same time
 
   Scratch(Use use, int64_t count) {
     const int64_t most_kept = (8 << 20) * std::max<int64_t>(2, torch::stable::get_num_threads());
     thread_local struct {
       Memory data;
       int64_t size = 0;
-    } kept[2];
+    } kept[uses];
     auto& mine = kept[use];
     if (count > most_kept)
       own_ = allocated(count);

@@ -31,6 +31,9 @@ struct CpuKernels {
 
   int64_t (*stage_scratch_bytes)(const Stage&);
   void (*stage_band)(const Stage&, int64_t n, int64_t y0, char* scratch);
+  PlanesShape (*planes_shape)(const Stage&, int64_t y0);  // of the band that begins there
+  void (*planes_fill)(const Stage&, const PlanesFill&, char* scratch);
+  void (*planes_product)(const Stage&, const PlanesProduct&, char* scratch);
   int64_t (*depthwise_scratch_bytes)(const DepthwiseStage&);
   void (*depthwise_band)(const DepthwiseStage&, int64_t n, int64_t block, int64_t y0, char* scratch);
   int64_t pool_blocks_at_once;

@@ -71,6 +71,22 @@ struct Stage {
   Ahead after[3];     // what is read after this stage's weights: asked for during the product
   bool between;       // the output is another stage's input, or pooled: as exact as its dtype needs it
   StageTimes* times;  // null: not asked for
+  char* panel;        // Form::planes: of all workers
+};
+
+// A stage of Form::planes has two steps: all workers fill one panel with `rows` rows of all images, then they multiply it.
+struct PlanesShape {
+  int64_t units;   // of what is filled: blocks of channels, or of patches rows of cells
+  int64_t pairs;   // of cells, of all images
+  int64_t blocks;  // of output channels
+  int64_t panel_bytes, pair_bytes, block_bytes, fill_scratch, product_scratch;
+};
+struct PlanesFill {
+  int64_t y0, image, image_end, unit, unit_end;
+};
+struct PlanesProduct {
+  int64_t y0, pair, pair_end, block, block_end;
+  int64_t share, share_end;  // blocks of the same worker: it goes on with the next, or with the first in the next stage
 };
 
 struct DepthwiseStage {

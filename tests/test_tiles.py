@@ -119,13 +119,16 @@ def _in_any_bands(x: Tensor, packed: stack.PackedStack) -> Tensor:
 
 
 @pytest.mark.parametrize("planted", (False, True))
-def test_a_stack_gives_the_same_in_any_bands(planted: bool) -> None:
-    """Threads choose the rows of a band; an infinity in one of them does not change another by a bit."""
+@pytest.mark.parametrize("size", ((1, 40, 35, 22), (3, 40, 9, 14), (1, 72, 161, 130)), ids=str)
+def test_a_stack_gives_the_same_in_any_bands(size: tuple[int, int, int, int], planted: bool) -> None:
+    """Threads choose the rows of a band, and who multiplies which pixels by which channels: several images in a band, one in
+    several bands. An infinity in one of them does not change another by a bit."""
     torch.manual_seed(1)
-    blocks = [(_conv(40, 1, 9, 9), _conv(40, 40, 1, 1)) for _ in range(2)]
-    x = torch.randn(1, 40, 35, 22).to(BF16)
+    c = size[1]
+    blocks = [(_conv(c, 1, 9, 9), _conv(c, c, 1, 1)) for _ in range(2)]
+    x = torch.randn(size).to(BF16)
     if planted:
-        x[0, 7, 17, 11] = torch.inf
+        x[0, 7, size[2] // 2, 11] = torch.inf
     assert torch.isfinite(_in_any_bands(x, stack.pack(None, blocks, "relu", BF16))).all() != planted
 
 

@@ -173,7 +173,6 @@ static void stage_band_as(const Stage& s, int64_t n, int64_t y0, char* memory) {
 }
 
 static void stage_band(const Stage& s, int64_t n, int64_t y0, char* scratch) {
-  if (kTiles && s.pointwise.form == Form::planes) return planes_band(s, n, y0, scratch);
   with_panel(s.in.dtype, [&](auto p) {
     typedef decltype(p) P;
     if constexpr (std::is_same_v<P, bfloat16>)
@@ -184,7 +183,6 @@ static void stage_band(const Stage& s, int64_t n, int64_t y0, char* scratch) {
 }
 
 static int64_t stage_scratch_bytes(const Stage& s) {
-  if (kTiles && s.pointwise.form == Form::planes) return planes_bytes(s);
   return with_panel(s.in.dtype, [&](auto p) { return StagePlan<decltype(p)>(s).bytes(); });
 }
 
@@ -299,6 +297,9 @@ const CpuKernels& kernels() {
       pack_stack,
       stage_scratch_bytes,
       stage_band,
+      planes_shape,
+      planes_fill,
+      planes_product,
       depthwise_scratch_bytes,
       depthwise_band,
       kPoolBlocks,

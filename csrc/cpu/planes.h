@@ -41,25 +41,26 @@ struct Panel {
 };
 
 struct PlanesPlan {
+  int64_t rows;
   Cells cells;
-  int64_t depth, pairs, blocks;  // of the panel
-  int64_t scratch;
-  PlanesPlan(const Stage& s, int64_t rows) : cells(rows, s.out.w), blocks(ceil_div(cells.count() * VL, kBlock)) {
-    const bool patches = s.producer == Stage::Producer::patches;
-    depth = tile_depth(patches ? s.in.c * s.ph * s.pw : s.in.c);
+  int64_t depth, pairs, blocks;  // pairs of channels; blocks of two cells, of an image
+  PlanesPlan(const Stage& s, int64_t y0)
+      : rows(least(s.rows, s.out.h - y0)), cells(rows, s.out.w), blocks(ceil_div(cells.count() * VL, kBlock)) {
+    depth = tile_depth(s.producer == Stage::Producer::patches ? s.in.c * s.ph * s.pw : s.in.c);
     pairs = depth / 2;
-    scratch = patches ? VL * (depth + VL) * 2 : TileDepthwise(s.in, s.depthwise, 0, rows).bytes();
   }
-  int64_t panel_bytes() const { return blocks * pairs * kBlock * 4; }
+  int64_t block_bytes() const { return pairs * kBlock * 4; }
+  Panel panel(const Stage& s, int64_t n) const {
+    return {(vu*)(s.panel + n * blocks * block_bytes()), (uint64_t)depth / kTileDepth};
+  }
   static constexpr int64_t kSums = kBlock * kBlock;
-  int64_t bytes() const { return panel_bytes() + round_up(scratch, 64) + 3 * kSums * 4 + 256; }
 };
 
 // Finishes a block of sums [channel][two cells], a row at a time, while the next block is multiplied
 template <Act act, bool near>
 class Finisher {
  public:
-  Finisher(const Stage& s, const Cells& cells, int64_t n, int64_t y0, float* lines)
+  Finisher(const Stage& s, const Cells& cells, int64_t y0, float* lines)
       : constants_(s.pointwise.constants),
         scale_(constants_.scale - constants_.bias),
         shift_(constants_.shift - constants_.bias),
@@ -67,7 +68,6 @@ class Finisher {
         cells_(cells),
         direct_(s.out.sw == 1),
         whole_(direct_ && s.out.w % (2 * kCellColumns) == 0),
-        n_(n),
         y0_(y0),
         y1_(least(y0 + s.rows, s.out.h)),
         lines_(lines) {}
@@ -77,19 +77,20 @@ class Finisher {
     const float* from = nullptr;
     bfloat16* to = nullptr;
     const float* constants = nullptr;
-    int64_t below = 0, left = 0, channel = 0, rows = 0, cell = 0;
+    int64_t below = 0, left = 0, channel = 0, rows = 0, n = 0, cell = 0;
   };
 
-  // `rows` channels from `channel` on, of the cells `cell` and `cell` + 1
-  Rows begin(const float* sums, int64_t channel, int64_t rows, int64_t cell) const {
+  // `rows` channels from `channel` on, of the cells `cell` and `cell` + 1 of image n
+  Rows begin(const float* sums, int64_t channel, int64_t rows, int64_t n, int64_t cell) const {
     const int64_t y = y0_ + cell / cells_.columns * kCellRows, x = cell % cells_.columns * kCellColumns;
     Rows r{sums,
-           direct_ ? address<bfloat16>(out_, n_, channel, y, x) : nullptr,
+           direct_ ? address<bfloat16>(out_, n, channel, y, x) : nullptr,
            constants_.bias + channel,
            out_.sh,
            rows,
            channel,
            rows,
+           n,
            cell};
     if (y + 1 == y1_) r.below = 0;  // the last row of an odd number: written first, and then by what belongs there
     return r;
@@ -119,7 +120,7 @@ class Finisher {
   }
   CMX_ALWAYS_INLINE void end(Rows& r) const {
     while (r.left) row(r);
-    if (!direct_ && r.rows) scatter_block(r.channel, r.rows, r.cell);
+    if (!direct_ && r.rows) scatter_block(r.channel, r.rows, r.n, r.cell);
   }
 
  private:
@@ -134,10 +135,10 @@ class Finisher {
     alignas(32) bfloat16 some[VL];
     store(some, v);
     for_rows_of(cell, [&](int64_t y, int64_t x, int64_t count, int64_t i) {
-      memcpy(address<bfloat16>(out_, n_, r.channel + r.rows - r.left, y, x), some + i * kCellColumns, count * 2);
+      memcpy(address<bfloat16>(out_, r.n, r.channel + r.rows - r.left, y, x), some + i * kCellColumns, count * 2);
     });
   }
-  __attribute__((noinline)) void scatter_block(int64_t channel, int64_t rows, int64_t cell) const {
+  __attribute__((noinline)) void scatter_block(int64_t channel, int64_t rows, int64_t n, int64_t cell) const {
     for (int64_t c = 0; c < rows; c += VL)
       for (int64_t k = 0; k < 2; k++) {
         vf v[VL];
@@ -146,7 +147,7 @@ class Finisher {
         transpose(v);
         for (int64_t i = 0; i < VL; i++) store(pixels + i * VL, v[i]);
         for_rows_of(cell + k, [&](int64_t y, int64_t x, int64_t count, int64_t i) {
-          scatter(out_, n_, channel + c, y, x, count, pixels + i * kCellColumns * VL, VL);
+          scatter(out_, n, channel + c, y, x, count, pixels + i * kCellColumns * VL, VL);
         });
       }
   }
@@ -156,51 +157,64 @@ class Finisher {
   const View out_;
   const Cells cells_;
   const bool direct_, whole_;
-  const int64_t n_, y0_, y1_;
+  const int64_t y0_, y1_;
   float* const lines_;  // [kBlock][kBlock], unless rows are stored where they belong
 };
 
 template <Act act, bool near>
-static void planes_product(const Stage& s, int64_t n, int64_t y0, const PlanesPlan& plan, const Panel& panel,
-                           float* sums) {
+static void product_of(const Stage& s, const PlanesProduct& task, float* sums) {
   constexpr int64_t kStep = kBlock * kTileDepth * 2;  // bytes of either operand
-  const int64_t steps = plan.depth / kTileDepth, slab = steps * kStep, blocks = ceil_div(s.out.c, kBlock);
-  const int64_t rows_a_step = ceil_div(kBlock, steps), cells = plan.cells.count();
-  const int64_t lines_a_step = ceil_div(slab / 64, steps * plan.blocks);  // of the next weights, asked for meanwhile
-  const Finisher<act, near> finisher(s, plan.cells, n, y0, sums + 2 * plan.kSums);
+  const PlanesPlan plan(s, task.y0);
+  const int64_t steps = plan.depth / kTileDepth, slab = steps * kStep, rows_a_step = ceil_div(kBlock, steps);
+  const int64_t pairs = task.pair_end - task.pair;
+  const int64_t lines_a_step = ceil_div(slab / 64, steps * most(1, pairs));  // of the next weights, asked for meanwhile
+  const Finisher<act, near> finisher(s, plan.cells, task.y0, sums + 2 * plan.kSums);
   typename Finisher<act, near>::Rows rest;
-  for (int64_t block = 0, turn = 0; block < blocks; block++) {
+  for (int64_t block = task.block, turn = 0; block < task.block_end; block++) {
     const char* const weight = (const char*)s.pointwise.weight + block * slab;
-    const char* ahead = block + 1 < blocks ? weight + slab : (const char*)s.pointwise.next;
+    const char* ahead = block + 1 < task.share_end ? weight + slab : (const char*)s.pointwise.next + task.share * slab;
     const Operand a{weight, kTileDepth * 2, kTile * kTileDepth * 2, kStep};
-    for (int64_t cell = 0; cell < cells; cell += 2, turn ^= 1) {
-      const Operand b{(const char*)panel.data + cell / 2 * slab, kTile * 4, kTile * kTile * 4, kStep};
+    int64_t n = task.pair / plan.blocks, cell = task.pair % plan.blocks * 2;
+    for (int64_t pair = task.pair; pair < task.pair_end; pair++, turn ^= 1) {
+      const Operand b{s.panel + pair * slab, kTile * 4, kTile * kTile * 4, kStep};
       float* const to = sums + turn * plan.kSums;
       auto work = [&](bool) __attribute__((always_inline)) {
         for (int64_t i = 0; i < lines_a_step; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
         for (int64_t i = 0; i < rows_a_step && rest.left; i++) finisher.row(rest);
       };
-      if (cell + 1 < cells)
+      if (cell + 1 < plan.cells.count())
         tile_block<2, 2>(a, b, steps, to, kBlock * 4, kTile * 4, work);
       else
         tile_block<2, 1>(a, b, steps, to, kBlock * 4, kTile * 4, work);
       finisher.end(rest);
-      rest = finisher.begin(to, block * kBlock, least(kBlock, s.out.c - block * kBlock), cell);
+      rest = finisher.begin(to, block * kBlock, least(kBlock, s.out.c - block * kBlock), n, cell);
+      cell += 2;
+      if (cell >= plan.cells.count()) cell = 0, n++;
     }
   }
   finisher.end(rest);
 }
 
-// The patches of the rows [y0, y0 + rows), a cell at a time: rows of pairs, transposed
-static void fill_patches_panel(const Stage& s, int64_t n, int64_t y0, int64_t rows, const PlanesPlan& plan,
-                               const Panel& panel, bfloat16* some) {
-  for (int64_t cell = 0; cell < plan.cells.count(); cell++) {
+static void planes_product(const Stage& s, const PlanesProduct& task, char* scratch) {
+  const Timer timer(s.times ? &s.times->product : nullptr);
+  const Tiles tiles;
+  with_activation(s.act, [&](auto a) {
+    constexpr Act act = decltype(a)::value;
+    (s.between ? product_of<act, true> : product_of<act, false>)(s, task, (float*)scratch);
+  });
+}
+
+// Rows [begin, end) of cells of the patches of image n, a cell at a time: rows of pairs, transposed
+static void fill_patches_panel(const Stage& s, int64_t n, const PlanesFill& task, const PlanesPlan& plan,
+                               bfloat16* some) {
+  const Panel panel = plan.panel(s, n);
+  for (int64_t cell = task.unit * plan.cells.columns; cell < task.unit_end * plan.cells.columns; cell++) {
     for (int64_t i = 0; i < VL; i++) {
       const int64_t y = cell / plan.cells.columns * kCellRows + i / kCellColumns,
                     x = cell % plan.cells.columns * kCellColumns + i % kCellColumns;
       bfloat16* const to = some + i * plan.depth;
-      const bool there = y < rows && x < s.out.w;
-      const int64_t filled = there ? copy_patch<bfloat16>(s.in, n, y0 + y, x, s.ph, s.pw, to) : 0;
+      const bool there = y < plan.rows && x < s.out.w;
+      const int64_t filled = there ? copy_patch<bfloat16>(s.in, n, task.y0 + y, x, s.ph, s.pw, to) : 0;
       memset(to + filled, 0, (plan.depth - filled) * 2);
     }
     for (int64_t pair = 0; pair < plan.pairs; pair += VL) {
@@ -212,54 +226,62 @@ static void fill_patches_panel(const Stage& s, int64_t n, int64_t y0, int64_t ro
   }
 }
 
-static void planes_band(const Stage& s, int64_t n, int64_t y0, char* memory) {
-  const int64_t rows = least(s.rows, s.out.h - y0);
-  const PlanesPlan plan(s, rows);
-  const Panel panel{(vu*)memory, (uint64_t)plan.depth / kTileDepth};
-  char* const scratch = memory + plan.panel_bytes();
-  float* const sums = (float*)(scratch + round_up(plan.scratch, 64));
-  {
-    const Timer timer(s.times ? &s.times->producer : nullptr);
-    if (s.producer == Stage::Producer::patches) {
-      fill_patches_panel(s, n, y0, rows, plan, panel, (bfloat16*)scratch);
-    } else {
-      const TileDepthwise depthwise(s.in, s.depthwise, y0, rows);
-      const Tiles tiles(depthwise.tile_rows);
-      const Constants& k = s.depthwise.constants;
-      with_activation(s.act, [&](auto a) {
-        depthwise.run(n, 0, s.in.c, scratch, [&](int64_t c) __attribute__((always_inline)) {
-          const bool two = c + 1 < s.in.c;
-          const ChannelConstants even(k, c), odd(k, two ? c + 1 : c);
-          const uint32_t there = two ? ~0u : 0xffff;
-          vu* const to = &panel.at(c / 2, 0);
-          const int64_t block = panel.steps * kBlock;  // vectors
-          return [=](int64_t cell, int64_t, int64_t, vf e, vf o, vf even_skip, vf odd_skip)
-                     __attribute__((always_inline)) {
-                       const vf first = even.template finished<decltype(a)::value, true>(e) + even_skip,
-                                second = odd.template finished<decltype(a)::value, true>(o) + odd_skip;
-                       to[cell / 2 * block + cell % 2 * kTile] = pack_pair(first, second) & there;
-                     };
-        });
-      });
-      for (int64_t pair = ceil_div(s.in.c, 2); pair < plan.pairs; pair++)
-        for (int64_t cell = 0; cell < plan.cells.count(); cell++) panel.at(pair, cell) = vu{};
-    }
-  }
-  const Timer timer(s.times ? &s.times->product : nullptr);
-  const Tiles tiles;
+// Blocks [unit, unit_end) of VL channels
+static void fill_depthwise_panel(const Stage& s, const PlanesFill& task, const PlanesPlan& plan, char* scratch) {
+  const TileDepthwise depthwise(s.in, s.depthwise, task.y0, plan.rows);
+  const Tiles tiles(depthwise.tile_rows);
+  const Constants& k = s.depthwise.constants;
+  const int64_t c = s.in.c, c0 = task.unit * VL, c1 = least(task.unit_end * VL, c);
   with_activation(s.act, [&](auto a) {
-    constexpr Act act = decltype(a)::value;
-    (s.between ? planes_product<act, true> : planes_product<act, false>)(s, n, y0, plan, panel, sums);
+    depthwise.run(task.image, task.image_end, c0, c1, scratch,
+                  [&](int64_t n, int64_t c) __attribute__((always_inline)) {
+                    const bool two = c + 1 < s.in.c;
+                    const ChannelConstants even(k, c), odd(k, two ? c + 1 : c);
+                    const uint32_t there = two ? ~0u : 0xffff;
+                    const Panel panel = plan.panel(s, n);
+                    vu* const to = &panel.at(c / 2, 0);
+                    const int64_t block = panel.steps * kBlock;  // vectors
+                    return [=](int64_t cell, int64_t, int64_t, vf e, vf o, vf even_skip, vf odd_skip)
+                               __attribute__((always_inline)) {
+                                 const vf first = even.template finished<decltype(a)::value, true>(e) + even_skip,
+                                          second = odd.template finished<decltype(a)::value, true>(o) + odd_skip;
+                                 to[cell / 2 * block + cell % 2 * kTile] = pack_pair(first, second) & there;
+                               };
+                  });
   });
+  if (c1 < c) return;
+  for (int64_t n = task.image; n < task.image_end; n++)
+    for (int64_t pair = ceil_div(c, 2); pair < plan.pairs; pair++)
+      for (int64_t cell = 0; cell < plan.cells.count(); cell++) plan.panel(s, n).at(pair, cell) = vu{};
 }
 
-static int64_t planes_bytes(const Stage& s) {
-  return most_of_bands(s.out.h, s.rows, [&](int64_t rows) { return PlanesPlan(s, rows).bytes(); });
+static void planes_fill(const Stage& s, const PlanesFill& task, char* scratch) {
+  const Timer timer(s.times ? &s.times->producer : nullptr);
+  const PlanesPlan plan(s, task.y0);
+  if (s.producer != Stage::Producer::patches) return fill_depthwise_panel(s, task, plan, scratch);
+  for (int64_t n = task.image; n < task.image_end; n++) fill_patches_panel(s, n, task, plan, (bfloat16*)scratch);
+}
+
+// Of the band that begins with row y0
+static PlanesShape planes_shape(const Stage& s, int64_t y0) {
+  const PlanesPlan plan(s, y0);
+  const bool patches = s.producer == Stage::Producer::patches;
+  PlanesShape shape{};
+  shape.units = patches ? plan.cells.rows : ceil_div(s.in.c, VL);
+  shape.pairs = s.out.n * plan.blocks;
+  shape.blocks = ceil_div(s.out.c, kBlock);
+  shape.pair_bytes = plan.block_bytes();
+  shape.panel_bytes = shape.pairs * shape.pair_bytes;
+  shape.block_bytes = kBlock * plan.depth * 2;
+  shape.fill_scratch = patches ? VL * (plan.depth + VL) * 2 : TileDepthwise(s.in, s.depthwise, y0, plan.rows).bytes();
+  shape.product_scratch = 3 * plan.kSums * 4;
+  return shape;
 }
 
 #else
-static int64_t planes_bytes(const Stage&) { return 0; }
-static void planes_band(const Stage&, int64_t, int64_t, char*) {}
+static PlanesShape planes_shape(const Stage&, int64_t) { return {}; }
+static void planes_fill(const Stage&, const PlanesFill&, char*) {}
+static void planes_product(const Stage&, const PlanesProduct&, char*) {}
 #endif
 
 }  // namespace cmx::CMX_ISA

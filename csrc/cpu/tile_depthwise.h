@@ -184,19 +184,24 @@ class TileDepthwise {
     return group_ * (window_bytes() + band_bytes() + round_up(cells_.count(), kTile) * VL * 4) + gathered + 128;
   }
 
-  // begin(c) gives put(cell, i, j, even, odd, even_skip, odd_skip), which gets the sums of channels c and c + 1 in the cell
-  // (i, j), and the input there, [2][8]. It holds what it needs: nothing behind a pointer stays in a register.
+  // Images [n0, n1), channels [c0, c1). begin(n, c) gives put(cell, i, j, even, odd, even_skip, odd_skip), which gets the sums
+  // of channels c and c + 1 in the cell (i, j), and the input there, [2][8]. It holds what it needs: nothing behind a pointer
+  // stays in a register.
   template <class Begin>
-  void run(int64_t n, int64_t c_begin, int64_t c_end, char* memory, Begin begin) const {
+  void run(int64_t n0, int64_t n1, int64_t c0, int64_t c1, char* memory, Begin begin) const {
+    if (!in_place())  // a block of channels is gathered for one image at a time
+      for (; n0 + 1 < n1; n0++) run(n0, n0 + 1, c0, c1, memory, begin);
     const Pieces m(*this, memory);
-    for (int64_t c0 = c_begin; c0 < c_end; c0 += group_) {
-      if (!in_place() && (c0 - c_begin) % VL == 0) gather_planes(n, c0, m);
-      for (int64_t g = 0; g < group_; g++) prepare(n, least(c0 + g, c_end - 1), c_begin, g, m);
-      multiply(m);
-      for (int64_t g = 0; g < group_ && c0 + g < c_end; g += 2) {
-        if (finish(c0 + g, g, m, begin)) continue;
-        for (int64_t i = 0; i < 2; i++) separate(g + i, m);
-        finish(c0 + g, g, m, begin);
+    for (int64_t c = c0; c < c1; c += group_) {
+      if (!in_place() && (c - c0) % VL == 0) gather_planes(n0, c, m);
+      for (int64_t n = n0; n < n1; n++) {
+        for (int64_t g = 0; g < group_; g++) prepare(n, n1 - 1, least(c + g, c1 - 1), c0, g, n == n0, m);
+        multiply(m);
+        for (int64_t g = 0; g < group_ && c + g < c1; g += 2) {
+          if (finish(n, c + g, g, m, begin)) continue;
+          for (int64_t i = 0; i < 2; i++) separate(g + i, m);
+          finish(n, c + g, g, m, begin);
+        }
       }
     }
   }
@@ -239,15 +244,15 @@ class TileDepthwise {
     }
   }
 
-  // Windows and bands of channel c
-  void prepare(int64_t n, int64_t c, int64_t gathered, int64_t g, const Pieces& m) const {
+  // Windows of channel c, and its bands, which all images share
+  void prepare(int64_t n, int64_t last, int64_t c, int64_t gathered, int64_t g, bool bands, const Pieces& m) const {
     const bool direct = in_place();
     const int64_t row = direct ? in_.sh : in_.w;
     const bfloat16* const plane = direct ? address<const bfloat16>(in_, n, c, 0, 0)
                                          : m.planes + (c - gathered) % VL * in_rows() * in_.w - top_ * in_.w;
-    fill_windows(plane, row, m.windows + g * window_bytes(), direct ? group_ * in_.sc : 0);
+    fill_windows(plane, row, m.windows + g * window_bytes(), !direct ? 0 : n < last ? in_.sn : group_ * in_.sc);
     const int64_t words = maker_.bands.words / VL;
-    maker_.make((const vu*)d_.weight + c * d_.kh * words, (vu*)(m.bands + g * band_bytes()));
+    if (bands) maker_.make((const vu*)d_.weight + c * d_.kh * words, (vu*)(m.bands + g * band_bytes()));
   }
   // Windows of a plane; `ahead`, elements further, lies the one whose come next. Stores are whole rows of tiles: a tile that
   // meets two stores in a row waits for both.
@@ -343,8 +348,8 @@ class TileDepthwise {
     return _mm512_cmp_ps_mask((__m512)zero, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
   }
   template <class Begin>
-  bool finish(int64_t c, int64_t g, const Pieces& m, Begin begin) const {
-    return d_.residual ? finish_pair<true>(g, m, begin(c)) : finish_pair<false>(g, m, begin(c));
+  bool finish(int64_t n, int64_t c, int64_t g, const Pieces& m, Begin begin) const {
+    return d_.residual ? finish_pair<true>(g, m, begin(n, c)) : finish_pair<false>(g, m, begin(n, c));
   }
   // The input under row r of the first cell; that under cell i lies i rows of a tile further
   const char* under(const Pieces& m, int64_t g, int64_t r) const {
@@ -438,7 +443,7 @@ static void tile_layer(const DepthwiseStage& s, int64_t n, int64_t block, int64_
   const Constants& k = s.depthwise.constants;
   const Tiles tiles(depthwise.tile_rows);
   with_activation(s.act, [&](auto a) {
-    depthwise.run(n, c0, c1, memory, [&](int64_t c) __attribute__((always_inline)) {
+    depthwise.run(n, n + 1, c0, c1, memory, [&](int64_t n, int64_t c) __attribute__((always_inline)) {
       const bool two = c + 1 < c1, direct = out.sw == 1;
       const ChannelConstants even(k, c), odd(k, two ? c + 1 : c);
       bfloat16* const to = address<bfloat16>(out, n, c, y0, 0);
