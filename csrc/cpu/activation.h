@@ -61,11 +61,11 @@ CMX_INLINE vf gelu_tanh(vf x) { return x / one_plus_exp(x); }
 CMX_INLINE vf gelu_near(vf x) {
 #if defined(__AVX512F__)
   const vf a = (vf)(bits(x) & 0x7fffffffu), m = min(all(kGeluEnd), a);
-  const vf magic = all(12582912.f / kGeluNearScale), t = m + magic, d = m - (t - magic);
+  const vf t = m + all(12582912.f / kGeluNearScale);
   auto coefficient = [&](int i) {
     return (vf)_mm512_permutex2var_ps(_mm512_load_ps(kGeluNear[i]), (__m512i)t, _mm512_load_ps(kGeluNear[i] + 16));
   };
-  return x * .5f + (a * .5f + ((coefficient(2) * d + coefficient(1)) * d + coefficient(0)));
+  return x * .5f + (a * .5f + ((coefficient(2) * m + coefficient(1)) * m + coefficient(0)));
 #else
   return gelu(x);
 #endif

@@ -11,7 +11,7 @@ import numpy as np
 
 SEGMENTS = 32
 END, SCALE = 6.0, 5.0  # segment = round(a * SCALE), d = a * SCALE - segment; the product of both is exact: d = 0 at END
-NEAR_SCALE = 4.0  # a power of two: the segment comes from an addition, d = a - segment / NEAR_SCALE
+NEAR_SCALE = 4.0  # a power of two: the segment comes from an addition
 
 
 def phi(a: float) -> float:
@@ -35,10 +35,17 @@ def table(function: Callable[[float], float], scale: float, degree: int, unit: f
 
 
 def near() -> np.ndarray:
-    """Around 0 the first terms of the series, so that small results are as exact as others."""
-    found = table(lambda a: -a * phi(a), NEAR_SCALE, 2, 1 / NEAR_SCALE)
+    """Powers of a itself: what they lose to one another is less than rounding to bfloat16 leaves.
+
+    Around 0 the first terms of the series, so that small results are as exact as others; the last segment is 0.
+    """
+    found = table(lambda a: -a * phi(a), NEAR_SCALE, 2, 1 / NEAR_SCALE).astype(np.float64)
     found[:, 0] = 0, -0.5, 1 / math.sqrt(2 * math.pi)
-    return found
+    middle = np.arange(SEGMENTS) / NEAR_SCALE
+    c0, c1, c2 = found
+    found = np.array([c0 - c1 * middle + c2 * middle**2, c1 - 2 * c2 * middle, c2])
+    found[:, round(END * NEAR_SCALE) :] = 0  # -6 Phi(-6) is -6e-9
+    return found.astype(np.float32)
 
 
 def lines(name: str, found: np.ndarray) -> str:
@@ -50,7 +57,7 @@ def header() -> str:
     return (
         "// clang-format off\n"
         "// Written by gelu_table.py: Phi(-a), segment = round(a * kGeluScale), powers of the distance to it;\n"
-        "// -a Phi(-a), segment = round(a * kGeluNearScale), powers of a less its middle.\n"
+        "// -a Phi(-a), segment = round(a * kGeluNearScale), powers of a.\n"
         "#pragma once\n\n"
         f"constexpr float kGeluScale = {SCALE:.8e}f, kGeluEnd = {END:.8e}f, kGeluNearScale = {NEAR_SCALE:.8e}f;\n"
         + lines("kGeluTable", table(phi, SCALE, 3, 1))

@@ -85,7 +85,7 @@ class BandMaker {
     const int64_t rows_a_step = most(1, kTileDepth / bands.window), halves = most(1, bands.window / kTileDepth);
     for (int64_t step = 0; step < bands.steps; step++)
       for (int64_t i = 0; i < rows_a_step; i++) {
-        tile_keep_awake();
+        if (step % 8 == 4) tile_keep_awake();
         const int64_t d = step / halves * rows_a_step + i, first = step % halves * kTile, count = kTile / rows_a_step;
         if (bands.words == VL) {
           const __m512i even = row(packed, d), odd = row(packed, d - 1);  // the last word of either is zero
@@ -174,6 +174,9 @@ class TileDepthwise {
         top_(y0 - before(d.kh)),
         cells_(rows, in.w),
         groups_(cells_.rows + d.kh / 2),
+        touched_(groups_, ceil_div(most(0, 1 - kCellRows - top_), kCellRows), ceil_div(in.h - top_, kCellRows)),
+        whole_(groups_, ceil_div(most(0, -top_), kCellRows), (in.h - top_) / kCellRows),
+        rows_a_line_(in.sh == in.w ? most(1, kTileDepth / in.w) : 1),
         tile_rows(least(cells_.count(), kTile)),
         tiles_(ceil_div(cells_.count(), kTile)),
         group_(tiles_ == 1 ? 4 : 2),
@@ -192,6 +195,7 @@ class TileDepthwise {
     if (!in_place())  // a block of channels is gathered for one image at a time
       for (; n0 + 1 < n1; n0++) run(n0, n0 + 1, c0, c1, memory, begin);
     const Pieces m(*this, memory);
+    clear_outside(m);
     for (int64_t c = c0; c < c1; c += group_) {
       if (!in_place() && (c - c0) % VL == 0) gather_planes(n0, c, m);
       for (int64_t n = n0; n < n1; n++) {
@@ -207,6 +211,10 @@ class TileDepthwise {
   }
 
  private:
+  struct Groups {
+    int64_t begin, end;
+    Groups(int64_t count, int64_t from, int64_t to) : begin(least(from, count)), end(most(begin, least(to, count))) {}
+  };
   struct Pieces {
     char *windows, *bands;  // of a channel: [part][row group][column of cells][kTileDepth]; [step][kTile][kTile] pairs
     float* sums;            // [channel][cell][VL]
@@ -254,40 +262,57 @@ class TileDepthwise {
     const int64_t words = maker_.bands.words / VL;
     if (bands) maker_.make((const vu*)d_.weight + c * d_.kh * words, (vu*)(m.bands + g * band_bytes()));
   }
+  // Windows above and below the image stay zero for all channels
+  void clear_outside(const Pieces& m) const {
+    const int64_t row = cells_.columns * kTileDepth * 2;
+    for (char* part = m.windows; part < m.windows + group_ * window_bytes(); part += part_bytes()) {
+      memset(part, 0, touched_.begin * row);
+      memset(part + touched_.end * row, 0, (groups_ - touched_.end) * row);
+    }
+  }
   // Windows of a plane; `ahead`, elements further, lies the one whose come next. Stores are whole rows of tiles: a tile that
   // meets two stores in a row waits for both.
   __attribute__((noinline)) void fill_windows(const bfloat16* plane, int64_t row, char* windows, int64_t ahead) const {
-    const int64_t window = maker_.bands.window, part = part_bytes(), columns = cells_.columns, top = top_, h = in_.h;
-    for (int64_t group = 0; group < groups_; group++) {
-      const int64_t y = top + kCellRows * group;
-      for (int64_t x = 0; x < in_.w; x += kTileDepth) {
-        __builtin_prefetch(plane + y * row + x + ahead);
-        __builtin_prefetch(plane + (y + 1) * row + x + ahead);
-      }
-    }
+    const int64_t window = maker_.bands.window, part = part_bytes(), columns = cells_.columns, top = top_, h = in_.h,
+                  step = columns * kTileDepth * 2;
+    const Groups touched = touched_, whole = whole_;
+    for (int64_t y = most(0, top); y < least(h, top + in_rows()); y += rows_a_line_)
+      for (int64_t x = 0; x < in_.w; x += kTileDepth) __builtin_prefetch(plane + y * row + x + ahead);
     for (int64_t j = 0, x = -before(d_.kw); j < columns; j++, x += kCellColumns) {
-      char* to = windows + j * kTileDepth * 2;
+      char* const to = windows + j * kTileDepth * 2;
       tile_keep_awake();
       if (window == kTile) {
         const __mmask16 mask = inside(x, kTile);
-        const bfloat16* from = plane + top * row + x;
-        for (int64_t y = top; y < top + in_rows();
-             y += kCellRows, from += kCellRows * row, to += columns * kTileDepth * 2) {
-          const __mmask16 upper = y >= 0 && y < h ? mask : 0, lower = y + 1 >= 0 && y + 1 < h ? mask : 0;
-          const __m256i first = _mm256_maskz_loadu_epi16(upper, from),
-                        second = _mm256_maskz_loadu_epi16(lower, from + row);
-          _mm512_store_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+        auto masked = [&](int64_t begin, int64_t end) {
+          for (int64_t group = begin; group < end; group++) {
+            const int64_t y = top + kCellRows * group;
+            const bfloat16* const from = plane + y * row + x;
+            const __mmask16 upper = y >= 0 && y < h ? mask : 0, lower = y + 1 >= 0 && y + 1 < h ? mask : 0;
+            store_window(to + group * step, _mm256_maskz_loadu_epi16(upper, from),
+                         _mm256_maskz_loadu_epi16(lower, from + row));
+          }
+        };
+        if (mask != 0xffff) {
+          masked(touched.begin, touched.end);
+          continue;
         }
+        masked(touched.begin, whole.begin), masked(whole.end, touched.end);
+        const bfloat16* from = plane + (top + kCellRows * whole.begin) * row + x;
+        for (int64_t group = whole.begin; group < whole.end; group++, from += kCellRows * row)
+          store_window(to + group * step, *(const __m256i_u*)from, *(const __m256i_u*)(from + row));
         continue;
       }
-      for (int64_t y = top; y < top + in_rows(); y++)
+      for (int64_t r = kCellRows * touched.begin; r < kCellRows * touched.end; r++)
         for (int64_t at = 0; at < window; at += kTileDepth) {
+          const int64_t y = top + r, of = (r % kCellRows * window + at) / kTileDepth;
           const __mmask32 mask = y >= 0 && y < h ? inside(x + at, kTileDepth) : 0;
-          const int64_t r = y - top, of = (r % kCellRows * window + at) / kTileDepth;
-          _mm512_store_si512(to + of * part + r / kCellRows * columns * kTileDepth * 2,
+          _mm512_store_si512(to + of * part + r / kCellRows * step,
                              _mm512_maskz_loadu_epi16(mask, plane + y * row + x + at));
         }
     }
+  }
+  CMX_ALWAYS_INLINE static void store_window(char* to, __m256i upper, __m256i lower) {
+    _mm512_store_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(upper), lower, 1));
   }
   // Columns x .. x + count that lie in the image
   uint32_t inside(int64_t x, int64_t count) const {
@@ -410,7 +435,9 @@ class TileDepthwise {
   const Depthwise& d_;
   const int64_t top_;
   const Cells cells_;
-  const int64_t groups_;  // of two input rows
+  const int64_t groups_;          // of two input rows
+  const Groups touched_, whole_;  // of which one row or both lie in the image
+  const int64_t rows_a_line_;
 
  public:
   const int64_t tile_rows;  // cells of a tile
