@@ -260,7 +260,10 @@ class TileDepthwise {
                                          : m.planes + (c - gathered) % VL * in_rows() * in_.w - top_ * in_.w;
     fill_windows(plane, row, m.windows + g * window_bytes(), !direct ? 0 : n < last ? in_.sn : group_ * in_.sc);
     const int64_t words = maker_.bands.words / VL;
-    if (bands) maker_.make((const vu*)d_.weight + c * d_.kh * words, (vu*)(m.bands + g * band_bytes()));
+    if (!bands) return;
+    const vu* const weight = (const vu*)d_.weight + c * d_.kh * words;
+    for (int64_t i = 0; i < d_.kh * words; i++) __builtin_prefetch(weight + 2 * group_ * d_.kh * words + i);
+    maker_.make(weight, (vu*)(m.bands + g * band_bytes()));
   }
   // Windows above and below the image stay zero for all channels
   void clear_outside(const Pieces& m) const {
