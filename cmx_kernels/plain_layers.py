@@ -17,6 +17,7 @@ _NARROW, _LARGE, _LARGER, _WIDE = 128, 1 << 20, 1 << 21, 2048  # see _plain_taps
 # With gradients, _PLAIN_TAPS are PyTorch's below so many pixels of a plane, or values; measured on a Xeon with AMX only
 _TRAINED_PIXELS, _TRAINED_ELEMENTS = 640, 1 << 21
 _FLOAT32, _PLAIN_DTYPES, _STRIDED = torch.float32, (torch.float32, torch.bfloat16), torch.strided
+_is_compiling, _is_autocast_enabled = torch.compiler.is_compiling, torch.is_autocast_enabled
 
 
 def is_faster(x: Tensor, weight: Tensor, trains: bool = False) -> bool:
@@ -29,16 +30,21 @@ def is_faster(x: Tensor, weight: Tensor, trains: bool = False) -> bool:
     """
     if trains:
         return _trains_faster(x, weight)
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.numel() < _PLAIN_ELEMENTS:
+    if _is_compiling() or not isinstance(x, Tensor):
         return False  # a size asked for in a graph would bind it to that size
-    if not x.is_cpu or x.dtype not in _PLAIN_DTYPES or x.layout is not _STRIDED or x.dim() != 4 or x.stride(1) != 1:
+    shape = x.shape
+    if len(shape) != 4:
         return False
-    taps = weight.size(2) * weight.size(3)
-    if taps > _PLAIN_TAPS and (taps > _MOST_TAPS or taps > _plain_taps(x)):
+    images, channels, rows, columns = shape
+    values = images * channels * rows * columns
+    if values < _PLAIN_ELEMENTS:
         return False
-    if backends._forced not in (None, "reference") or torch.is_autocast_enabled(
-        "cpu"
-    ):  # whose dtype x is to take first
+    _, _, kh, kw = weight.shape
+    if kh * kw > _PLAIN_TAPS and (kh * kw > _MOST_TAPS or kh * kw > _plain_taps(x)):
+        return False
+    if not x.is_cpu or x.dtype not in _PLAIN_DTYPES or x.layout is not _STRIDED or x.stride(1) != 1:
+        return False
+    if backends._forced not in (None, "reference") or _is_autocast_enabled("cpu"):  # whose dtype x is to take first
         return False  # below, tune() knows better
     return not tuned.choices or backends.measured("depthwise_block", x, "none", weight.shape) is None
 
@@ -55,13 +61,14 @@ def _trains_faster(x: Tensor, weight: Tensor) -> bool:
 
 
 def _plain_taps(x: Tensor) -> int:
-    wide = _INTEL and x.size(2) * x.size(3) >= _WIDE
+    images, channels, rows, columns = x.shape
+    values, wide = images * channels * rows * columns, _INTEL and rows * columns >= _WIDE
     if x.dtype == _FLOAT32:  # few channels, or many values of several images
-        if wide and x.size(1) < _NARROW:
+        if _INTEL and (wide if channels < _NARROW else images > 1 and values >= _LARGE):
             return _MOST_TAPS
-        more = _INTEL or x.size(1) < _NARROW or (x.size(0) > 1 and x.numel() > _LARGE)
+        more = _INTEL or channels < _NARROW or (images > 1 and values > _LARGE)
     else:
-        more = wide or x.numel() > _LARGER
+        more = wide or values > _LARGER
     return _MORE_TAPS if more else _PLAIN_TAPS
 
 

@@ -95,6 +95,9 @@ def test_pytorch_runs_what_it_is_faster_at(dtype: torch.dtype, k: int, monkeypat
     ours.half()
     kernels += [run(x.half()) for run in (ours, op)]  # which PyTorch is slow at
     ours.to(dtype)
+    ours(x)  # which it remembers, and asks nevertheless
+    with torch.autocast("cpu", torch.bfloat16):
+        kernels.append(ours(x))
     with use("cpu"):
         kernels += [ours(x), op(x)]
         assert not explain(ours, x).refusals
@@ -153,6 +156,8 @@ def test_several_images_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain_layers, "_INTEL", True)
     for k, dtype, faster in ((5, torch.float32, True), (7, torch.float32, False), (5, torch.bfloat16, False)):
         assert plain_layers.is_faster(one.to(dtype), torch.empty(128, 1, k, k)) == faster
+    for k, images, faster in ((7, 3, True), (7, 2, False), (8, 3, False)):  # 49 taps too
+        assert plain_layers.is_faster(x[:images], torch.empty(128, 1, k, k)) == faster
     monkeypatch.setattr(plain_layers, "_WIDE", 27 * 11)  # and of few channels, 49 taps in float32
     for k, dtype, faster in ((5, torch.bfloat16, True), (7, torch.bfloat16, False), (7, torch.float32, False)):
         assert plain_layers.is_faster(one.to(dtype), torch.empty(128, 1, k, k)) == faster

@@ -121,8 +121,8 @@ def _in_any_bands(x: Tensor, packed: stack.PackedStack) -> Tensor:
 @pytest.mark.parametrize("planted", (False, True))
 @pytest.mark.parametrize("size", ((1, 40, 35, 22), (3, 40, 9, 14), (1, 72, 161, 130)), ids=str)
 def test_a_stack_gives_the_same_in_any_bands(size: tuple[int, int, int, int], planted: bool) -> None:
-    """Threads choose the rows of a band, and who multiplies which pixels by which channels: several images in a band, one in
-    several bands. An infinity in one of them does not change another by a bit."""
+    """Threads choose the rows of a band, and who multiplies which pixels by which channels: several images in a band,
+    one in several bands. An infinity in one of them does not change another by a bit."""
     torch.manual_seed(1)
     c = size[1]
     blocks = [(_conv(c, 1, 9, 9), _conv(c, c, 1, 1)) for _ in range(2)]
