@@ -21,6 +21,9 @@ from cmx_kernels.flops import count
 # Private, so a torch without it takes the longer way
 below_autograd: Callable[[], AbstractContextManager[None]]
 below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
+# Without it torch.ops.cmx_triton loses tangents
+make_autograd_impl: Callable[..., Any] | None
+make_autograd_impl = getattr(torch._library.autograd, "make_autograd_impl", None)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
@@ -42,15 +45,15 @@ class _ForwardModeRefused(torch.library.Library):
         def call(keyset: Any, *inputs: Any) -> Any:
             if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
                 raise RuntimeError(
-                    f"torch.ops.cmx.{op_name} has no forward-mode derivative; call cmx_kernels.ops.{op_name}, which "
-                    f"runs in PyTorch there"
+                    f"torch.ops.{self.ns}.{op_name} has no forward-mode derivative; call cmx_kernels.ops.{op_name}, "
+                    f"which runs in PyTorch there"
                 )
             return fn(keyset, *inputs)
 
         return super().impl(op_name, call, *args, **keywords)
 
 
-_gradients = _ForwardModeRefused("cmx", "FRAGMENT")
+_gradients, _triton_gradients = _ForwardModeRefused("cmx", "FRAGMENT"), _ForwardModeRefused("cmx_triton", "FRAGMENT")
 
 
 def _has_tangent(value: Any) -> bool:
@@ -129,6 +132,11 @@ def implement(name: str, kernel: Callable[..., Any]) -> None:
     if definition.backward is not None:
         gradient = partial(definition.backward, torch.ops.cmx_triton)
         op.register_autograd(gradient, setup_context=definition.setup_context)
+        if make_autograd_impl is not None:  # again, with a question before it, of which PyTorch warns
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                of_torch = make_autograd_impl(op._opoverload, op)
+                _triton_gradients.impl(name, of_torch, "Autograd", with_keyset=True, allow_override=True)
     if definition.flops is not None:
         count(getattr(torch.ops.cmx_triton, name), definition.flops)
 

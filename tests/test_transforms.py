@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 
 import cases
 import pytest
@@ -12,6 +11,7 @@ from plain_models import FUSED, fused_and_plain, needs_kernels
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from transforms import TRANSFORMS, tangent
 
 from cmx_kernels import ConvMixer, backends, ops, unfuse, use
 
@@ -67,19 +67,6 @@ def test_forced_kernels_refuse_transforms() -> None:
 TRAINED = ("patch_embed", "depthwise_block", "pointwise_block")
 
 
-def _dual(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
-
-
-TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
-    "grad": lambda f, x: torch.func.grad(lambda v: f(v).square().sum())(x),
-    "vmap": lambda f, x: torch.vmap(f)(torch.stack([x, -x])),
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
-    "forward mode": _dual,
-}
-
-
 @pytest.mark.parametrize("transform", ("jvp", "forward mode"))
 @pytest.mark.parametrize("op", cases.OPS)
 def test_dispatcher_operators_refuse_forward_mode(op: str, transform: str) -> None:
@@ -132,14 +119,14 @@ def test_fused_models_refuse_what_their_gradients_cannot(training: bool) -> None
     for call in (
         lambda: torch.autograd.grad(y, x, several, retain_graph=True, is_grads_batched=True),
         lambda: torch.vmap(vjp)(several),
-        lambda: _dual(vjp, torch.ones_like(y)),
+        lambda: tangent(vjp, torch.ones_like(y)),
         lambda: torch.autograd.functional.hvp(lambda v: model(v).square().sum(), X, X),
     ):
         with pytest.raises(RuntimeError, match=r"^grad: got a .*unfuse\(model\) trains in plain PyTorch"):
             call()
     plain = unfuse(model)
     y = plain(x)
-    assert torch.isfinite(_dual(vjp, torch.ones_like(y))).all()
+    assert torch.isfinite(tangent(vjp, torch.ones_like(y))).all()
     assert torch.autograd.functional.hvp(lambda v: plain(v).square().sum(), X, X)[1].abs().max() > 0
 
 
