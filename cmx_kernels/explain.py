@@ -139,7 +139,10 @@ def outermost(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def inputs_of(model: nn.Module, parts: dict[str, nn.Module], x: Tensor) -> dict[str, Tensor]:
-    """What each part would be given, without its values: a plain copy of the model runs on the meta device."""
+    """What each part would be given, without its values: a plain copy of the model runs on the meta device.
+
+    Where gradients are recorded, what comes out of a part that is trained requires them.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     memo = {id(t): t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors}
     memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in model.parameters()}
@@ -150,14 +153,13 @@ def inputs_of(model: nn.Module, parts: dict[str, nn.Module], x: Tensor) -> dict[
     for name, part in parts.items():
 
         def note(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            seen.setdefault(name, torch.empty_like(args[0], device=x.device))
+            seen.setdefault(name, torch.empty_like(args[0], device=x.device).requires_grad_(args[0].requires_grad))
 
         at = twin.get_submodule(name)
         at.register_forward_pre_hook(note)
         if isinstance(part, FusedConvMixer):  # whose forward_features may be called in its place
             at.get_submodule("stem").register_forward_pre_hook(note)
-    with torch.no_grad():
-        twin(x.to("meta"))
+    twin(x.detach().to("meta").requires_grad_(x.requires_grad))
     return seen
 
 

@@ -45,6 +45,18 @@ def test_released_models_have_no_refusal(name: str, dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+def test_a_frozen_layer_behind_a_trained_one() -> None:
+    """Gradients pass through it, which decide who is faster."""
+    model = fuse(nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1, groups=32)))
+    model[1].requires_grad_(False)
+    assert [row.backend for row in explain(model, X)] == ["torch"]
+    with torch.no_grad():
+        assert [row.backend for row in explain(model, X)] == ["cpu"]
+    model[0].requires_grad_(False)
+    assert [row.backend for row in explain(model, X)] == ["cpu"]
+
+
+@needs_kernels
 def test_reasons() -> None:
     model = trained(ConvMixer(32, 3, 5, 7, 10))
     with torch.no_grad():
