@@ -44,12 +44,15 @@ inline void run_planes(Stage& s) {
   const int64_t workers = torch::stable::get_num_threads(), step = k.band_step(s.in.dtype);
   s.times = stage_times(s.producer);
   s.rows = round_up(s.out.h, step);
-  const int64_t bands = ceil_div(k.planes_shape(s, 0).panel_bytes, workers * l2_bytes());
-  s.rows = round_up(ceil_div(s.out.h, bands), step);
-  const Scratch panel(Scratch::panel, k.planes_shape(s, 0).panel_bytes);
+  PlanesShape shape = k.planes_shape(s, 0);
+  if (const int64_t bands = ceil_div(shape.panel_bytes, workers * l2_bytes()); bands > 1) {
+    s.rows = round_up(ceil_div(s.out.h, bands), step);
+    shape = k.planes_shape(s, 0);
+  }
+  const Scratch panel(Scratch::panel, shape.panel_bytes);
   s.panel = panel.data();
   for (int64_t y0 = 0; y0 < s.out.h; y0 += s.rows) {
-    const PlanesShape shape = k.planes_shape(s, y0);
+    if (y0) shape = k.planes_shape(s, y0);
     const int64_t at_once = std::max<int64_t>(1, shape.units / (8 * workers)), tasks = ceil_div(shape.units, at_once);
     // of images: as few as keep all workers busy, since those of a group share what is made of the filters
     const int64_t groups = std::min(s.out.n, ceil_div(workers, tasks));

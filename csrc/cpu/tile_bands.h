@@ -45,15 +45,16 @@ static void pack_bands(const View& weight, int64_t block, void* out) {
 class BandMaker {
  public:
   BandMaker(int64_t kh, int64_t kw) : bands(kh, kw), kh_(kh) {
-    const bool narrow = bands.words == VL;
+    vu column, second;
+    for (int64_t lane = 0; lane < VL; lane++) {
+      column[lane] = lane % kCellColumns;
+      second[lane] = bands.words == VL ? lane / kCellColumns * VL : 0;
+    }
+    const vu last = vu{} + (uint32_t)kw, none = vu{} + (uint32_t)(bands.words - 1);
     for (int64_t i = 0; i < bands.window / 2; i++) {
-      there_[i] = 0;
-      for (int64_t lane = 0; lane < VL; lane++) {
-        const int64_t n = lane % kCellColumns, r = lane / kCellColumns, word = kw - 1 - 2 * i + n;
-        const bool there = word >= 0 && word <= kw;
-        there_[i] |= there << lane;
-        index_[i][lane] = (there ? word : bands.words - 1) + (narrow ? r * VL : 0);
-      }
+      const vu word = column + (uint32_t)(kw - 1 - 2 * i);  // below 0: very large
+      there_[i] = _mm512_cmple_epu32_mask((__m512i)word, (__m512i)last);
+      index_[i] = (word <= last ? word : none) + second;
     }
   }
   void make(const vu* packed, vu* to) const {
