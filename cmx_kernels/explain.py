@@ -262,8 +262,10 @@ def _network_rows(name: str, net: FusedNetwork, x: Tensor, stack: Stack | None) 
             yield from _part_rows(label, piece, x)
         else:
             yield Row(label, PLAIN, type(piece).__name__)
+        trained = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in piece.parameters()))
         if isinstance(piece, (Stem, nn.Conv2d)):
             x = after_patches(x, piece if isinstance(piece, nn.Conv2d) else children(piece)[0])
+        x = x.detach().requires_grad_(trained and x.is_floating_point())
 
 
 def _takes_head(stack: Stack, net: FusedNetwork, x: Tensor) -> bool:

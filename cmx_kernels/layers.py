@@ -16,7 +16,6 @@ from cmx_kernels.ops.checks import MAX_KERNEL, Size, autocast, autocast_is_on, c
 from cmx_kernels.ops.depthwise_packed import PackedDepthwise, depthwise_packed, pack
 from cmx_kernels.ops.kept_weights import for_autocast, forget_moved
 
-_PLAIN_FOR = "_plain_for"
 _is_compiling, _is_grad_enabled, _is_autocast_enabled = (
     torch.compiler.is_compiling,
     torch.is_grad_enabled,
@@ -36,6 +35,21 @@ def why_not_depthwise(conv: nn.Conv2d) -> str | None:
     if conv.padding != "same" and not (kh % 2 == 1 == kw % 2 and conv.padding == (kh // 2, kw // 2)):
         return f"padding {conv.padding} of a {kh}x{kw} kernel is not 'same'"
     return f"the kernel is larger than {MAX_KERNEL}x{MAX_KERNEL}" if max(kh, kw) > MAX_KERNEL else None
+
+
+class _Kept(PackedCache):
+    """And the input that PyTorch's own was last found faster for: a third of the time of finding it again."""
+
+    plain_for: tuple[torch.Size, tuple[int, ...], torch.dtype, torch.Size] | None = None  # and the weight's shape
+
+    def is_plain_for(self, x: Tensor, weight: Tensor) -> bool:
+        known = self.plain_for
+        if known is None or _is_grad_enabled() or _is_autocast_enabled("cpu") or backends._forced or tuned.choices:
+            return False
+        try:
+            return isinstance(x, Tensor) and x.is_cpu and (x.shape, x.stride(), x.dtype, weight.shape) == known
+        except RuntimeError:  # of a layout without strides
+            return False
 
 
 class LargeKernelDepthwiseConv2d(nn.Conv2d):
@@ -98,7 +112,7 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
         return "its _conv_forward was replaced" if "_conv_forward" in self.__dict__ else why_not_size(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        _forget(self)
+        self.__dict__.pop(STATE, None)
         found = super()._apply(fn, recurse)
         forget_moved(self.parameters())
         return found
@@ -111,12 +125,12 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
 
     def _fused(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if self._plain_for is not None and self._is_as_last_time(x):
+        if not _is_compiling() and (kept := self.__dict__.get(STATE)) is not None and kept.is_plain_for(x, weight):
             return self._conv_forward(x, weight, bias)
         trains = torch.is_grad_enabled() and isinstance(x, Tensor) and wants_grad(x, weight, bias)
         if plain_layers.is_faster(x, weight, trains):
-            if not trains:
-                self.__dict__[_PLAIN_FOR] = x.shape, x.stride(), x.dtype
+            if not (trains or plain_is_wanted(x)):
+                self._kept().plain_for = x.shape, x.stride(), x.dtype, weight.shape
             return self._conv_forward(x, weight, bias)
         if plain_is_wanted(x):
             return self._conv_forward(x, weight, bias)
@@ -136,16 +150,11 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
                 return profiling.call(depthwise_packed, "depthwise_block", backend, x, packed, "none", False)
         return ops.depthwise_block(given, for_autocast(given, weight, bias), bias, act="none", residual=False)
 
-    # The shape, strides and dtype that PyTorch's own was last found faster for: a third of the time of finding it again
-    _plain_for: tuple[torch.Size, tuple[int, ...], torch.dtype] | None = None
-
-    def _is_as_last_time(self, x: Tensor) -> bool:
-        if _is_compiling() or _is_grad_enabled() or _is_autocast_enabled("cpu") or backends._forced or tuned.choices:
-            return False
-        try:
-            return isinstance(x, Tensor) and (x.shape, x.stride(), x.dtype) == self._plain_for
-        except RuntimeError:  # of a layout without strides
-            return False
+    def _kept(self) -> "_Kept":
+        found: _Kept | None = self.__dict__.get(STATE)
+        if found is None:
+            found = self.__dict__[STATE] = _Kept()
+        return found
 
     def _packed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> PackedDepthwise | None:
         """The weight in the layout of the CPU kernels, packed again after every change; None if it does not fit x."""
@@ -158,11 +167,8 @@ class LargeKernelDepthwiseConv2d(nn.Conv2d):
             return None
         if weight.is_inference() or (bias is not None and bias.is_inference()):  # whose changes are not counted
             return None
-        cache: PackedCache | None = self.__dict__.get(STATE)
-        if cache is None:
-            cache = self.__dict__[STATE] = PackedCache()
         tensors = (weight,) if bias is None else (weight, bias)
-        found: PackedDepthwise = cache.get(
+        found: PackedDepthwise = self._kept().get(
             tensors, x.dtype, lambda: pack(ConvParams(weight, bias, None, None), x.dtype)
         )
         return found
@@ -218,11 +224,6 @@ def _outside_fused(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Conv2
             yield from _outside_fused(child, f"{name}.{key}" if name else key)
 
 
-def _forget(module: nn.Module) -> None:
-    for name in (STATE, _PLAIN_FOR):
-        module.__dict__.pop(name, None)
-
-
 def _become(module: nn.Module, kind: type[Any]) -> None:
-    _forget(module)
+    module.__dict__.pop(STATE, None)
     module.__class__ = kind

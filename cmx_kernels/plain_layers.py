@@ -32,7 +32,10 @@ def is_faster(x: Tensor, weight: Tensor, trains: bool = False) -> bool:
         return _trains_faster(x, weight)
     if _is_compiling() or not isinstance(x, Tensor):
         return False  # a size asked for in a graph would bind it to that size
-    shape = x.shape
+    try:
+        shape = x.shape
+    except RuntimeError:  # of a nested tensor
+        return False
     if len(shape) != 4:
         return False
     images, channels, rows, columns = shape

@@ -34,7 +34,8 @@ struct Division {
             block(share * pieces + piece),
             block(share * pieces + piece + 1),
             block(share * pieces),
-            block((share + 1) * pieces)};
+            block((share + 1) * pieces),
+            round + 1 == rounds};
   }
 };
 
@@ -42,6 +43,7 @@ struct Division {
 inline void run_planes(Stage& s) {
   const CpuKernels& k = cpu_kernels();
   const int64_t workers = torch::stable::get_num_threads(), step = k.band_step(s.in.dtype);
+  const bool patches = s.producer == Stage::Producer::patches;
   s.times = stage_times(s.producer);
   s.rows = round_up(s.out.h, step);
   PlanesShape shape = k.planes_shape(s, 0);
@@ -53,16 +55,20 @@ inline void run_planes(Stage& s) {
   s.panel = panel.data();
   for (int64_t y0 = 0; y0 < s.out.h; y0 += s.rows) {
     if (y0) shape = k.planes_shape(s, y0);
-    const int64_t at_once = std::max<int64_t>(1, shape.units / (8 * workers)), tasks = ceil_div(shape.units, at_once);
-    // of images: as few as keep all workers busy, since those of a group share what is made of the filters
-    const int64_t groups = std::min(s.out.n, ceil_div(workers, tasks));
+    // Pieces of an image: blocks of channels, some at once. Images are divided where these are fewer than the workers, for
+    // whom those that stay together share what is made of the filters; and then rows, some of which are read twice.
+    const int64_t at_once = std::max<int64_t>(1, shape.units / (8 * workers)), units = ceil_div(shape.units, at_once);
+    const int64_t images = std::min(s.out.n, ceil_div(workers, units));
+    const int64_t rows = std::min(shape.cell_rows, ceil_div((patches ? 8 : 1) * workers, units * images));
     run(
-        tasks * groups, shape.fill_scratch,
+        units * images * rows, shape.fill_scratch,
         [&](int64_t task, char* scratch) {
-          const int64_t unit = task / groups * at_once, group = task % groups;
+          const int64_t row = task % rows, image = task / rows % images, unit = task / rows / images * at_once;
+          const auto part = [](int64_t size, int64_t i, int64_t parts) { return size * i / parts; };
           k.planes_fill(s,
-                        {y0, s.out.n * group / groups, s.out.n * (group + 1) / groups, unit,
-                         std::min(unit + at_once, shape.units)},
+                        {y0, part(s.out.n, image, images), part(s.out.n, image + 1, images), unit,
+                         std::min(unit + at_once, shape.units), part(shape.cell_rows, row, rows),
+                         part(shape.cell_rows, row + 1, rows)},
                         scratch);
         },
         Tasks::then_others);

@@ -76,17 +76,18 @@ struct Stage {
 
 // A stage of Form::planes has two steps: all workers fill one panel with `rows` rows of all images, then they multiply it.
 struct PlanesShape {
-  int64_t units;   // of what is filled: blocks of channels, or of patches rows of cells
-  int64_t pairs;   // of cells, of all images
-  int64_t blocks;  // of output channels
-  int64_t panel_bytes, pair_bytes, block_bytes, fill_scratch, product_scratch;
+  int64_t units, cell_rows;  // of what is filled: blocks of channels (patches: 1), rows of cells of an image
+  int64_t pairs, blocks;     // of what is multiplied: pairs of cells, of all images; blocks of output channels
+  int64_t panel_bytes, pair_bytes, block_bytes;
+  int64_t fill_scratch, product_scratch;  // of a worker
 };
 struct PlanesFill {
-  int64_t y0, image, image_end, unit, unit_end;
+  int64_t y0, image, image_end, unit, unit_end, cell_row, cell_row_end;
 };
 struct PlanesProduct {
   int64_t y0, pair, pair_end, block, block_end;
-  int64_t share, share_end;  // blocks of the same worker: it goes on with the next, or with the first in the next stage
+  int64_t share, share_end;  // blocks of the same worker: it goes on with the next, or with the first
+  bool last_round;           // then in the next stage
 };
 
 struct DepthwiseStage {

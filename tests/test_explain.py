@@ -57,6 +57,18 @@ def test_a_frozen_layer_behind_a_trained_one() -> None:
 
 
 @needs_kernels
+def test_a_frozen_block_behind_a_trained_one() -> None:
+    model = ConvMixer(32, 2, 5, 7, 10).eval()
+    model.blocks[1].requires_grad_(False)
+    model.blocks[0][0].fn[1].register_forward_hook(lambda *a: None)  # so that parts are called one by one
+    row = next(row for row in explain(model, X) if row.part == "blocks.1")
+    assert row.kernel == "training"
+    with torch.no_grad():
+        row = next(row for row in explain(model, X) if row.part == "blocks.1")
+    assert row.kernel != "training"
+
+
+@needs_kernels
 def test_reasons() -> None:
     model = trained(ConvMixer(32, 3, 5, 7, 10))
     with torch.no_grad():

@@ -98,6 +98,9 @@ def test_pytorch_runs_what_it_is_faster_at(dtype: torch.dtype, k: int, monkeypat
     ours(x)  # which it remembers, and asks nevertheless
     with torch.autocast("cpu", torch.bfloat16):
         kernels.append(ours(x))
+    scripted = torch.jit.script(ours)  # which goes through all that a module keeps
+    assert torch.equal(scripted(x), ours(x))
+    assert not [kept for kept in vars(copy.deepcopy(ours)).values() if getattr(kept, "plain_for", None)]
     with use("cpu"):
         kernels += [ours(x), op(x)]
         assert not explain(ours, x).refusals

@@ -225,10 +225,10 @@ class PackedCache:
         self._state = None
 
     def __deepcopy__(self, memo: Any) -> "PackedCache":
-        return PackedCache()
+        return type(self)()
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return PackedCache, ()
+        return type(self), ()
 
 
 def places(tensors: Sequence[Tensor]) -> tuple[Any, list[int]]:

@@ -43,15 +43,15 @@ struct Panel {
 struct PlanesPlan {
   int64_t rows;
   Cells cells;
-  int64_t depth, pairs, blocks;  // pairs of channels; blocks of two cells, of an image
+  int64_t depth, channel_pairs, cell_pairs;  // of an image
   PlanesPlan(const Stage& s, int64_t y0)
-      : rows(least(s.rows, s.out.h - y0)), cells(rows, s.out.w), blocks(ceil_div(cells.count() * VL, kBlock)) {
+      : rows(least(s.rows, s.out.h - y0)), cells(rows, s.out.w), cell_pairs(ceil_div(cells.count(), 2)) {
     depth = tile_depth(s.producer == Stage::Producer::patches ? s.in.c * s.ph * s.pw : s.in.c);
-    pairs = depth / 2;
+    channel_pairs = depth / 2;
   }
-  int64_t block_bytes() const { return pairs * kBlock * 4; }
+  int64_t pair_bytes() const { return depth * kBlock * 2; }  // of cells
   Panel panel(const Stage& s, int64_t n) const {
-    return {(vu*)(s.panel + n * blocks * block_bytes()), (uint64_t)depth / kTileDepth};
+    return {(vu*)(s.panel + n * cell_pairs * pair_bytes()), (uint64_t)depth / kTileDepth};
   }
   static constexpr int64_t kSums = kBlock * kBlock;
 };
@@ -170,11 +170,12 @@ static void product_of(const Stage& s, const PlanesProduct& task, float* sums) {
   const int64_t lines_a_step = ceil_div(slab / 64, steps * most(1, pairs));  // of the next weights, asked for meanwhile
   const Finisher<act, near> finisher(s, plan.cells, task.y0, sums + 2 * plan.kSums);
   typename Finisher<act, near>::Rows rest;
+  const char* const after = (const char*)(task.last_round ? s.pointwise.next : s.pointwise.weight);
   for (int64_t block = task.block, turn = 0; block < task.block_end; block++) {
     const char* const weight = (const char*)s.pointwise.weight + block * slab;
-    const char* ahead = block + 1 < task.share_end ? weight + slab : (const char*)s.pointwise.next + task.share * slab;
+    const char* ahead = block + 1 < task.share_end ? weight + slab : after + task.share * slab;
     const Operand a{weight, kTileDepth * 2, kTile * kTileDepth * 2, kStep};
-    int64_t n = task.pair / plan.blocks, cell = task.pair % plan.blocks * 2;
+    int64_t n = task.pair / plan.cell_pairs, cell = task.pair % plan.cell_pairs * 2;
     for (int64_t pair = task.pair; pair < task.pair_end; pair++, turn ^= 1) {
       const Operand b{s.panel + pair * slab, kTile * 4, kTile * kTile * 4, kStep};
       float* const to = sums + turn * plan.kSums;
@@ -204,11 +205,11 @@ static void planes_product(const Stage& s, const PlanesProduct& task, char* scra
   });
 }
 
-// Rows [begin, end) of cells of the patches of image n, a cell at a time: rows of pairs, transposed
+// The patches of image n, a cell at a time: rows of pairs, transposed
 static void fill_patches_panel(const Stage& s, int64_t n, const PlanesFill& task, const PlanesPlan& plan,
                                bfloat16* some) {
   const Panel panel = plan.panel(s, n);
-  for (int64_t cell = task.unit * plan.cells.columns; cell < task.unit_end * plan.cells.columns; cell++) {
+  for (int64_t cell = task.cell_row * plan.cells.columns; cell < task.cell_row_end * plan.cells.columns; cell++) {
     for (int64_t i = 0; i < VL; i++) {
       const int64_t y = cell / plan.cells.columns * kCellRows + i / kCellColumns,
                     x = cell % plan.cells.columns * kCellColumns + i % kCellColumns;
@@ -217,7 +218,7 @@ static void fill_patches_panel(const Stage& s, int64_t n, const PlanesFill& task
       const int64_t filled = there ? copy_patch<bfloat16>(s.in, n, task.y0 + y, x, s.ph, s.pw, to) : 0;
       memset(to + filled, 0, (plan.depth - filled) * 2);
     }
-    for (int64_t pair = 0; pair < plan.pairs; pair += VL) {
+    for (int64_t pair = 0; pair < plan.channel_pairs; pair += VL) {
       vf v[VL];
       for (int64_t i = 0; i < VL; i++) v[i] = load((const float*)(some + i * plan.depth) + pair);
       transpose(v);
@@ -228,7 +229,8 @@ static void fill_patches_panel(const Stage& s, int64_t n, const PlanesFill& task
 
 // Blocks [unit, unit_end) of VL channels
 static void fill_depthwise_panel(const Stage& s, const PlanesFill& task, const PlanesPlan& plan, char* scratch) {
-  const TileDepthwise depthwise(s.in, s.depthwise, task.y0, plan.rows);
+  const int64_t y = task.cell_row * kCellRows, first_cell = task.cell_row * plan.cells.columns;
+  const TileDepthwise depthwise(s.in, s.depthwise, task.y0 + y, least(task.cell_row_end * kCellRows, plan.rows) - y);
   const Tiles tiles(depthwise.tile_rows);
   const Constants& k = s.depthwise.constants;
   const int64_t c = s.in.c, c0 = task.unit * VL, c1 = least(task.unit_end * VL, c);
@@ -241,18 +243,20 @@ static void fill_depthwise_panel(const Stage& s, const PlanesFill& task, const P
                     const Panel panel = plan.panel(s, n);
                     vu* const to = &panel.at(c / 2, 0);
                     const int64_t block = panel.steps * kBlock;  // vectors
-                    return [=](int64_t cell, int64_t, int64_t, vf e, vf o, vf even_skip, vf odd_skip)
+                    return [=](int64_t i, int64_t, int64_t, vf e, vf o, vf even_skip, vf odd_skip)
                                __attribute__((always_inline)) {
                                  const vf first = even.template finished<decltype(a)::value, true>(e) + even_skip,
                                           second = odd.template finished<decltype(a)::value, true>(o) + odd_skip;
+                                 const int64_t cell = first_cell + i;
                                  to[cell / 2 * block + cell % 2 * kTile] = pack_pair(first, second) & there;
                                };
                   });
   });
   if (c1 < c) return;
   for (int64_t n = task.image; n < task.image_end; n++)
-    for (int64_t pair = ceil_div(c, 2); pair < plan.pairs; pair++)
-      for (int64_t cell = 0; cell < plan.cells.count(); cell++) plan.panel(s, n).at(pair, cell) = vu{};
+    for (int64_t pair = ceil_div(c, 2); pair < plan.channel_pairs; pair++)
+      for (int64_t cell = first_cell; cell < task.cell_row_end * plan.cells.columns; cell++)
+        plan.panel(s, n).at(pair, cell) = vu{};
 }
 
 static void planes_fill(const Stage& s, const PlanesFill& task, char* scratch) {
@@ -267,13 +271,15 @@ static PlanesShape planes_shape(const Stage& s, int64_t y0) {
   const PlanesPlan plan(s, y0);
   const bool patches = s.producer == Stage::Producer::patches;
   PlanesShape shape{};
-  shape.units = patches ? plan.cells.rows : ceil_div(s.in.c, VL);
-  shape.pairs = s.out.n * plan.blocks;
+  shape.units = patches ? 1 : ceil_div(s.in.c, VL);
+  shape.cell_rows = plan.cells.rows;
+  shape.pairs = s.out.n * plan.cell_pairs;
   shape.blocks = ceil_div(s.out.c, kBlock);
-  shape.pair_bytes = plan.block_bytes();
+  shape.pair_bytes = plan.pair_bytes();
   shape.panel_bytes = shape.pairs * shape.pair_bytes;
   shape.block_bytes = kBlock * plan.depth * 2;
-  shape.fill_scratch = patches ? VL * (plan.depth + VL) * 2 : TileDepthwise(s.in, s.depthwise, y0, plan.rows).bytes();
+  shape.fill_scratch =
+      patches ? VL * (plan.depth + VL) * 2 : TileDepthwise(s.in, s.depthwise, y0, plan.rows).most_bytes();
   shape.product_scratch = 3 * plan.kSums * 4;
   return shape;
 }

@@ -96,12 +96,13 @@ class TileDepthwise {
         rows_a_line_(in.sh == in.w ? most(1, kTileDepth / in.w) : 1),
         tile_rows(least(cells_.count(), kTile)),
         tiles_(ceil_div(cells_.count(), kTile)),
-        group_(tiles_ == 1 ? 4 : 2),
+        group_(tiles_ == 1 ? kMostChannels : kMostChannels / 2),
         maker_(d.kh, d.kw) {}
 
-  int64_t bytes() const {
+  // Of scratch memory, for these rows or fewer, whose channels may come in larger groups
+  int64_t most_bytes() const {
     const int64_t gathered = in_place() ? 0 : VL * in_rows() * in_.w * 2 + most(in_.w, VL) * VL * 4;
-    return group_ * (window_bytes() + band_bytes() + round_up(cells_.count(), kTile) * VL * 4) + gathered + 128;
+    return kMostChannels * (window_bytes() + band_bytes() + round_up(cells_.count(), kTile) * VL * 4) + gathered + 128;
   }
 
   // Images [n0, n1), channels [c0, c1). begin(n, c) gives put(cell, i, j, even, odd, even_skip, odd_skip), which gets the sums
@@ -116,7 +117,9 @@ class TileDepthwise {
     for (int64_t c = c0; c < c1; c += group_) {
       if (!in_place() && (c - c0) % VL == 0) gather_planes(n0, c, m);
       for (int64_t n = n0; n < n1; n++) {
-        for (int64_t g = 0; g < group_; g++) prepare(n, n1 - 1, least(c + g, c1 - 1), c0, g, n == n0, m);
+        // from this image's plane to the one that comes after: of the next image, or of the first in the next channels
+        const int64_t ahead = !in_place() ? 0 : n + 1 < n1 ? in_.sn : group_ * in_.sc - (n1 - 1 - n0) * in_.sn;
+        for (int64_t g = 0; g < group_; g++) prepare(n, least(c + g, c1 - 1), c0, g, ahead, n == n0, m);
         multiply(m);
         for (int64_t g = 0; g < group_ && c + g < c1; g += 2) {
           if (finish(n, c + g, g, m, begin)) continue;
@@ -128,6 +131,7 @@ class TileDepthwise {
   }
 
  private:
+  static constexpr int64_t kMostChannels = 4;  // of a group: four sums at once
   struct Groups {
     int64_t begin, end;
     Groups(int64_t count, int64_t from, int64_t to) : begin(least(from, count)), end(most(begin, least(to, count))) {}
@@ -170,12 +174,12 @@ class TileDepthwise {
   }
 
   // Windows of channel c, and its bands, which all images share
-  void prepare(int64_t n, int64_t last, int64_t c, int64_t gathered, int64_t g, bool bands, const Pieces& m) const {
+  void prepare(int64_t n, int64_t c, int64_t gathered, int64_t g, int64_t ahead, bool bands, const Pieces& m) const {
     const bool direct = in_place();
     const int64_t row = direct ? in_.sh : in_.w;
     const bfloat16* const plane = direct ? address<const bfloat16>(in_, n, c, 0, 0)
                                          : m.planes + (c - gathered) % VL * in_rows() * in_.w - top_ * in_.w;
-    fill_windows(plane, row, m.windows + g * window_bytes(), !direct ? 0 : n < last ? in_.sn : group_ * in_.sc);
+    fill_windows(plane, row, m.windows + g * window_bytes(), ahead);
     const int64_t words = maker_.bands.words / VL;
     if (!bands) return;
     const vu* const weight = (const vu*)d_.weight + c * d_.kh * words;
@@ -248,7 +252,7 @@ class TileDepthwise {
       b[j] = m.bands + i * band_bytes();
       to[j] = sums(m, i) + first_cell(tile) * VL;
     };
-    if (group_ == 4) {
+    if (tiles_ == 1) {
       for (int j = 0; j < 4; j++) job(j, j, 0);
       return sums_of<4, false>(a, b, to);
     }
@@ -367,17 +371,10 @@ class TileDepthwise {
   const BandMaker maker_;
 };
 
-// The most that a band of `rows` rows, or the last of them, needs: fewer rows may mean larger groups of channels.
-template <class F>
-CMX_INLINE int64_t most_of_bands(int64_t h, int64_t rows, F bytes) {
-  return most(bytes(least(rows, h)), h % rows ? bytes(h % rows) : 0);
-}
-
 static int64_t tile_layer_bytes(const DepthwiseStage& s) {
-  return most_of_bands(s.out.h, s.rows, [&](int64_t rows) {
-    return round_up(TileDepthwise(s.in, s.depthwise, 0, rows).bytes(), 64) +
-           Cells(rows, s.out.w).count() * VL * VL * 4 + 64;
-  });
+  const int64_t rows = least(s.rows, s.out.h);
+  return round_up(TileDepthwise(s.in, s.depthwise, 0, rows).most_bytes(), 64) +
+         Cells(rows, s.out.w).count() * VL * VL * 4 + 64;
 }
 // One block of VL channels of a depthwise layer by itself, rows [y0, y0 + s.rows)
 static void tile_layer(const DepthwiseStage& s, int64_t n, int64_t block, int64_t y0, char* memory) {
@@ -386,7 +383,7 @@ static void tile_layer(const DepthwiseStage& s, int64_t n, int64_t block, int64_
   const Cells cells(rows, out.w);
   const TileDepthwise depthwise(s.in, s.depthwise, y0, rows);
   float* const sums =
-      (float*)(memory + round_up(depthwise.bytes(), 64));  // [cell][channel][VL], unless stored in place
+      (float*)(memory + round_up(depthwise.most_bytes(), 64));  // [cell][channel][VL], unless stored in place
   const Constants& k = s.depthwise.constants;
   const Tiles tiles(depthwise.tile_rows);
   with_activation(s.act, [&](auto a) {
