@@ -11,6 +11,7 @@ github.com/locuslab/convmixer-cifar10 with the arguments of its README, which re
 
 import argparse
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 import cifar10
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists: later it would keep that as its functions' default
 from options import AMP, arguments
 from records import History, Progress, plot, plot_differences, write_atomically, write_json
 from torch import Tensor, nn
@@ -252,22 +254,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     try:
-        waits = world > 1 and os.environ.get("LOCAL_RANK", "0") != "0"  # the first process of a machine may download
-        if waits:
-            dist.barrier()
-        train, test = (cifar10.load(args.data, part) for part in ("train", "test"))
-        if world > 1 and not waits:
-            dist.barrier()
-        if args.compare:
-            compare(args, train, test)
-            return 0
-        training = Training(args)
-        if training.total and training.rank == 0:
-            print(f"going on after step {training.total}, in epoch {training.epoch + 1}", file=sys.stderr)
-        with training.stopped_by_signals():
-            training.run(train, test, args.stop_after)
-        if training.rank == 0:
-            finish(training)
+        return run(args, world)
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -276,7 +263,28 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         if world > 1:
+            gc.collect()  # DDP is in a cycle and holds the group: its threads can abort a process that ends before them
             dist.destroy_process_group()
+
+
+def run(args: argparse.Namespace, world: int) -> int:
+    """``main`` but for its errors and the group: nothing that holds that is left behind."""
+    waits = world > 1 and os.environ.get("LOCAL_RANK", "0") != "0"  # the first process of a machine may download
+    if waits:
+        dist.barrier()
+    train, test = (cifar10.load(args.data, part) for part in ("train", "test"))
+    if world > 1 and not waits:
+        dist.barrier()
+    if args.compare:
+        compare(args, train, test)
+        return 0
+    training = Training(args)
+    if training.total and training.rank == 0:
+        print(f"going on after step {training.total}, in epoch {training.epoch + 1}", file=sys.stderr)
+    with training.stopped_by_signals():
+        training.run(train, test, args.stop_after)
+    if training.rank == 0:
+        finish(training)
     return 0
 
 
