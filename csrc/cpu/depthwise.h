@@ -44,24 +44,15 @@ CMX_INLINE void store_block(const vf (&acc)[B], float* out) {
   for (int c = 0; c < B; c++) store(out + c * VL, acc[c]);
 }
 
-// Bit i, 0 <= i < 63: lo <= i < hi
-CMX_INLINE uint64_t bits_between(int64_t lo, int64_t hi) {
-  const uint64_t ones = ~uint64_t{0};
-  return ones << most(lo, 0) & ~(ones << least(hi, 63));
-}
-// Keeps them in one register: known in advance, they become a flag a column, written to memory before each tap loop.
-CMX_INLINE void opaque(uint64_t& bits) { asm("" : "+r"(bits)); }
-
-// acc[c] += sum of x[c + t] w[t], t < T, over those columns that x points at whose bit of `inside` is set
-template <int T, int B>
-CMX_INLINE void tap_row(vf (&acc)[B], const float* x, const float* w, uint64_t inside) {
-  opaque(inside);
+// acc[c] += sum of x[c + t] w[t], t < T, over those columns that x points at which are `inside` the image
+template <int T, int B, class Inside>
+CMX_INLINE void tap_row(vf (&acc)[B], const float* x, const float* w, Inside inside) {
   vf wv[T];
 #pragma GCC unroll 32
   for (int t = 0; t < T; t++) wv[t] = load(w + t * VL);
 #pragma GCC unroll 64
   for (int i = 0; i < B + T - 1; i++) {
-    if (!(inside >> i & 1)) continue;
+    if (!inside(i)) continue;
     const vf v = load(x + i * VL);
 #pragma GCC unroll 64
     for (int c = 0; c < B; c++)
@@ -76,7 +67,9 @@ static __attribute__((noinline)) void float_taps(const Taps& a, float* out) {
   vf acc[B] = {};
   const float *row = a.in - P * VL, *w = a.weight;
   const char* ahead = a.ahead;
-  const uint64_t inside = bits_between(a.lo + P, a.hi + P);
+  const int lo = a.lo + P, hi = a.hi + P;
+  // one comparison each: of two GCC makes flags in memory before the rows, which took as long as three rows (Zen 5)
+  auto inside = [&](int i) { return i < P ? i >= lo : i < hi; };
   for (int64_t r = 0; r < a.rows; r++, row += a.pitch, w += a.weight_row * VL) {
     ahead = prefetch(ahead, a.lines);
     tap_row<K>(acc, row, w, inside);
@@ -91,16 +84,16 @@ static __attribute__((noinline)) void general_taps(const Taps& a, float* out) {
   vf acc[B] = {};
   const int k = a.kw, p = before(k), lo = a.lo + p, hi = a.hi + p;
   const int t0 = most(0, lo - (B + T - 2)) / T * T, t1 = least(k, hi);
-  const uint64_t inside = bits_between(lo, hi);
   const float *row = a.in - p * VL, *w = a.weight;
   for (int64_t r = 0; r < a.rows; r++, row += a.pitch, w += a.weight_row * VL)
     for (int t = t0; t < t1; t += T) {
       const float *x = row + t * VL, *wt = w + t * VL;
+      auto inside = [&](int i) { return i >= lo - t && i < hi - t; };
       switch (least(T, k - t)) {
-        case 1: tap_row<1>(acc, x, wt, inside >> t); break;
-        case 2: tap_row<2>(acc, x, wt, inside >> t); break;
-        case 3: tap_row<3>(acc, x, wt, inside >> t); break;
-        default: tap_row<T>(acc, x, wt, inside >> t);
+        case 1: tap_row<1>(acc, x, wt, inside); break;
+        case 2: tap_row<2>(acc, x, wt, inside); break;
+        case 3: tap_row<3>(acc, x, wt, inside); break;
+        default: tap_row<T>(acc, x, wt, inside);
       }
     }
   store_block(acc, out);
@@ -113,19 +106,16 @@ static __attribute__((noinline)) void pair_taps(const Taps& a, float* out) {
   vf acc[B] = {};
   const float *row = a.in, *w = a.weight;
   const char* ahead = a.ahead;
-  const int first_pair = -((P + 1) / 2);
-  const uint64_t pairs = bits_between(a.lo / 2 - first_pair, (a.hi + 1) / 2 - first_pair);
+  const int lo = a.lo, hi = a.hi;
   for (int64_t r = 0; r < a.rows; r++, row += a.pitch, w += a.weight_row * VL) {
     ahead = prefetch(ahead, a.lines);
     vu pair[K - 1];
 #pragma GCC unroll 32
     for (int t = 0; t < K - 1; t++) pair[t] = ((const vu*)w)[t];
     const vf first = load(w + (K - 1) * VL), last = load(w + K * VL);
-    uint64_t inside = pairs;
-    opaque(inside);
 #pragma GCC unroll 64
-    for (int q = first_pair; q < (B + K - P) / 2; q++) {
-      if (!(inside >> (q - first_pair) & 1)) continue;
+    for (int q = -((P + 1) / 2); q < (B + K - P) / 2; q++) {
+      if (q < 0 ? 2 * q < lo - 1 : 2 * q >= hi) continue;
       const vu x = ((const vu*)row)[q];
 #pragma GCC unroll 64
       for (int c = 0; c < B; c++) {
