@@ -1,5 +1,6 @@
 // The operators behind torch's stable ABI: checks, allocation, a params struct, a launch. Only bind*.{h,cpp} know torch.
 // Schemas are defined in Python (cmx_kernels/registry.py); the checks here keep a direct call from touching wrong memory.
+#include "bind_memory.h"
 #include "bind_stage.h"
 #include "direct.h"
 

@@ -80,12 +80,6 @@ inline std::vector<double> values(const Optional& v, const char* name, int64_t c
   return out;
 }
 
-inline Tensor output_like(const Tensor& x, int64_t c, int64_t h, int64_t w) {
-  const auto format =
-      is_channels_last(x) ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-  return torch::stable::empty({x.size(0), c, h, w}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format);
-}
-
 inline Tensor bytes(int64_t count) {
   return torch::stable::empty({std::max<int64_t>(count, 1) + 64}, ScalarType::Byte);
 }

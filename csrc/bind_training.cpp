@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor> depthwise_train(const Tensor& x, const Optional& affi
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), blocks = ceil_div(c, k.lanes);
   const Table rows(affine, 3, c, "affine");
   const std::vector<float> b = padded_vector(bias, "bias", c);
-  const Tensor packed = packed_as_float(weight), a = kept_like(x, c, h, w);
+  const Tensor packed = packed_as_float(weight), a = output_like(x, c, h, w);
   const Tensor pieces = kept_floats(n * blocks * h * kMomentPieces * k.lanes);
   DepthwiseTrain s{{view_of(x, "x"), rows.get()},
                    view_of(a, "a"),
@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad
   check_like(grad, x, "grad", c, h, w);
   const Table rows(affine, 3, c, "affine"), terms(coefficients, 4, c, "coefficients");
   const Tensor nothing = floats({0});
-  const Tensor dx = need_input ? kept_like(x, c, h, w) : torch::stable::empty({0}, x.scalar_type());
+  const Tensor dx = need_input ? output_like(x, c, h, w) : torch::stable::empty({0}, x.scalar_type());
   const Tensor turned = need_input ? packed_turned(weight) : floats({0});
   const Tensor sums = floats({n * blocks * kSumPieces * lanes}), dbias = floats({n * blocks * lanes}),
                dweight = kept_floats(need_weight ? n * blocks * kh * kw * lanes : 0);
@@ -246,7 +246,7 @@ std::tuple<Tensor, Tensor> product_train(const Tensor& x, const Input& in, const
                                          const std::string& act, int64_t h, int64_t w) {
   const CpuKernels& k = cpu_kernels();
   const int64_t n = x.size(0), c = weight.size(0), pixels = h * w, lanes = k.lanes, blocks = ceil_div(c, lanes);
-  const Tensor dense_weight = dense(weight), a = kept_like(x, c, h, w);
+  const Tensor dense_weight = dense(weight), a = output_like(x, c, h, w);
   const Tensor packed = packed_pointwise(weight_view(dense_weight, 1, in.params.channels, "weight"));
   const std::vector<float> b = padded_vector(bias, "bias", c);
   const Pixels flat(a, "a");
@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> product_backward(const Tensor& grad, 
   const Table terms(coefficients, 4, c, "coefficients");
   const Tensor nothing = floats({0}), dense_weight = dense(weight);
   Tensor dx = torch::stable::empty({0}, x.scalar_type());
-  if (need_input) dx = kept_like(x, channels, a.size(2), a.size(3));
+  if (need_input) dx = output_like(x, channels, a.size(2), a.size(3));
   ProductBackward s{};
   s.out = {out_grad.view, out.view, terms.get()};
   s.in = in.params;
@@ -371,7 +371,7 @@ std::tuple<Tensor, Tensor> patch_embed_train(const Tensor& x, const Tensor& weig
 
 // The gradient of the patches [n, c * p * q, h, w] as that of the image; zero where no patch was
 Tensor folded(const Tensor& patches, const Tensor& x, int64_t p, int64_t q) {
-  const Tensor from = dense(patches), out = kept_like(x, x.size(1), x.size(2), x.size(3));
+  const Tensor from = dense(patches), out = output_like(x, x.size(1), x.size(2), x.size(3));
   const int64_t size = x.element_size(), c = x.size(1), h = from.size(2), w = from.size(3);
   const auto step = out.strides();
   char* const to = (char*)out.mutable_data_ptr();

@@ -177,13 +177,22 @@ CMX_INLINE void pair_row(const bfloat16* from, int64_t step, int64_t w, vu* to) 
   if (w % 2) to[w / 2] = word(w - 1);
 }
 
+// Planes one behind the other, too many for a near cache: asking for what lies in one would cost small layers 5 %
+CMX_INLINE bool far_planes(const View& in) {
+  return !in.blocked && in.sw == 1 && in.sh == in.w && in.sc == in.h * in.w &&
+         in.n * in.c * in.sc * size_of(in.dtype) >= 8 << 20;
+}
+
 static Rows prepare_rows(const View& in, const RowPlan& plan, int64_t n, int64_t block, int64_t top, int64_t end,
                          float* scratch) {
   const int64_t row_bytes = in.w * VL * size_of(in.dtype);
-  const bool more = in.blocked && (block + 1) * VL < in.c;
-  const int64_t next_row = ((n * ceil_div(in.c, VL) + block + 1) * in.h + top) * row_bytes;
-  const char* const next = more ? (const char*)in.data + next_row : nullptr;
-  const int64_t next_bytes = more ? (end - top) * row_bytes : 0;
+  const bool more = (block + 1) * VL < in.c;
+  const char* next = nullptr;
+  if (more && in.blocked)
+    next = (const char*)in.data + ((n * ceil_div(in.c, VL) + block + 1) * in.h + top) * row_bytes;
+  else if (more && far_planes(in) && end - top == in.h)
+    next = (const char*)in.data + (n * in.sn + (block + 1) * VL * in.sc) * size_of(in.dtype);
+  const int64_t next_bytes = next ? (end - top) * row_bytes : 0;
   const int64_t pitch = plan.width * VL, channel = block * VL;
   if (plan.in_place) {
     const int64_t row = (n * ceil_div(in.c, VL) + block) * in.h + top;
