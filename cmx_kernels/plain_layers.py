@@ -14,6 +14,7 @@ from cmx_kernels import backends, registry, tuned
 _INTEL = registry.C is not None and "amx" in registry.C.isa_levels()
 _PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS, _MOST_TAPS = 1 << 17 if _INTEL else 1 << 18, 9, 25, 49
 _NARROW, _LARGE, _LARGER, _WIDE = 128, 1 << 20, 1 << 21, 2048  # see _plain_taps
+_MAPPED = 32 << 20  # bytes of a result from which on glibc's has new pages in every call; ours are kept (bind_memory.h)
 # With gradients, _PLAIN_TAPS are PyTorch's below so many pixels of a plane, or values; measured on a Xeon with AMX only
 _TRAINED_PIXELS, _TRAINED_ELEMENTS = 640, 1 << 21
 _FLOAT32, _PLAIN_DTYPES, _STRIDED = torch.float32, (torch.float32, torch.bfloat16), torch.strided
@@ -47,6 +48,8 @@ def is_faster(x: Tensor, weight: Tensor, trains: bool = False) -> bool:
         return False
     if not x.is_cpu or x.dtype not in _PLAIN_DTYPES or x.layout is not _STRIDED or x.stride(1) != 1:
         return False
+    if values * x.itemsize >= _MAPPED:
+        return False
     if backends._forced not in (None, "reference") or _is_autocast_enabled("cpu"):  # whose dtype x is to take first
         return False  # below, tune() knows better
     return not tuned.choices or backends.measured("depthwise_block", x, "none", weight.shape) is None
@@ -66,13 +69,11 @@ def _trains_faster(x: Tensor, weight: Tensor) -> bool:
 def _plain_taps(x: Tensor) -> int:
     images, channels, rows, columns = x.shape
     values, wide = images * channels * rows * columns, _INTEL and rows * columns >= _WIDE
-    if x.dtype == _FLOAT32:  # few channels, or many values of several images
-        if _INTEL and (wide if channels < _NARROW else images > 1 and values >= _LARGE):
-            return _MOST_TAPS
-        more = _INTEL or channels < _NARROW or (images > 1 and values > _LARGE)
-    else:
-        more = wide or values > _LARGER
-    return _MORE_TAPS if more else _PLAIN_TAPS
+    if x.dtype != _FLOAT32:
+        return _MORE_TAPS if wide or values > _LARGER else _PLAIN_TAPS
+    if not _INTEL:
+        return _PLAIN_TAPS
+    return _MOST_TAPS if (wide if channels < _NARROW else images > 1 and values >= _LARGE) else _MORE_TAPS
 
 
 def why_faster(x: Tensor, weight: Tensor, trains: bool) -> str:
