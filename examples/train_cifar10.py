@@ -11,7 +11,6 @@ github.com/locuslab/convmixer-cifar10 with the arguments of its README, which re
 
 import argparse
 import contextlib
-import gc
 import itertools
 import os
 import signal
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import cifar10
+import processes
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before a group exists: later it would keep that as its functions' default
 from options import AMP, arguments
 from records import History, Progress, plot, plot_differences, write_atomically, write_json
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ class Training:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), processes.count()
         self.settings = {key: value for key, value in vars(args).items() if key not in self.FREE}
         self.file = Path(args.output) / "last.pt"
         self.history = History()
@@ -247,34 +246,22 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv, __doc__)
     if args.threads:
         torch.set_num_threads(args.threads)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    try:
-        return run(args, world)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        if world > 1:
-            gc.collect()  # DDP is in a cycle and holds the group: its threads can abort a process that ends before them
-            dist.destroy_process_group()
+    args.device = processes.device(args.device)
+    with processes.group(args.device):
+        try:
+            return run(args)
+        except (ValueError, ImportError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            return 130
 
 
-def run(args: argparse.Namespace, world: int) -> int:
-    """``main`` but for its errors and the group: nothing that holds that is left behind."""
-    waits = world > 1 and os.environ.get("LOCAL_RANK", "0") != "0"  # the first process of a machine may download
-    if waits:
-        dist.barrier()
-    train, test = (cifar10.load(args.data, part) for part in ("train", "test"))
-    if world > 1 and not waits:
-        dist.barrier()
+def run(args: argparse.Namespace) -> int:
+    """``main`` but for its errors."""
+    with processes.first_of_machine():
+        train, test = (cifar10.load(args.data, part) for part in ("train", "test"))
     if args.compare:
         compare(args, train, test)
         return 0
