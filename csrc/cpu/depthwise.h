@@ -21,6 +21,12 @@ CMX_INLINE bool pairs_depthwise(Dtype d, int64_t kw) {
   return kBf16Products && !kTiles && d == Dtype::bfloat16 && unrolled(kw);
 }
 
+// Cache lines to be asked for, `apart` bytes from one to the next
+struct Lines {
+  const char* first;
+  int64_t count, apart;
+};
+
 // What one call of a tap loop needs. `in` points at the first column of the block in the first row of taps.
 struct Taps {
   const float* in;      // float32 [VL] a pixel, or bfloat16 pairs [VL][2]
@@ -28,14 +34,12 @@ struct Taps {
   const float* weight;  // of the first row of taps
   int64_t weight_row;   // vectors
   int64_t rows, kw;
-  int64_t lo, hi;     // columns lo <= i < hi around the block lie in the image
-  const char* ahead;  // to be prefetched, `lines` cache lines a row
-  int64_t lines;
+  int64_t lo, hi;  // columns lo <= i < hi around the block lie in the image
+  Lines ahead;     // so many a row of taps
 };
 
-CMX_INLINE const char* prefetch(const char* ahead, int64_t lines) {
-  for (int64_t i = 0; i < lines; i++) __builtin_prefetch(ahead + 64 * i, 0, 3);
-  return ahead + 64 * lines;
+CMX_INLINE void prefetch(Lines& ahead) {
+  for (int64_t i = 0; i < ahead.count; i++, ahead.first += ahead.apart) __builtin_prefetch(ahead.first, 0, 3);
 }
 
 template <int B>
@@ -66,12 +70,12 @@ static __attribute__((noinline)) void float_taps(const Taps& a, float* out) {
   constexpr int P = before(K);
   vf acc[B] = {};
   const float *row = a.in - P * VL, *w = a.weight;
-  const char* ahead = a.ahead;
+  Lines ahead = a.ahead;
   const int lo = a.lo + P, hi = a.hi + P;
   // one comparison each: of two GCC makes flags in memory before the rows, which took as long as three rows (Zen 5)
   auto inside = [&](int i) { return i < P ? i >= lo : i < hi; };
   for (int64_t r = 0; r < a.rows; r++, row += a.pitch, w += a.weight_row * VL) {
-    ahead = prefetch(ahead, a.lines);
+    prefetch(ahead);
     tap_row<K>(acc, row, w, inside);
   }
   store_block(acc, out);
@@ -105,10 +109,10 @@ static __attribute__((noinline)) void pair_taps(const Taps& a, float* out) {
   constexpr int P = before(K);
   vf acc[B] = {};
   const float *row = a.in, *w = a.weight;
-  const char* ahead = a.ahead;
+  Lines ahead = a.ahead;
   const int lo = a.lo, hi = a.hi;
   for (int64_t r = 0; r < a.rows; r++, row += a.pitch, w += a.weight_row * VL) {
-    ahead = prefetch(ahead, a.lines);
+    prefetch(ahead);
     vu pair[K - 1];
 #pragma GCC unroll 32
     for (int t = 0; t < K - 1; t++) pair[t] = ((const vu*)w)[t];
@@ -143,8 +147,7 @@ CMX_INLINE TapLoop tap_loop(int64_t kw, bool pairs) {
 struct Rows {
   const float* first;  // row `top`, column 0
   int64_t pitch;       // floats from row to row
-  const char* next;    // the same rows of the next block, if it is known where they lie
-  int64_t next_bytes;
+  Lines next;          // the same rows of the next block, if it is known where they lie
 };
 
 struct RowPlan {
@@ -177,26 +180,27 @@ CMX_INLINE void pair_row(const bfloat16* from, int64_t step, int64_t w, vu* to) 
   if (w % 2) to[w / 2] = word(w - 1);
 }
 
-// Planes one behind the other, too many for a near cache: asking for what lies in one would cost small layers 5 %
-CMX_INLINE bool far_planes(const View& in) {
-  return !in.blocked && in.sw == 1 && in.sh == in.w && in.sc == in.h * in.w &&
-         in.n * in.c * in.sc * size_of(in.dtype) >= 8 << 20;
+static Lines rows_of_next_block(const View& in, int64_t n, int64_t block, int64_t top, int64_t end) {
+  const int64_t rows = end - top, size = size_of(in.dtype), lines = ceil_div(rows * in.w * VL * size, 64);
+  if (++block * VL >= in.c) return {};
+  if (in.blocked) {
+    const int64_t row = (n * ceil_div(in.c, VL) + block) * in.h + top;
+    return {(const char*)in.data + row * in.w * VL * size, lines, 64};
+  }
+  if (in.n * in.c * in.h * in.w * size < 8 << 20) return {};  // in a near cache: asking would cost small layers 5 %
+  const char* const first = (const char*)in.data + (n * in.sn + block * VL * in.sc + top * in.sh) * size;
+  if (in.sc == 1 && in.sh == in.w * in.sw) return {first, rows * in.w, in.sw * size};
+  const bool planes = in.sw == 1 && in.sh == in.w && in.sc == in.h * in.w;
+  return planes && rows == in.h ? Lines{first, lines, 64} : Lines{};
 }
 
 static Rows prepare_rows(const View& in, const RowPlan& plan, int64_t n, int64_t block, int64_t top, int64_t end,
                          float* scratch) {
-  const int64_t row_bytes = in.w * VL * size_of(in.dtype);
-  const bool more = (block + 1) * VL < in.c;
-  const char* next = nullptr;
-  if (more && in.blocked)
-    next = (const char*)in.data + ((n * ceil_div(in.c, VL) + block + 1) * in.h + top) * row_bytes;
-  else if (more && far_planes(in) && end - top == in.h)
-    next = (const char*)in.data + (n * in.sn + (block + 1) * VL * in.sc) * size_of(in.dtype);
-  const int64_t next_bytes = next ? (end - top) * row_bytes : 0;
+  const Lines next = rows_of_next_block(in, n, block, top, end);
   const int64_t pitch = plan.width * VL, channel = block * VL;
   if (plan.in_place) {
     const int64_t row = (n * ceil_div(in.c, VL) + block) * in.h + top;
-    return {(const float*)in.data + row * pitch, pitch, next, next_bytes};
+    return {(const float*)in.data + row * pitch, pitch, next};
   }
   auto gather_rows = [&](int64_t y, int64_t rows, float* to) {
     for_rows(in, y, rows, [&](int64_t at, int64_t x, int64_t count, int64_t before) {
@@ -224,7 +228,7 @@ static Rows prepare_rows(const View& in, const RowPlan& plan, int64_t n, int64_t
         pair_row(some + r * in.w * VL, VL, in.w, (vu*)(scratch + (y - top + r) * pitch));
     }
   }
-  return {scratch, pitch, next, next_bytes};
+  return {scratch, pitch, next};
 }
 
 // Input rows that output rows [y0, y0 + rows) need
@@ -248,8 +252,8 @@ CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, const RowPlan
   taps.weight_row = d.kw + plan.pairs;
   const float* weight = (const float*)d.weight + block * d.kh * taps.weight_row * VL;
   taps.ahead = from.next;  // on its way to L1
-  taps.lines = ceil_div(from.next_bytes, 64 * rows * ceil_div(in.w, CB) * d.kh);
-  const char* const ahead_end = taps.ahead + from.next_bytes;
+  taps.ahead.count = ceil_div(from.next.count, rows * ceil_div(in.w, CB) * d.kh);
+  const char* const ahead_end = from.next.first + from.next.count * from.next.apart;
   for (int64_t y = y0; y < y0 + rows; y++) {
     const int64_t t0 = most(up - y, 0), t1 = least(d.kh, in.h - y + up);
     taps.weight = weight + t0 * taps.weight_row * VL;
@@ -262,7 +266,7 @@ CMX_INLINE void depthwise_rows(const View& in, const Depthwise& d, const RowPlan
       announce(y, x, count);
       alignas(64) float acc[CB * VL];
       (count > CB / 2 ? loop : narrow)(taps, acc);
-      if (taps.ahead < ahead_end) taps.ahead += taps.lines * taps.rows * 64;
+      if (taps.ahead.first < ahead_end) taps.ahead.first += taps.ahead.count * taps.rows * taps.ahead.apart;
       const float* residual = from.first + (y - top) * from.pitch + column;
       f(y, x, count, acc, d.residual ? residual : nullptr);
     }

@@ -37,7 +37,6 @@ CMX_INLINE void convolve(const PaddedRows& in, int64_t h, const float* weight, i
   Taps taps{};
   taps.pitch = in.pitch;
   taps.kw = taps.weight_row = kw;
-  taps.ahead = (const char*)weight;
   for (int64_t y = y0; y < y0 + rows; y++) {
     const int64_t t0 = most(up - y, 0), t1 = least(kh, h - y + up);
     taps.weight = weight + t0 * kw * VL;
