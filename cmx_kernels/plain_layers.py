@@ -15,7 +15,7 @@ _INTEL = registry.C is not None and "amx" in registry.C.isa_levels()
 _PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS, _MOST_TAPS = 1 << 17 if _INTEL else 1 << 18, 9, 25, 49
 _NARROW, _LARGE, _LARGER, _WIDE = 128, 1 << 20, 1 << 21, 2048  # see _plain_taps
 _MAPPED = 32 << 20  # bytes of a result from which on glibc's has new pages in every call; ours are kept (bind_memory.h)
-# With gradients, _PLAIN_TAPS are PyTorch's below so many pixels of a plane, or values; measured on a Xeon with AMX only
+# With gradients, _PLAIN_TAPS are PyTorch's below so many pixels of a plane, or values (see _few_values)
 _TRAINED_PIXELS, _TRAINED_ELEMENTS = 640, 1 << 21
 _FLOAT32, _PLAIN_DTYPES, _STRIDED = torch.float32, (torch.float32, torch.bfloat16), torch.strided
 _is_compiling, _is_autocast_enabled = torch.compiler.is_compiling, torch.is_autocast_enabled
@@ -58,12 +58,17 @@ def is_faster(x: Tensor, weight: Tensor, trains: bool = False) -> bool:
 def _trains_faster(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.dim() != 4 or x.layout is not _STRIDED:
         return False
-    small = x.numel() > 0 and (x.size(2) * x.size(3) < _TRAINED_PIXELS or x.numel() < _TRAINED_ELEMENTS)
+    small = x.numel() > 0 and (x.size(2) * x.size(3) < _TRAINED_PIXELS or x.numel() < _few_values(x))
     if not (small and x.is_cpu and x.dtype in _PLAIN_DTYPES and weight.size(2) * weight.size(3) <= _PLAIN_TAPS):
         return False
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") not in _PLAIN_DTYPES:
         return False
     return not backends.kernels_are_forced()
+
+
+def _few_values(x: Tensor) -> int:
+    """Twice as many in channels_last of bfloat16, where PyTorch's gradients are the least slow."""
+    return _TRAINED_ELEMENTS << (x.dtype != _FLOAT32 and x.stride(1) == 1)
 
 
 def _plain_taps(x: Tensor) -> int:
@@ -80,7 +85,7 @@ def why_faster(x: Tensor, weight: Tensor, trains: bool) -> str:
     if trains:
         return (
             f"PyTorch's own is faster with its gradients, with {_PLAIN_TAPS} taps or fewer, on planes of less than "
-            f"{_TRAINED_PIXELS} pixels, or of less than {_TRAINED_ELEMENTS} values; x has shape {list(x.shape)}"
+            f"{_TRAINED_PIXELS} pixels, or of less than {_few_values(x)} values; x has shape {list(x.shape)}"
         )
     return (
         f"PyTorch's own is faster for a convolution alone, with {_plain_taps(x)} taps or fewer, on {_PLAIN_ELEMENTS} "

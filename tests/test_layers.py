@@ -145,6 +145,15 @@ def test_pytorch_trains_what_it_is_faster_at(
         assert not explain(ours, x).refusals
 
 
+def test_channels_last_of_bfloat16_has_few_values_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(2, 12, 30, 30), torch.empty(12, 1, 3, 3)
+    last = x.to(memory_format=torch.channels_last)
+    for elements, faster in ((x.numel(), [False, False, False, True]), (x.numel() // 2, [False] * 4)):
+        monkeypatch.setattr(plain_layers, "_TRAINED_ELEMENTS", elements)
+        given = (x, last, x.bfloat16(), last.bfloat16())
+        assert [plain_layers.is_faster(each, weight, trains=True) for each in given] == faster
+
+
 @torch.no_grad()
 def test_several_images_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """25 taps in float32 are PyTorch's own on Intel processors with AMX only, and there 49 for several images."""
