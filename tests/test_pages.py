@@ -105,12 +105,12 @@ def of_layers() -> Iterator[str]:
     slower = [op for op in ops if op["slower"]]
     yield f"{len(ops) - len(slower)} of the {len(ops)} layers are slower than PyTorch's in neither layout by more than"
     large = [op["x_best"] for op in ops if op["k"] >= 7]
-    yield f"those from k 7 on are {min(large):.2f} to {max(large):.1f} times as fast, all but three of them faster."
-    assert sum(x <= 1 for x in large) == 3
+    yield f"those from k 7 on are {min(large):.2f} to {max(large):.1f} times as fast."
     worst = [min(op["x_NCHW"], op["x_NHWC"]) for op in slower]
-    yield f"The {len(slower)} others reach {span(worst)} in one layout."
-    torchs = [op for op in slower if op["k"] == 3 or op["backends"] == {"conv2d": "torch"}]
-    yield f"{len(torchs)} of them are PyTorch's own convolution"
+    yield f"The {len(slower)} others reach {span(worst)} in one layout: k 3 on 32 x 768 x 7 x 7 in NCHW"
+    shapes = [(op["k"], op["batch"], op["c"], op["h"], op["w"]) for op in slower]
+    assert shapes == [(3, 32, 768, 7, 7), (5, 32, 100, 17, 23)]
+    assert slower[0]["x_NHWC"] > 0.95 and slower[0]["ms_fused_NHWC"] < 0.55 * slower[0]["ms_fused_NCHW"]
     ops = pages.stored("xeon-amx-2-cores-layers")["ops"]
     slower = [op for op in ops if op["slower"]]
     yield f"{len(ops) - len(slower)} of the same {len(ops)} are slower in neither layout"
@@ -138,6 +138,12 @@ def of_trained_layers() -> Iterator[str]:
     larger, three = ([op["x_best"] for op in ops if (op["k"] > 3) == many] for many in (True, False))
     yield f"those from k 5 on are {min(larger):.2f} to {max(larger):.1f} times as fast as nn.Conv2d"
     yield f"those of k 3 {min(three):.2f} to {max(three):.1f}"
+    ops = pages.stored("epyc-zen5-2-cores-train-layers")["ops"]
+    (slower,) = (op for op in ops if op["slower"])
+    assert slower["k"] == 3 and slower["x_NHWC"] > 0.95
+    yield f"{len(ops) - 1} are slower in neither layout, one of k 3 reaches {slower['x_NCHW']:.2f} in NCHW"
+    larger = [op["x_best"] for op in ops if op["k"] > 3]
+    yield f"those from k 5 on are {min(larger):.2f} to {max(larger):.1f} times as"
     rows = pages.stored("xeon-amx-2-cores-swapped")["swapped"]
     alone, steps = ([row["speedup"] for row in rows if row["kind"] == kind] for kind in ("inference", "step"))
     yield f"Inference changes by at most {100 * max(abs(x - 1) for x in alone):.0f} % either way"
