@@ -142,8 +142,7 @@ def of_trained_layers() -> Iterator[str]:
     (slower,) = (op for op in ops if op["slower"])
     assert slower["k"] == 3 and slower["x_NHWC"] > 0.95
     yield f"{len(ops) - 1} are slower in neither layout, one of k 3 reaches {slower['x_NCHW']:.2f} in NCHW"
-    larger = [op["x_best"] for op in ops if op["k"] > 3]
-    yield f"those from k 5 on are {min(larger):.2f} to {max(larger):.1f} times as"
+    yield f"those from k 5 on are {span([op['x_best'] for op in ops if op['k'] > 3])} times as"
     rows = pages.stored("xeon-amx-2-cores-swapped")["swapped"]
     alone, steps = ([row["speedup"] for row in rows if row["kind"] == kind] for kind in ("inference", "step"))
     yield f"Inference changes by at most {100 * max(abs(x - 1) for x in alone):.0f} % either way"
