@@ -13,7 +13,7 @@ from cmx_kernels import backends, registry, tuned
 # Without gradients, in channels_last: values at least, taps at most
 _INTEL = registry.C is not None and "amx" in registry.C.isa_levels()
 _PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS, _MOST_TAPS = 1 << 17 if _INTEL else 1 << 18, 9, 25, 49
-_NARROW, _LARGE, _LARGER, _WIDE = 128, 1 << 20, 1 << 21, 2048  # see _plain_taps
+_NARROW, _LARGE, _LARGER, _SMALL, _WIDE = 128, 1 << 20, 1 << 21, 64, 2048  # see _plain_taps
 _MAPPED = 32 << 20  # bytes of a result from which on glibc's has new pages in every call; ours are kept (bind_memory.h)
 # With gradients, _PLAIN_TAPS are PyTorch's below so many pixels of a plane, or values (see _few_values)
 _TRAINED_PIXELS, _TRAINED_ELEMENTS = 640, 1 << 21
@@ -75,7 +75,8 @@ def _plain_taps(x: Tensor) -> int:
     images, channels, rows, columns = x.shape
     values, wide = images * channels * rows * columns, _INTEL and rows * columns >= _WIDE
     if x.dtype != _FLOAT32:
-        return _MORE_TAPS if wide or values > _LARGER else _PLAIN_TAPS
+        many = values > (_LARGE if rows * columns < _SMALL else _LARGER)
+        return _MORE_TAPS if wide or many else _PLAIN_TAPS
     if not _INTEL:
         return _PLAIN_TAPS
     return _MOST_TAPS if (wide if channels < _NARROW else images > 1 and values >= _LARGE) else _MORE_TAPS

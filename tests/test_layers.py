@@ -160,10 +160,16 @@ def test_several_images_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain_layers, "_INTEL", False)
     monkeypatch.setattr(plain_layers, "_PLAIN_ELEMENTS", 2000)
     monkeypatch.setattr(plain_layers, "_LARGE", 30000)
+    monkeypatch.setattr(plain_layers, "_SMALL", 9 * 11)
     x = torch.randn(3, 128, 9, 11).to(memory_format=torch.channels_last)
     for k, images, faster in ((5, 3, False), (3, 2, True), (7, 3, False)):
         assert plain_layers.is_faster(x[:images], torch.empty(128, 1, k, k)) == faster
     one = torch.randn(1, 128, 27, 11).to(memory_format=torch.channels_last)
+    few = x.bfloat16()
+    assert not plain_layers.is_faster(few, torch.empty(128, 1, 5, 5))
+    monkeypatch.setattr(plain_layers, "_SMALL", 9 * 11 + 1)  # planes of fewer pixels, 25 taps of bfloat16
+    for images, faster in ((3, True), (2, False)):
+        assert plain_layers.is_faster(few[:images], torch.empty(128, 1, 5, 5)) == faster
     monkeypatch.setattr(plain_layers, "_INTEL", True)
     for k, dtype, faster in ((5, torch.float32, True), (7, torch.float32, False), (5, torch.bfloat16, False)):
         assert plain_layers.is_faster(one.to(dtype), torch.empty(128, 1, k, k)) == faster

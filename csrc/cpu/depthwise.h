@@ -187,7 +187,7 @@ static Lines rows_of_next_block(const View& in, int64_t n, int64_t block, int64_
     const int64_t row = (n * ceil_div(in.c, VL) + block) * in.h + top;
     return {(const char*)in.data + row * in.w * VL * size, lines, 64};
   }
-  if (in.n * in.c * in.h * in.w * size < 8 << 20) return {};  // in a near cache: asking would cost small layers 5 %
+  if (in.n * in.c * in.h * in.w * size < 4 << 20) return {};  // in a near cache: asking would cost small layers 5 %
   const char* const first = (const char*)in.data + (n * in.sn + block * VL * in.sc + top * in.sh) * size;
   if (in.sc == 1 && in.sh == in.w * in.sw) return {first, rows * in.w, in.sw * size};
   const bool planes = in.sw == 1 && in.sh == in.w && in.sc == in.h * in.w;
