@@ -102,15 +102,10 @@ def of_the_tables_of_a_gpu() -> Iterator[str]:
 
 def of_layers() -> Iterator[str]:
     ops = pages.stored("epyc-zen5-2-cores-layers")["ops"]
-    slower = [op for op in ops if op["slower"]]
-    yield f"{len(ops) - len(slower)} of the {len(ops)} layers are slower than PyTorch's in neither layout by more than"
+    assert not any(op["slower"] for op in ops)
+    yield f"None of the {len(ops)} layers is slower than PyTorch's in either layout by more than noise (5 %"
     large = [op["x_best"] for op in ops if op["k"] >= 7]
     yield f"those from k 7 on are {min(large):.2f} to {max(large):.1f} times as fast."
-    worst = [min(op["x_NCHW"], op["x_NHWC"]) for op in slower]
-    yield f"The {len(slower)} others reach {span(worst)} in one layout: k 3 on 32 x 768 x 7 x 7 in NCHW"
-    shapes = [(op["k"], op["batch"], op["c"], op["h"], op["w"]) for op in slower]
-    assert shapes == [(3, 32, 768, 7, 7), (5, 32, 100, 17, 23)]
-    assert slower[0]["x_NHWC"] > 0.95 and slower[0]["ms_fused_NHWC"] < 0.55 * slower[0]["ms_fused_NCHW"]
     ops = pages.stored("xeon-amx-2-cores-layers")["ops"]
     slower = [op for op in ops if op["slower"]]
     yield f"{len(ops) - len(slower)} of the same {len(ops)} are slower in neither layout"
