@@ -64,8 +64,9 @@ def _shapes() -> list[Shape]:
 @pytest.mark.parametrize("shape", _shapes(), ids=str)
 @torch.no_grad()
 def bench_op(benchmark: Any, shape: Shape, record_op: Callable[[dict[str, Any]], None]) -> None:
-    layer, calls = Layer.random(shape), _calls(shape)
-    errors = {name: _error(layer, x[:1]) for name, x in _inputs(shape).items()}
+    layer, inputs = Layer.random(shape), _inputs(shape)
+    calls = _calls(layer, inputs)
+    errors = {name: _error(layer, x[:1]) for name, x in inputs.items()}
     times = in_turns(calls, _SECONDS, _ROUNDS)
     if _worst(_compared(_medians(times))) < 1 + _NOISE:
         times = _joined(times, _longer(calls))
@@ -74,7 +75,7 @@ def bench_op(benchmark: Any, shape: Shape, record_op: Callable[[dict[str, Any]],
     seconds = _medians(times)
     best = min(LAYOUTS, key=lambda name: seconds["fused", name])
     used = memory.of_steady_call(calls["fused", best])
-    backends = fields.backends_of(layer.fused_module() if shape.op in MODULES else shape.op, _inputs(shape)[best])
+    backends = fields.backends_of(layer.fused_module() if shape.op in MODULES else shape.op, inputs[best])
     of_best = (*max(errors.values()), used, shape.work, seconds["fused", best], machine.peaks())
     record = {**shape._asdict(), "flop": shape.work.flop, "bytes": shape.work.bytes, **_compared(seconds)}
     record |= {f"error_{name}": error for name, (error, _) in errors.items()}
@@ -91,10 +92,9 @@ def _inputs(shape: Shape) -> dict[str, Tensor]:
     return {name: x.contiguous(memory_format=layout) for name, layout in LAYOUTS.items()}
 
 
-def _calls(shape: Shape) -> Calls:
-    layer = Layer.random(shape)
+def _calls(layer: Layer, inputs: dict[str, Tensor]) -> Calls:
     providers = {"fused": layer.fused(), "plain": layer.plain()}
-    return {(who, name): partial(run, x) for who, run in providers.items() for name, x in _inputs(shape).items()}
+    return {(who, name): partial(run, x) for who, run in providers.items() for name, x in inputs.items()}
 
 
 def _longer(calls: Calls) -> Times:
@@ -108,7 +108,7 @@ def _elsewhere(shape: Shape, threads: int) -> Times:
 
 @torch.no_grad()
 def _in_this_process(shape: Shape) -> Times:
-    return _longer(_calls(shape))
+    return _longer(_calls(Layer.random(shape), _inputs(shape)))
 
 
 def _joined(times: Times, more: Times) -> Times:
