@@ -61,11 +61,29 @@ static const std::vector<const CpuKernels*>& runnable() {
   return found;
 }
 
+// vdpbf16ps in every second cycle, vfmadd231ps two in each: half of its rate (90 of 195 GFLOP/s a core, Emerald Rapids)
+static bool multiplies_pairs_slowly() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel") && !__builtin_cpu_is("cooperlake");
+#else
+  return false;
+#endif
+}
+
+// The last that runs here, but for a level of pairs where those are slow: products are float32's then
+static const CpuKernels& fastest() {
+  const auto& all = runnable();
+  size_t last = all.size() - 1;
+  while (last && all[last]->bf16_products && !all[last]->tiles && multiplies_pairs_slowly()) last--;
+  return *all[last];
+}
+
 static std::atomic<const CpuKernels*> in_use{nullptr};
 
 const CpuKernels& cpu_kernels() {
-  const CpuKernels* k = in_use.load(std::memory_order_relaxed);
-  return k ? *k : *runnable().back();
+  if (const CpuKernels* k = in_use.load(std::memory_order_relaxed)) return *k;
+  static const CpuKernels& found = fastest();
+  return found;
 }
 
 const std::vector<std::string>& cpu_levels() {
