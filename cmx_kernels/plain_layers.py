@@ -8,12 +8,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from cmx_kernels import backends, registry, tuned
+from cmx_kernels import backends, tuned
 
-# Without gradients, in channels_last: values at least, taps at most
-_INTEL = registry.C is not None and "amx" in registry.C.isa_levels()
-_PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS, _MOST_TAPS = 1 << 17 if _INTEL else 1 << 18, 9, 25, 49
-_NARROW, _LARGE, _LARGER, _SMALL, _WIDE = 128, 1 << 20, 1 << 21, 64, 2048  # see _plain_taps
+# Without gradients, in channels_last: values at least, taps at most, and more of them in bfloat16 (see _plain_taps)
+_PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS = 1 << 18, 9, 25
+_LARGE, _LARGER, _SMALL = 1 << 20, 1 << 21, 64
 _MAPPED = 32 << 20  # bytes of a result from which on glibc's has new pages in every call; ours are kept (bind_memory.h)
 # With gradients, _PLAIN_TAPS are PyTorch's below so many pixels of a plane, or values (see _few_values)
 _TRAINED_PIXELS, _TRAINED_ELEMENTS = 640, 1 << 21
@@ -44,7 +43,7 @@ def is_faster(x: Tensor, weight: Tensor, trains: bool = False) -> bool:
     if values < _PLAIN_ELEMENTS:
         return False
     _, _, kh, kw = weight.shape
-    if kh * kw > _PLAIN_TAPS and (kh * kw > _MOST_TAPS or kh * kw > _plain_taps(x)):
+    if kh * kw > _PLAIN_TAPS and (kh * kw > _MORE_TAPS or kh * kw > _plain_taps(x)):
         return False
     if not x.is_cpu or x.dtype not in _PLAIN_DTYPES or x.layout is not _STRIDED or x.stride(1) != 1:
         return False
@@ -73,13 +72,8 @@ def _few_values(x: Tensor) -> int:
 
 def _plain_taps(x: Tensor) -> int:
     images, channels, rows, columns = x.shape
-    values, wide = images * channels * rows * columns, _INTEL and rows * columns >= _WIDE
-    if x.dtype != _FLOAT32:
-        many = values > (_LARGE if rows * columns < _SMALL else _LARGER)
-        return _MORE_TAPS if wide or many else _PLAIN_TAPS
-    if not _INTEL:
-        return _PLAIN_TAPS
-    return _MOST_TAPS if (wide if channels < _NARROW else images > 1 and values >= _LARGE) else _MORE_TAPS
+    many = images * channels * rows * columns > (_LARGE if rows * columns < _SMALL else _LARGER)
+    return _MORE_TAPS if many and x.dtype != _FLOAT32 else _PLAIN_TAPS
 
 
 def why_faster(x: Tensor, weight: Tensor, trains: bool) -> str:

@@ -194,9 +194,9 @@ def _python(code: str, package: Path = PACKAGE, **environment: str) -> subproces
     ids=str,
 )
 def test_environment(environment: dict[str, str], selected: str) -> None:
-    done = _python(f"{SELECT}; print(registry.isa_level())", **environment)
+    done = _python(SELECT, **environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [selected, registry.C.isa_levels()[-1] if HAS_C else "None"]
+    assert done.stdout.strip() == selected
 
 
 def test_environment_forces_a_refusal() -> None:
@@ -209,15 +209,6 @@ def test_environment_with_an_unknown_backend() -> None:
     done = _python("import cmx_kernels", CMX_BACKEND="gpu")
     assert done.returncode == 1
     assert "ValueError: CMX_BACKEND: got 'gpu', wanted one of cuda, triton, cpu, reference" in done.stderr
-
-
-@pytest.mark.skipif(not HAS_C, reason=str(registry.WHY_NO_C))
-def test_environment_chooses_the_instruction_set() -> None:
-    for level in registry.C.isa_levels():
-        done = _python(IMPORT + "; print(registry.isa_level())", CMX_ISA=level)
-        assert done.stdout.strip() == level, done.stderr
-    done = _python(IMPORT, CMX_ISA="avx1024")
-    assert f"CMX_ISA: isa level: got 'avx1024', wanted one of {', '.join(registry.C.isa_levels())}" in done.stderr
 
 
 def _copy(folder: Path) -> Path:
@@ -267,29 +258,3 @@ def test_no_library(tmp_path: Path) -> None:
     strict = _python(CALL, package, CMX_STRICT="1")
     assert strict.returncode == 1
     assert "CMX_STRICT=1): depthwise_block runs in plain PyTorch" in strict.stderr
-
-
-@pytest.mark.skipif(not HAS_C, reason=str(registry.WHY_NO_C))
-def test_instruction_sets(isa: str) -> None:
-    """Set and read back; an unknown name is refused and changes nothing."""
-    assert registry.isa_level() == isa
-    with pytest.raises(ValueError, match=f"got 'avx1024', wanted one of {', '.join(registry.C.isa_levels())}"):
-        registry.C.set_isa_level("avx1024")
-    assert registry.isa_level() == isa
-
-
-@pytest.mark.skipif(not HAS_C, reason=str(registry.WHY_NO_C))
-def test_levels_differ_and_agree() -> None:
-    """Every level really runs its own code: widths differ, results agree to rounding."""
-    lanes, results = set(), []
-    args, expected = cases.problem("pointwise_block", (2, 64, 48, 14, 14))
-    before = registry.isa_level()
-    try:
-        for level in registry.C.isa_levels():
-            registry.C.set_isa_level(level)
-            lanes.add(registry.C.lanes())
-            results.append(ops.pointwise_block(*args))
-            check(results[-1], expected)
-    finally:
-        registry.C.set_isa_level(before)
-    assert len(lanes) >= len(registry.C.isa_levels()) - 2  # avx512bf16 and amx have avx512's

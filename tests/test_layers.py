@@ -155,32 +155,24 @@ def test_channels_last_of_bfloat16_has_few_values_longer(monkeypatch: pytest.Mon
 
 
 @torch.no_grad()
-def test_several_images_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """25 taps in float32 are PyTorch's own on Intel processors with AMX only, and there 49 for several images."""
-    monkeypatch.setattr(plain_layers, "_INTEL", False)
+def test_taps_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """25 taps are PyTorch's own in bfloat16 only, of many values, and sooner on small planes."""
     monkeypatch.setattr(plain_layers, "_PLAIN_ELEMENTS", 2000)
-    monkeypatch.setattr(plain_layers, "_LARGE", 30000)
-    monkeypatch.setattr(plain_layers, "_SMALL", 9 * 11)
     x = torch.randn(3, 128, 9, 11).to(memory_format=torch.channels_last)
-    for k, images, faster in ((5, 3, False), (3, 2, True), (7, 3, False)):
-        assert plain_layers.is_faster(x[:images], torch.empty(128, 1, k, k)) == faster
-    one = torch.randn(1, 128, 27, 11).to(memory_format=torch.channels_last)
-    few = x.bfloat16()
-    assert not plain_layers.is_faster(few, torch.empty(128, 1, 5, 5))
-    monkeypatch.setattr(plain_layers, "_SMALL", 9 * 11 + 1)  # planes of fewer pixels, 25 taps of bfloat16
-    for images, faster in ((3, True), (2, False)):
-        assert plain_layers.is_faster(few[:images], torch.empty(128, 1, 5, 5)) == faster
-    monkeypatch.setattr(plain_layers, "_INTEL", True)
-    for k, dtype, faster in ((5, torch.float32, True), (7, torch.float32, False), (5, torch.bfloat16, False)):
-        assert plain_layers.is_faster(one.to(dtype), torch.empty(128, 1, k, k)) == faster
-    for k, images, faster in ((7, 3, True), (7, 2, False), (8, 3, False)):  # 49 taps too
-        assert plain_layers.is_faster(x[:images], torch.empty(128, 1, k, k)) == faster
-    monkeypatch.setattr(plain_layers, "_WIDE", 27 * 11)  # and of few channels, 49 taps in float32
-    for k, dtype, faster in ((5, torch.bfloat16, True), (7, torch.bfloat16, False), (7, torch.float32, False)):
-        assert plain_layers.is_faster(one.to(dtype), torch.empty(128, 1, k, k)) == faster
-    narrow = one[:, :96].contiguous(memory_format=torch.channels_last)
-    for k, faster in ((7, True), (8, False)):
-        assert plain_layers.is_faster(narrow, torch.empty(96, 1, k, k)) == faster
+    for k, faster in ((3, True), (5, False), (7, False)):
+        assert plain_layers.is_faster(x, torch.empty(128, 1, k, k)) == faster
+    n = x.numel()
+    for small, large, larger, faster in (
+        (9 * 11, n - 1, n, False),
+        (9 * 11, n, n - 1, True),
+        (9 * 11 + 1, n - 1, n, True),
+        (9 * 11 + 1, n, n - 1, False),
+    ):
+        for name, value in (("_SMALL", small), ("_LARGE", large), ("_LARGER", larger)):
+            monkeypatch.setattr(plain_layers, name, value)
+        assert plain_layers.is_faster(x.bfloat16(), torch.empty(128, 1, 5, 5)) == faster
+        assert not plain_layers.is_faster(x, torch.empty(128, 1, 5, 5))
+        assert not plain_layers.is_faster(x.bfloat16(), torch.empty(128, 1, 7, 7))
 
 
 @torch.no_grad()
