@@ -8,17 +8,18 @@ from math import prod
 import torch
 from torch import Tensor
 
-from cmx_kernels import backends, tuned
+from cmx_kernels import backends, registry, tuned
 
-# Without gradients, in channels_last: values at least, taps at most, and more of them in bfloat16 (see _plain_taps)
+# Without gradients, in channels_last: values at least, taps at most, and more of them by pairs (see _plain_taps)
 _PLAIN_ELEMENTS, _PLAIN_TAPS, _MORE_TAPS = 1 << 18, 9, 25
 _LARGE, _LARGER, _SMALL = 1 << 20, 1 << 21, 64
 _MAPPED = 32 << 20  # bytes of a result from which on glibc's has new pages in every call; ours are kept (bind_memory.h)
 # With gradients, _PLAIN_TAPS are PyTorch's below so many pixels of a plane, or values (see _few_values)
 _TRAINED_PIXELS, _TRAINED_ELEMENTS = 640, 1 << 21
 _FLOAT32, _STRIDED = torch.float32, torch.strided
-# Without AVX-512 PyTorch's bfloat16 takes 20 to 100 times as long as ours
-_FAST_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_PAIRS = "avx512bf16"
+# Without these instructions PyTorch's bfloat16 takes twice as long as ours, without AVX-512 66 times
+_FAST_BF16 = registry.C is not None and _PAIRS in registry.C.isa_levels()
 _PLAIN_DTYPES = (_FLOAT32, torch.bfloat16) if _FAST_BF16 else (_FLOAT32,)
 _is_compiling, _is_autocast_enabled = torch.compiler.is_compiling, torch.is_autocast_enabled
 
@@ -76,7 +77,7 @@ def _few_values(x: Tensor) -> int:
 def _plain_taps(x: Tensor) -> int:
     images, channels, rows, columns = x.shape
     many = images * channels * rows * columns > (_LARGE if rows * columns < _SMALL else _LARGER)
-    return _MORE_TAPS if many and x.dtype != _FLOAT32 else _PLAIN_TAPS
+    return _MORE_TAPS if many and x.dtype != _FLOAT32 and registry.isa_level() == _PAIRS else _PLAIN_TAPS
 
 
 def why_faster(x: Tensor, weight: Tensor, trains: bool) -> str:

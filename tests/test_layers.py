@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 import torch
 from called import Called
+from conftest import LEVELS
 from plain_models import NATIVE, check_against, needs_kernels
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from cmx_kernels import LargeKernelDepthwiseConv2d, backends, explain, ops, plain_layers, profiling, use
+from cmx_kernels import LargeKernelDepthwiseConv2d, backends, explain, ops, plain_layers, profiling, registry, use
 
 pytestmark = pytest.mark.filterwarnings("ignore:cmx_kernels")
+
+
+@pytest.fixture
+def pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thresholds of a processor with AVX512-BF16 that multiplies by it."""
+    monkeypatch.setattr(plain_layers, "_PLAIN_DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(registry, "isa_level", lambda: "avx512bf16")
 
 
 def conv_pair(kernel: Any, **kw: Any) -> tuple[nn.Module, nn.Conv2d]:
@@ -70,6 +78,7 @@ def test_the_layer_follows_its_parameters() -> None:
         ours(x[:, 1:])
 
 
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.skipif(not NATIVE, reason="only beside compiled kernels PyTorch's own can be the faster one")
 @pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 3), (torch.bfloat16, 3), (torch.bfloat16, 5)])
 @torch.no_grad()
@@ -145,6 +154,7 @@ def test_pytorch_trains_what_it_is_faster_at(
         assert not explain(ours, x).refusals
 
 
+@pytest.mark.usefixtures("pairs")
 def test_channels_last_of_bfloat16_has_few_values_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(2, 12, 30, 30), torch.empty(12, 1, 3, 3)
     last = x.to(memory_format=torch.channels_last)
@@ -156,8 +166,8 @@ def test_channels_last_of_bfloat16_has_few_values_longer(monkeypatch: pytest.Mon
 
 @torch.no_grad()
 def test_bfloat16_without_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's bfloat16 takes 66 times as long as ours without AVX-512 (9 taps, [8, 256, 32, 32])."""
-    assert torch.ops.mkldnn._is_mkldnn_bf16_supported() == (torch.bfloat16 in plain_layers._PLAIN_DTYPES)
+    """PyTorch's takes 66 times as long as ours without AVX-512, twice with it (9 taps, [8, 256, 32, 32])."""
+    assert ("avx512bf16" in LEVELS) == (torch.bfloat16 in plain_layers._PLAIN_DTYPES)
     monkeypatch.setattr(plain_layers, "_PLAIN_DTYPES", (torch.float32,))
     x = torch.empty(2, 512, 16, 17).to(memory_format=torch.channels_last)
     for dtype, faster in ((torch.float32, True), (torch.bfloat16, False)):
@@ -165,9 +175,10 @@ def test_bfloat16_without_its_instructions(monkeypatch: pytest.MonkeyPatch) -> N
             assert plain_layers.is_faster(x.to(dtype), torch.empty(512, 1, 3, 3), trains) == faster
 
 
+@pytest.mark.usefixtures("pairs")
 @torch.no_grad()
 def test_taps_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """25 taps are PyTorch's own in bfloat16 only, of many values, and sooner on small planes."""
+    """25 taps are PyTorch's own only in bfloat16 where ours are pairs, of many values, and sooner on small planes."""
     monkeypatch.setattr(plain_layers, "_PLAIN_ELEMENTS", 2000)
     x = torch.randn(3, 128, 9, 11).to(memory_format=torch.channels_last)
     for k, faster in ((3, True), (5, False), (7, False)):
@@ -184,6 +195,11 @@ def test_taps_of_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
         assert plain_layers.is_faster(x.bfloat16(), torch.empty(128, 1, 5, 5)) == faster
         assert not plain_layers.is_faster(x, torch.empty(128, 1, 5, 5))
         assert not plain_layers.is_faster(x.bfloat16(), torch.empty(128, 1, 7, 7))
+    monkeypatch.setattr(plain_layers, "_LARGE", n - 1)
+    for level, taps in (("avx512bf16", 25), ("avx512", 9), ("amx", 9)):
+        monkeypatch.setattr(registry, "isa_level", lambda level=level: level)
+        assert plain_layers.is_faster(x.bfloat16(), torch.empty(128, 1, 5, 5)) == (taps == 25)
+        assert f"with {taps} taps or fewer" in plain_layers.why_faster(x.bfloat16(), torch.empty(128, 1, 5, 5), False)
 
 
 @torch.no_grad()
