@@ -1,4 +1,4 @@
-"""Each statement of the README beside the tests that prove it; figures are in test_pages.py."""
+"""Each statement of the README beside the tests that prove it; figures are in page_figures.py."""
 
 import ast
 import re
