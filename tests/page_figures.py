@@ -115,6 +115,14 @@ def of_trained_layers() -> Iterator[str]:
     assert slower["k"] == 3 and slower["x_NHWC"] > 0.95
     yield f"{len(ops) - 1} are slower in neither layout, one of k 3 reaches {slower['x_NCHW']:.2f} in NCHW"
     yield f"those from k 5 on are {span([op['x_best'] for op in ops if op['k'] > 3])} times as"
+    ops = pages.stored("xeon-avx512-2-cores-train-layers")["ops"]
+    slower = [op for op in ops if op["slower"]]
+    assert {(op["k"], op["h"], op["w"]) for op in slower} == {(3, 7, 7)}
+    yield f"{len(ops) - len(slower)} are slower in neither layout, two of k 3 on 7 x 7 reach " + " and ".join(
+        f"{min(op['x_NCHW'], op['x_NHWC']):.2f}" for op in slower
+    )
+    larger = [op["x_best"] for op in ops if op["k"] > 3]
+    yield f"those from k 5 on are {min(larger):.2f} to {max(larger):.1f} times as fast ([all it"
     rows = pages.stored("xeon-amx-2-cores-swapped")["swapped"]
     alone, steps = ([row["speedup"] for row in rows if row["kind"] == kind] for kind in ("inference", "step"))
     yield f"Inference changes by at most {100 * max(abs(x - 1) for x in alone):.0f} % either way"
