@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ def conditions(name: str, packages: Sequence[str]) -> str:
     return f"{versions}, {machine['date'][:10]}"
 
 
+def loud(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Rows with a spread above 5 %, and those of them that are fused."""
+    found = [row for row in rows if (row["spread"] or 0) > 0.05]
+    return len(found), sum(row["kind"] == "fused" for row in found)
+
+
 def asked_for(name: str) -> str:
     return pages.stored(name)["machine"]["command"].replace("pytest benchmarks --benchmark-only ", "")
 
@@ -33,9 +39,8 @@ def of_networks() -> Iterator[str]:
     yield f"{machine['cores']} cores of an {machine['cpu']} (Zen 5, AVX512-BF16), {conditions(NETWORKS, packages)}. "
     yield f'Command: `make bench ARGS="{asked_for(NETWORKS)}"`'
     races = pages.by_race(rows, "model", "batch", "dtype")
-    loud = [row for row in rows if (row["spread"] or 0) > 0.05]
-    fused = sum(row["kind"] == "fused" for row in loud)
-    yield f"Spreads above 5 %: {len(loud)} rows, {fused or 'none'} of them fused."
+    many, fused = loud(rows)
+    yield f"Spreads above 5 %: {many} rows, {fused or 'none'} of them fused."
     at_one = [races[model, 1, "fp32"] for model in ("convmixer_1024_20_ks9_p14", "convmixer_1536_20")]
     shares = [max(row["percent_of_limit"] for row in race.values() if row["kind"] == "eager") for race in at_one]
     yield f"runs at {span(shares, '.0f')} % of it (1024/20, 1536/20 at batch 1)"
@@ -165,9 +170,8 @@ def of_tiles() -> Iterator[str]:
     assert (machine["isa"], machine["cpu"].split("(")[0]) == ("amx", "Intel")
     yield f"(Emerald Rapids, AMX), {conditions(name, ('torch', 'onnxruntime', 'openvino'))}, without Inductor; "
     yield f"command: `{machine['command']}`"
-    loud = [row for row in rows if (row["spread"] or 0) > 0.05]
-    fused = sum(row["kind"] == "fused" for row in loud)
-    yield f"spreads above 5 % in {len(loud)} of {len(rows)} rows, {fused} of them fused"
+    many, fused = loud(rows)
+    yield f"spreads above 5 % in {many} of {len(rows)} rows, {fused} of them fused"
     disturbed = pages.stored(f"{name}-disturbed")["models"]
 
     def over(dtype: str, of: list[dict[str, Any]] = rows) -> str:
@@ -193,9 +197,8 @@ def of_a_processor_without_tiles() -> Iterator[str]:
     yield f"fused is {span(over['bf16'])} times the best peer in bfloat16"
     yield f"in float32, where it is {span(over['fp32'])} times the best peer"
     yield f"{conditions(name, ('torch', 'onnxruntime', 'openvino'))}, without Inductor; command: `{machine['command']}`"
-    loud = [row for row in rows if (row["spread"] or 0) > 0.05]
-    fused = sum(row["kind"] == "fused" for row in loud)
-    yield f"spreads above 5 % in {len(loud)} of {len(rows)} rows, {fused} of them fused"
+    many, fused = loud(rows)
+    yield f"spreads above 5 % in {many} of {len(rows)} rows, {fused} of them fused"
     ops = pages.stored(f"{name}-layers")["ops"]
     (slower,) = (op for op in ops if op["slower"])
     yield f"{len(ops) - 1} are slower in neither layout, one of k {slower['k']} reaches {slower['x_NHWC']:.2f} in"

@@ -1,9 +1,7 @@
 """The table of backends: what is selected, what refuses and why, use(), environment variables, a library that fails."""
 
 import importlib.machinery
-import os
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -12,13 +10,13 @@ import cases
 import pytest
 import torch
 from compare import check, check_equal
+from fresh import PACKAGE, python
 from torch._subclasses import FakeTensorMode
 
 import cmx_kernels
 from cmx_kernels import backends, cuda, ops, registry
 from cmx_kernels.ops.conv_block import ConvOp
 
-PACKAGE = Path(cmx_kernels.__file__).parent
 HAS_C = registry.C is not None
 X = torch.zeros(1, 4, 5, 5)
 W = torch.zeros(4, 1, 3, 3)
@@ -174,16 +172,6 @@ def test_fused_0(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check_equal(out, getattr(ops, op)(*args))
 
 
-def _python(code: str, package: Path = PACKAGE, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh process that imports this package and has none of our variables set but these."""
-    found_first = f"sys.path.insert(0, {str(package.parent)!r})"
-    # an editable install would lend its library to a copy that has none
-    found_only = "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]"
-    command = [sys.executable, "-W", "default", "-c", f"import sys; {found_first}; {found_only}; {code}"]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("CMX_")}
-    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.parametrize(
     ("environment", "selected"),
     (
@@ -194,19 +182,19 @@ def _python(code: str, package: Path = PACKAGE, **environment: str) -> subproces
     ids=str,
 )
 def test_environment(environment: dict[str, str], selected: str) -> None:
-    done = _python(SELECT, **environment)
+    done = python(SELECT, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == selected
 
 
 def test_environment_forces_a_refusal() -> None:
-    done = _python(CALL, CMX_BACKEND="cuda")
+    done = python(CALL, CMX_BACKEND="cuda")
     assert done.returncode == 1
     assert "the forced backend 'cuda' refuses: x is on cpu" in done.stderr
 
 
 def test_environment_with_an_unknown_backend() -> None:
-    done = _python("import cmx_kernels", CMX_BACKEND="gpu")
+    done = python("import cmx_kernels", CMX_BACKEND="gpu")
     assert done.returncode == 1
     assert "ValueError: CMX_BACKEND: got 'gpu', wanted one of cuda, triton, cpu, reference" in done.stderr
 
@@ -232,7 +220,7 @@ def test_library_that_does_not_load(tmp_path: Path, kind: str) -> None:
     """A warning with the cause and the way out, and the reference runs; never a failed import."""
     package = _copy(tmp_path)
     _plant(package, kind)
-    done = _python(CALL, package)
+    done = python(CALL, package)
     assert done.returncode == 0, done.stderr
     assert f"the native library does not load in torch {torch.__version__}: " in done.stderr
     assert "rebuild with `pip install .`" in done.stderr
@@ -244,7 +232,7 @@ def test_library_that_does_not_load(tmp_path: Path, kind: str) -> None:
 def test_library_that_needs_a_missing_module(tmp_path: Path) -> None:
     package = _copy(tmp_path)
     (package / "_C.py").write_text("import no_such_module\n")
-    done = _python(f"{CALL}; print(registry.WHY_NO_C)", package)
+    done = python(f"{CALL}; print(registry.WHY_NO_C)", package)
     assert done.returncode == 0, done.stderr
     assert "needs a module that is missing: No module named 'no_such_module'" in done.stdout
 
@@ -252,9 +240,9 @@ def test_library_that_needs_a_missing_module(tmp_path: Path) -> None:
 def test_no_library(tmp_path: Path) -> None:
     """Without compiled code everything works, says so once, and is an error where CMX_STRICT=1 wants speed."""
     package = _copy(tmp_path)
-    done = _python(f"{CALL}; {CALL}", package)
+    done = python(f"{CALL}; {CALL}", package)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the native library was not built") == 1
-    strict = _python(CALL, package, CMX_STRICT="1")
+    strict = python(CALL, package, CMX_STRICT="1")
     assert strict.returncode == 1
     assert "CMX_STRICT=1): depthwise_block runs in plain PyTorch" in strict.stderr

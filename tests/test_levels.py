@@ -1,24 +1,19 @@
 """Instruction sets of the CPU kernels: which one is chosen, and that each is another."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cases
 import pytest
 from compare import check
+from fresh import python
 
 from cmx_kernels import ops, registry
 
 pytestmark = pytest.mark.skipif(registry.C is None, reason=str(registry.WHY_NO_C))
 
 
-def _imported(**environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from cmx_kernels import registry; print(registry.isa_level())"
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("CMX_")}
-    return subprocess.run([sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True)
+LEVEL = "from cmx_kernels import registry; print(registry.isa_level())"
 
 
 def test_level_chosen() -> None:
@@ -27,14 +22,14 @@ def test_level_chosen() -> None:
     if wanted == "avx512bf16":
         cpu = dict(re.findall(r"^(vendor_id|model)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
         wanted = others[-1] if cpu["vendor_id"] == "GenuineIntel" and cpu["model"] != "85" else wanted
-    assert _imported().stdout.strip() == wanted
+    assert python(LEVEL).stdout.strip() == wanted
 
 
 def test_environment_chooses() -> None:
     for level in registry.C.isa_levels():
-        done = _imported(CMX_ISA=level)
+        done = python(LEVEL, CMX_ISA=level)
         assert done.stdout.strip() == level, done.stderr
-    done = _imported(CMX_ISA="avx1024")
+    done = python(LEVEL, CMX_ISA="avx1024")
     assert f"CMX_ISA: isa level: got 'avx1024', wanted one of {', '.join(registry.C.isa_levels())}" in done.stderr
 
 
