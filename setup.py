@@ -29,7 +29,10 @@ FLAGS += " -Wno-maybe-uninitialized"  # GCC's own AVX-512 headers set it off
 FLAGS += " -falign-functions=64 -falign-loops=64"  # else networks lose up to 4 % when code before a tap loop grows
 NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DCMX_WITH_CUDA"
 # to compile: they are begun first, or the last one would run alone
-LONGEST = ("product_mma", "depthwise_fwd_mma_last", "depthwise_fwd_mma", "depthwise_bwd_ffma", "depthwise_fwd_ffma")
+LONGEST = (
+    *("product_mma", "depthwise_fwd_mma_last", "depthwise_fwd_mma", "depthwise_bwd_mma_large", "depthwise_bwd_ffma"),
+    "depthwise_fwd_ffma",
+)
 RULES = """\
 rule cxx
   command = {cxx} $flags -MMD -MF $out.d -c $in -o $out

@@ -109,7 +109,7 @@ def depthwise_backward(
     channels_last: bool = False,
     kernel: str | None = None,
 ) -> Prediction:
-    """Both gradients: the plan that would run, or that of one of the kernels, ffma or mma (up to 9x9, 16-bit types)."""
+    """Both gradients: the plan that would run, or that of one of the kernels, ffma or mma (16-bit types)."""
     chosen = -1 if kernel is None else KERNELS.index(kernel)
     return _ask("depthwise_backward", KERNELS, gpu, (*shape, *kernel_size), dtype, act, channels_last, (chosen,))
 

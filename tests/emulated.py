@@ -141,6 +141,7 @@ SOURCES = (
     "csrc/cuda/depthwise_fwd_mma_plane.cu",
     "csrc/cuda/depthwise_fwd_ffma.cu",
     "csrc/cuda/depthwise_bwd_mma.cu",
+    "csrc/cuda/depthwise_bwd_mma_large.cu",
     "csrc/cuda/depthwise_bwd_ffma.cu",
     "csrc/cuda/depthwise_fwd.cu",
     "csrc/cuda/training_final.cu",

@@ -1,8 +1,10 @@
 """Programs of tests/emulator under sanitizers, and planted bugs, which must be caught.
 
-A planted bug is an edit of the product's own source: one that no longer applies fails, and wants a new place.
+A planted bug is an edit of the product's own source, or of a header that this includes: one that no longer applies fails, and
+wants a new place.
 """
 
+import re
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,16 @@ class Bug(NamedTuple):
     says: str
 
 
+def _with_header(source: Path, wanted: str) -> str:
+    """The source; where it is its header that has what is wanted, with that in the place of its #include."""
+    text = source.read_text()
+    for line, header in re.findall(r'(#include "([a-z_]+\.cuh)"\n)', text):
+        body = (source.parent / header).read_text()
+        if wanted not in text and wanted in body:
+            text = text.replace(line, body.replace("#pragma once\n", ""))
+    return text
+
+
 class Program(NamedTuple):
     """One of tests/emulator with the kernels it runs, or the program of a planted bug. It runs none of fp16."""
 
@@ -34,7 +46,7 @@ class Program(NamedTuple):
         if self.bug is None:
             return emulated.build(self.checker, *self.sources)
         file, _, old, new, _, _ = self.bug
-        text = (emulated.ROOT / file).read_text()
+        text = _with_header(emulated.ROOT / file, old)
         assert text.count(old) == 1, f"{file} has {text.count(old)} places for this bug, wanted one"
         planted = emulated.written(emulated.without_fp16(text.replace(old, new)), ".cu")
         others = (source for source in self.sources if source != file)

@@ -60,12 +60,14 @@ def test_no_local_memory(lines: list[str]) -> None:
 
 
 def test_registers_allow_the_planned_blocks(lines: list[str]) -> None:
-    """Of 65536 registers: depthwise 4 blocks of 128 threads; product 2 or 3, wgmma 1 of 384; rows of training 3 to 7 of
-    128; the rest 4 of 256."""
+    """Of 65536 registers: depthwise 4 blocks of 128 threads, 3 with the sums of more than 17 columns; product 2 or 3,
+    wgmma 1 of 384; rows of training 3 to 7 of 128; the rest 4 of 256."""
     for (arch, name), facts in _kernels(lines).items():
         if name.startswith("activation"):
             continue
         threads, blocks = (128, 4) if name.startswith("depthwise") else (256, 4)
+        if name.startswith("depthwise_bwd_mma_large"):
+            blocks -= name[-2] in "45"
         if "wgmma" in name:
             threads, blocks = 384, 1
         elif name.startswith("product"):

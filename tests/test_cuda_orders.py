@@ -80,6 +80,8 @@ def test_depthwise(monkeypatch: pytest.MonkeyPatch) -> None:
         depthwise("mma_plane", dtype, 3, 1, size, size, k, k, act=act)
     for dtype, width in itertools.product(HALVES, (14, 35)):
         gradients("mma", dtype, 3, 1, 11, width, 5, 5)
+        for kh, kw in ((10, 4), (3, 13), (12, 20), (5, 28)):  # all windows
+            gradients("mma", dtype, 3, 1, 11, width, kh, kw)
     passes = itertools.product(cases.DTYPES, range(3), ((2, 6, 3, 5), (2, 8, 4, 4)), ("contiguous", "channels_last"))
     for dtype, order, shape, layout in passes:  # ragged, and whole units of 16 bytes
         monkeypatch.setattr(emulated_training, "ORDER", order)

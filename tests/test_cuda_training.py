@@ -99,9 +99,10 @@ def test_moments_of_a_large_mean(kernel: str, dtype: torch.dtype) -> None:
 
 
 def shapes_of(kernel: str) -> tuple[tuple[int, ...], ...]:
-    """The tensor cores take kernels up to 9x9, and have tiles of 32x32 and of two images of 16x16."""
+    """The tensor cores have tiles of 32x32 and of two images of 16x16, a warp's up to 9x9, of a block above."""
     tiles = ((5, 2, 16, 16, 7, 7), (2, 2, 32, 32, 9, 9), (1, 2, 33, 70, 9, 8))
-    return SHAPES if kernel == "ffma" else (*(s for s in SHAPES if max(s[4:]) <= 9), *tiles)
+    large = ((5, 2, 16, 16, 13, 13), (2, 1, 32, 32, 31, 31), (1, 2, 40, 33, 21, 11), (1, 1, 35, 70, 10, 25))
+    return SHAPES if kernel == "ffma" else (*SHAPES, *tiles, *large)
 
 
 @pytest.mark.parametrize("affine", (True, False))
@@ -133,12 +134,11 @@ def test_every_kernel_size(k: int) -> None:
 
 
 def test_every_kernel_size_on_tensor_cores() -> None:
-    for kh in range(1, 10):
-        for kw in range(1, 10):
-            run(backward((1, 2, 11, 13, kh, kw), BF16), "mma")
-    for dtype, *kernel in ((BF16, 10, 9), (BF16, 9, 10), (F32, 3, 3)):
-        with pytest.raises(emulated.NoPlan):
-            run(backward((1, 2, 11, 13, *kernel), dtype), "mma")
+    small = [(kh, kw) for kh in range(1, 10) for kw in range(1, 10)]
+    for kernel in (*small, *((k, k) for k in range(10, 32)), *((k, 32 - k) for k in range(1, 32))):
+        run(backward((1, 2, 11, 13, *kernel), BF16), "mma")
+    with pytest.raises(emulated.NoPlan):
+        run(backward((1, 2, 11, 13, 3, 3), F32), "mma")
 
 
 @pytest.mark.parametrize("need", ((True, False), (False, True), (False, False)))
@@ -156,7 +156,7 @@ def test_what_is_not_needed(kernel: str, dtype: torch.dtype, need: tuple[bool, b
 @pytest.mark.parametrize("kernel", ("ffma", "mma"))
 def test_thread_orders(kernel: str) -> None:
     """Any thread order gives the same bits; several tiles a block."""
-    for shape in ((7, 5, 35, 38, 7, 7), (3, 2, 13, 9, 4, 5), (19, 1, 16, 16, 9, 9)):
+    for shape in ((7, 5, 35, 38, 7, 7), (3, 2, 13, 9, 4, 5), (19, 1, 16, 16, 9, 9), (7, 1, 16, 11, 13, 19)):
         args = backward(shape, BF16)
         first = run(args, kernel, multiprocessors=1)
         for order in (1, 2):

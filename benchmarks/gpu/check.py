@@ -41,7 +41,7 @@ PROGRAMS = {  # under sanitizers: main, and the kernels it calls
     "sanitized_product": ("product_mma", "product_wgmma", "pool_head", "epilogue_inplace", "recast", "unfold"),
     "sanitized_training": (
         *(f"depthwise_{kernel}" for kernel in ("fwd_ffma", "fwd_mma", "fwd_mma_plane", "fwd_mma_last")),
-        *(f"depthwise_{kernel}" for kernel in ("bwd_ffma", "bwd_mma", "fwd")),
+        *(f"depthwise_{kernel}" for kernel in ("bwd_ffma", "bwd_mma", "bwd_mma_large", "fwd")),
         *("training_rows", "training_final"),
     ),
 }

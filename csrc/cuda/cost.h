@@ -262,26 +262,37 @@ inline Cost backward_ffma_cost(const DepthwiseShape& s, Act act, const BackwardP
   return c;
 }
 
-// Terms of one tile of a warp, as of the forward kernel
+// Terms of one tile of a warp, as of the forward kernel, or of the block that shares it
 inline Cost backward_mma_cost(const DepthwiseShape& s, Act act, const MmaPlan& p, const Gpu& gpu) {
   const Rates rates = rates_of(gpu);
   const int pairs = (s.kh + 1) / 2, blocks = p.column_tiles + p.window - 1, tile_rows = p.tile_rows();
   const double tiles = double(s.c) * p.units, values = 8.0 * p.column_tiles;  // a lane's outputs
-  const double k16 = 4.0 * p.column_tiles * p.window * pairs, ldsm = 2.0 * blocks * (pairs + 1) + p.column_tiles;
+  // of dweight: pairs of each of so many warps; of dx: the column tiles of a warp, and parts of the filter
+  const int team = p.shared_tiles ? p.warps : 1, threads = 32 * team;
+  const double most = std::ceil(double(pairs) / team), of_team = std::ceil(pairs / most);
+  const int columns = p.shared_tiles ? 2 : p.column_tiles, shares = team * columns / p.column_tiles;
+  const double steps = team * (std::ceil(double(pairs) / shares) + 1), fragments = team / shares * pairs * p.window;
+  const double k16 = 2.0 * p.column_tiles * p.window * (of_team * most + pairs);
+  const double ldsm = of_team * ((most + 1) * blocks + p.column_tiles) + steps * (columns + p.window - 1);
   // numbers of da that a lane brings beside the tile's own: above and below, left and right
-  const double around = std::ceil(p.images() * (p.rows - tile_rows) * p.column_tiles / 64.0) * 16;
-  const double sides = std::ceil(p.images() * p.rows * 2 / 32.0) * 4;
+  const int at_once = p.shared_tiles ? 8 : 16;
+  const double above = p.images() * (p.rows - tile_rows) * p.column_tiles, fours = 2 * (p.window - 1);
+  const double around = std::ceil(above * 8 / (threads * at_once)) * at_once * team;
+  const double sides = std::ceil(p.images() * p.rows * fours / threads) * 4 * team;
   const bool tall = s.h > tile_rows, broad = s.w > tile_rows;
   const double load = p.load_bytes == 16 ? 4 : 7, da = gradient_instructions(act) + 12 + 2 * load;
   const double input = activation_instructions(act, s.dtype) + 10 + load, end = (p.store_bytes == 16 ? 14 : 18) + load;
   const double elementwise = values * (da + input + end) + around * (tall ? da : 2) + sides * (broad ? da + 10 : 9);
+  const double other = p.shared_tiles ? team * 200 + steps * 20 : 200;
   Cost c{};
   c.memory = backward_memory_cycles(s, gpu);
-  c.issue = tiles * (k16 + ldsm + pairs * p.window + elementwise + 200) / 4 / rates.mma_issue;
+  c.issue = tiles * (k16 + ldsm + fragments + elementwise + other) / 4 / rates.mma_issue;
   c.tensor = tiles * k16 / rates.tensor;
-  c.shared = tiles * (ldsm * 4 + pairs * p.window * 2 + values * 2 + (values + around + sides) / 4 + values * 1.75);
-  c.idle = idle_factor(p.blocks, gpu.multiprocessors * blocks_at_once(p.shared_bytes, 16. / p.warps, gpu)) *
-           double(int64_t(p.splits) * p.warps) * std::ceil(double(p.units) / (p.splits * p.warps)) / p.units;
+  c.shared = tiles * (ldsm * 4 + fragments * 2 + values * 2 + (values + around + sides) / 4 + values * 1.75 +
+                      (shares - 1) * values * 2);
+  const double of_sm = blocks_at_once(p.shared_bytes, p.blocks_of_registers(), gpu),
+               turns = p.splits * p.tiles_at_once();
+  c.idle = idle_factor(p.blocks, gpu.multiprocessors * of_sm) * turns * std::ceil(p.units / turns) / p.units;
   return c;
 }
 

@@ -59,5 +59,6 @@ BackwardPlan depthwise_bwd_ffma_plan(const DepthwiseGradients& p, const Gpu& gpu
 MmaPlan depthwise_bwd_mma_plan(const DepthwiseGradients& p, const Gpu& gpu);
 cudaError_t depthwise_bwd_ffma(const DepthwiseGradients& p, const BackwardPlan& plan, cudaStream_t stream);
 cudaError_t depthwise_bwd_mma(const DepthwiseGradients& p, const MmaPlan& plan, cudaStream_t stream);
+cudaError_t depthwise_bwd_mma_large(const DepthwiseGradients& p, const MmaPlan& plan, cudaStream_t stream);  // of those
 
 }  // namespace cmx

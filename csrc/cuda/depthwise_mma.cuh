@@ -145,11 +145,12 @@ __device__ __forceinline__ void expand_filter(uint2* filter, const T* weight, in
   }
 }
 
-// acc[set][column tile] += the convolution at rows S(m) and S(m) + 2 of the tile at shared address `tile`.
+// acc[set][column tile] += the convolution at rows S(m) and S(m) + 2 of COUNT column tiles, the first one's window at shared
+// address `tile`, with the pairs of filter rows first .. end - 1, of which there is one.
 // pair_at: from there to the rows of the first and the second pair that this lane brings to ldmatrix.
-template <class T, class G>
-__device__ __forceinline__ void convolve(float (&acc)[2][G::NT][4], uint32_t tile, const int (&pair_at)[2],
-                                         const uint2* filter, int pairs, int lane) {
+template <class T, class G, int COUNT>
+__device__ __forceinline__ void convolve(float (&acc)[2][COUNT][4], uint32_t tile, const int (&pair_at)[2],
+                                         const uint2* filter, int first, int end, int lane) {
   constexpr int WINDOW = G::WINDOW;
   uint32_t now[WINDOW][2], earlier[WINDOW][2];  // fragments of filter rows 2 pair, 2 pair + 1, and of the two before
   const auto multiply_pair = [&](int pair, bool first_rows, bool other_rows) {
@@ -162,11 +163,11 @@ __device__ __forceinline__ void convolve(float (&acc)[2][G::NT][4], uint32_t til
     }
     const uint32_t from = tile + (pair & 1 ? pair_at[1] : pair_at[0]) + (pair >> 1) * 2 * G::PITCH;
 #pragma unroll
-    for (int block = 0; block < G::BLOCKS; ++block) {
+    for (int block = 0; block < COUNT + WINDOW - 1; ++block) {
       uint32_t in[4];
       load_matrices(in, from + 16 * block);
 #pragma unroll
-      for (int i = 0; i < G::NT; ++i) {
+      for (int i = 0; i < COUNT; ++i) {
         const int b = block - i;
         if (b < 0 || b >= WINDOW) continue;
         if (first_rows) multiply_k16<T>(acc[0][i], in, now[b], acc[0][i]);
@@ -176,10 +177,10 @@ __device__ __forceinline__ void convolve(float (&acc)[2][G::NT][4], uint32_t til
 #pragma unroll
     for (int b = 0; b < WINDOW; ++b) earlier[b][0] = now[b][0], earlier[b][1] = now[b][1];
   };
-  multiply_pair(0, true, false);
+  multiply_pair(first, true, false);
 #pragma unroll 1
-  for (int pair = 1; pair < pairs; ++pair) multiply_pair(pair, true, true);
-  multiply_pair(pairs, false, true);
+  for (int pair = first + 1; pair < end; ++pair) multiply_pair(pair, true, true);
+  multiply_pair(end, false, true);
 }
 
 // Eight outputs to row `to`, columns x .. x + 7, of which those before w exist
@@ -264,7 +265,7 @@ __device__ __forceinline__ void convolve_tile(unsigned char* tile, const uint2* 
 #pragma unroll
   for (int i = 0; i < 2 * NT * 4; ++i) (&acc[0][0][0])[i] = k.bias;
 
-  convolve<T, G>(acc, tile_address, pair_at, filter, pairs, lane);
+  convolve<T, G>(acc, tile_address, pair_at, filter, 0, pairs, lane);
   if (!p.partials) activate<T, 2 * NT * 4>(&acc[0][0][0], p.act);
 
 #pragma unroll

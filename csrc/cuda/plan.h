@@ -213,6 +213,9 @@ inline BackwardPlan backward_plan(const DepthwiseShape& s, const Memory& m, cons
 // ---- tensor cores: depthwise_fwd_mma.cu and, for whole planes of 16x16 and 32x32, depthwise_fwd_mma_plane.cu;
 // ---- for channels_last depthwise_fwd_mma_last.cu
 
+// Of depthwise_bwd_mma_large, on a multiprocessor: what its registers leave room for
+constexpr int mma_large_blocks(int window) { return window < 4 ? 4 : 3; }
+
 struct MmaPlan {
   static constexpr int kWarps = 4;   // of a block, or fewer; each has its own tile
   static constexpr int kStages = 2;  // tiles of a warp in shared memory: one computed, the rest on their way
@@ -235,10 +238,15 @@ struct MmaPlan {
   int rows, half_plane, stage_bytes;  // of a tile in shared memory
   int load_bytes, store_bytes;        // of one access
   int shared_bytes;
+  bool shared_tiles;  // backward: the warps of a block work on the same tile
 
   int tile_rows() const { return 8 * column_tiles; }
   int images() const { return 4 / column_tiles; }
   int64_t parts() const { return channels ? units : int64_t(splits) * warps; }  // of a channel's moments
+  int tiles_at_once() const { return shared_tiles ? 1 : warps; }                // of a block
+  int blocks_of_registers() const {  // that a multiprocessor has registers for
+    return shared_tiles ? mma_large_blocks(window) : kBlocksPerSm * kWarps / warps;
+  }
   int pitch() const { return ((column_tiles + window - 1) | 1) * 16; }
 };
 
@@ -261,13 +269,13 @@ inline void split_units(MmaPlan& p, int groups, int at_once, const Gpu& gpu) {
 // The same where a block has a channel and a warp a tile: of so many rounds of blocks those that end first. What a block
 // does beside its units takes it about as long as one of them.
 inline void split_rounds(MmaPlan& p, int channels, const Gpu& gpu) {
-  const int64_t of_sm =
-      std::min(MmaPlan::kBlocksPerSm * MmaPlan::kWarps / p.warps, blocks_that_fit(p.shared_bytes, gpu));
-  const int64_t at_once = gpu.multiprocessors * std::max<int64_t>(1, of_sm), most = ceil_div(p.units, p.warps);
+  const int64_t of_sm = std::min(p.blocks_of_registers(), blocks_that_fit(p.shared_bytes, gpu)),
+                tiles = p.tiles_at_once();
+  const int64_t at_once = gpu.multiprocessors * std::max<int64_t>(1, of_sm), most = ceil_div(p.units, tiles);
   int64_t best = 0;
   for (int rounds = 1; rounds <= MmaPlan::kRounds; ++rounds) {
     const int64_t splits = std::clamp<int64_t>(rounds * at_once / channels, 1, most);
-    const int64_t time = ceil_div(channels * splits, at_once) * (ceil_div(p.units, splits * p.warps) + 1);
+    const int64_t time = ceil_div(channels * splits, at_once) * (ceil_div(p.units, splits * tiles) + 1);
     if (!best || time < best) best = time, p.splits = static_cast<int>(splits);
   }
   p.blocks = channels * p.splits;
@@ -350,27 +358,38 @@ inline MmaPlan mma_plane_plan(const DepthwiseShape& s, const Memory& m, const Gp
   return p;
 }
 
-// Backward: depthwise_bwd_mma.cu
+// Backward: depthwise_bwd_mma.cu, depthwise_bwd_mma_large.cu
 
 // The weight gradient keeps 4 numbers in registers for each pair of filter rows and each block of a window, and the input's
-// gradient 32 beside: up to 9x9 that are 72 of the 128 that four blocks a multiprocessor leave. Larger kernels run on FFMA.
-constexpr int kMmaBackwardPairs = 5, kMmaBackwardWindow = 2;
+// gradient 32 beside: up to 9x9 that are 72 of the 128 that four blocks a multiprocessor leave. Of larger kernels each warp
+// of a block takes a part of the pairs, at most so many, on a tile that they share.
+constexpr int kMmaBackwardPairs = 5, kMmaBackwardWindow = 2, kMmaLargePairs = 4;
+static_assert(MmaPlan::kWarps * kMmaLargePairs >= (kMaxKernel + 1) / 2);
 
-// blocks == 0: not for this kernel. `m` of the input and its gradient, `g` of the gradient that comes in and of a.
-// Of a warp in shared memory: da with its halo as products take it, then in its place the results in float32; at the end
-// act(x) without a halo. After all tiles the sums of the weight gradient, 16 x 8 for a pair and a block, and three more.
+// blocks == 0: not for these kernels. `m` of the input and its gradient, `g` of the gradient that comes in and of a.
+// Of a tile in shared memory: da with its halo as products take it, then in its place the results in float32; at the end
+// act(x) without a halo and, where warps share a tile, x'. After all tiles the sums of the weight gradient, 16 x 8 for a pair
+// and a block, and three more; where warps share a tile they have room for one pair each.
 inline MmaPlan mma_backward_plan(const DepthwiseShape& s, const Memory& m, const Memory& g, const Gpu& gpu) {
   MmaPlan p{};
   if (!mma_basics(s, m) || !g.x_rows || !g.y_rows) return p;
-  if (s.kh > 2 * kMmaBackwardPairs - 1 || s.kw > 8 * kMmaBackwardWindow - 7) return p;
+  p.shared_tiles = s.kh > 2 * kMmaBackwardPairs - 1 || s.kw > 8 * kMmaBackwardWindow - 7;
   mma_tiles(p, s);
-  const int input = 32 * (p.column_tiles | 1) * 16, results = 32 * 32 * (p.column_tiles + 1);
-  const int sums = (s.kh + 1) / 2 * p.window * 16 * 8 * 4 + 16;
-  p.stage_bytes = static_cast<int>(round_up(std::max(std::max(p.stage_bytes, results) + input, sums), 128));
+  const int pairs = (s.kh + 1) / 2, filter = pairs * p.window * 256;
+  const int inputs = (p.shared_tiles ? 2 : 1) * 32 * (p.column_tiles | 1) * 16,
+            results = 32 * 32 * (p.column_tiles + 1);
+  const int sums =
+      (p.shared_tiles ? MmaPlan::kWarps : pairs) * p.window * 16 * 8 * 4 + (p.shared_tiles ? MmaPlan::kWarps : 1) * 16;
+  p.stage_bytes = static_cast<int>(round_up(std::max(std::max(p.stage_bytes, results) + inputs, sums), 128));
   const int width = common_bytes(2 * s.w, 16);
   p.load_bytes = std::min({m.x_alignment, g.x_alignment, g.y_alignment, width}) == 16 ? 16 : 2;
   p.store_bytes = std::min(m.y_alignment, width);
-  fit_blocks(p, s.c, (s.kh + 1) / 2 * p.window * 256, p.stage_bytes, gpu);
+  if (!p.shared_tiles) {
+    fit_blocks(p, s.c, filter, p.stage_bytes, gpu);
+    return p;
+  }
+  p.warps = MmaPlan::kWarps, p.shared_bytes = filter + p.stage_bytes;
+  if (p.shared_bytes <= gpu.shared_bytes) split_rounds(p, s.c, gpu);
   return p;
 }
 

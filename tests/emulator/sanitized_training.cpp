@@ -1,6 +1,6 @@
 // The kernels of training under a sanitizer: buffers of exactly the right size, ragged shapes, several thread orders, right
 // values on small integers, which are exact in every type. As tests/emulator/sanitized.cpp, for the CPU and for a GPU.
-// Arguments: forward, backward_ffma, backward_mma, rows; all of them if none.
+// Arguments: forward, backward_ffma, backward_mma, backward_mma_large, rows; all of them if none.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -97,7 +97,7 @@ static int forward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
 
 // da = grad, X = x + 1: integers throughout
 template <class T>
-static int backward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
+static int backward(const Case& k, Dtype dtype, DepthwiseKernel kernel, bool large = false) {
   const int64_t plane = int64_t(k.h) * k.w, count = k.n * k.c * plane;
   const int taps = k.kh * k.kw;
   const Buffer<T> x = integers<T>(count, 2), grad = integers<T>(count, 2), a = integers<T>(count, 2),
@@ -116,7 +116,7 @@ static int backward(const Case& k, Dtype dtype, DepthwiseKernel kernel) {
   plan.tile.blocks = plan.tile.groups * plan.splits;
   MmaPlan mma = depthwise_bwd_mma_plan(p, gpu);
   const bool tensor_cores = kernel == DepthwiseKernel::mma;
-  if (tensor_cores && !mma.blocks) return 0;
+  if (tensor_cores && (!mma.blocks || mma.shared_tiles != large)) return 0;
   mma.splits = 1, mma.blocks = k.c;  // several tiles a warp
   const int64_t splits = tensor_cores ? mma.splits : plan.splits;
   const Buffer<float> partials = unknown<float>(splits * k.c * (taps + 3));
@@ -197,7 +197,7 @@ static int rows(const Case& k, Dtype dtype, bool last) {
 
 int main(int count, char** names) {
   const Case ragged[] = {{1, 3, 5, 7, 3, 4},   {3, 1, 17, 19, 7, 7}, {1, 2, 34, 36, 9, 5}, {5, 1, 9, 14, 5, 12},
-                         {1, 1, 6, 33, 2, 20}, {17, 1, 9, 16, 4, 9}, {1, 1, 33, 40, 8, 8}};
+                         {1, 1, 6, 33, 2, 20}, {17, 1, 9, 16, 4, 9}, {1, 1, 33, 40, 8, 8}, {3, 1, 9, 14, 26, 11}};
   const Case planes[] = {{3, 1, 16, 16, 7, 7}, {1, 1, 32, 32, 9, 9}};
   const auto wanted = [&](const char* name) { return count == 1 || !std::strcmp(names[1], name); };
   int bad = 0;
@@ -214,6 +214,7 @@ int main(int count, char** names) {
         bad += backward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::ffma);
       }
       if (wanted("backward_mma")) bad += backward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma);
+      if (wanted("backward_mma_large")) bad += backward<bf16>(k, Dtype::bfloat16, DepthwiseKernel::mma, true);
       for (const bool last : {false, true})
         if (wanted("rows")) bad += rows<bf16>(k, Dtype::bfloat16, last) + rows<float>(k, Dtype::float32, last);
       return bad;
