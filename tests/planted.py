@@ -1,7 +1,7 @@
 """Programs of tests/emulator under sanitizers, and planted bugs, which must be caught.
 
-A planted bug is an edit of the product's own source, or of a header that this includes: one that no longer applies fails, and
-wants a new place.
+A planted bug is an edit of the product's own source, or of a header that this includes: one that no longer applies
+fails, and wants a new place.
 """
 
 import re
