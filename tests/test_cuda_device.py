@@ -190,7 +190,13 @@ def on_device(operator: Callable[..., tuple], args: tuple) -> list[Tensor]:
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(7, 40, 32, 32, 9, 9), (7, 40, 16, 16, 7, 7), (2, 19, 9, 11, 5, 4), (2, 9, 40, 35, 31, 31), (5, 9, 14, 14, 13, 20)],
+    [
+        (7, 40, 32, 32, 9, 9),
+        (7, 40, 16, 16, 7, 7),
+        (2, 19, 9, 11, 5, 4),
+        (2, 9, 40, 35, 31, 31),
+        (5, 9, 14, 14, 13, 20),
+    ],
     ids=cases.name,
 )
 def test_depthwise_training(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype) -> None:
