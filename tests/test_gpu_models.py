@@ -208,6 +208,7 @@ def test_gradients_of_operators(backend: str, op: str, act: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_training_step(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_training_step(backend: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
     fused, plain = (model.to("cuda", dtype) for model in twins())
-    check_step(fused, plain, torch.randn(4, 3, 28, 21).to("cuda", dtype))
+    check_step(fused, plain, torch.randn(4, 3, 28, 21).to("cuda", dtype).contiguous(memory_format=layout))

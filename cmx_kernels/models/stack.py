@@ -90,8 +90,10 @@ class Stack(Units):
         (x,) = autocast(x)
         trains = self.trains(x, tensors)
         if self.obstacle(x, trains) is not None:
-            y = None if trains else self._depth_first(x, tensors)
-            y = nn.functional.adaptive_avg_pool2d(y, 1).flatten(1) if pool and y is not None else y
+            layout = memory_format(x)
+            y = None if trains else self._depth_first(depth_first.in_planes(x, self.act), tensors)
+            if y is not None:
+                y = nn.functional.adaptive_avg_pool2d(y, 1).flatten(1) if pool else y.contiguous(memory_format=layout)
         elif trains:
             y = self.train(x, pool)
         else:
