@@ -28,7 +28,7 @@ LAUNCH = 2.0  # us, as in csrc/cuda/cost.h
 
 class _Prediction(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("kernel", "blocks", "threads", "shared_bytes", "unfolded")),
+        *((name, ctypes.c_int) for name in ("kernel", "blocks", "threads", "shared_bytes", "unfolded", "relaid")),
         *((name, ctypes.c_double) for name in ("bytes", "flop", "floor_us", "predicted_us")),
         *((f"{term}_us", ctypes.c_double) for term in TERMS),
         ("why_not_wgmma", ctypes.c_char_p),
@@ -42,6 +42,7 @@ class Prediction:
     threads: int
     shared_bytes: int
     unfolded: bool  # of patches: a kernel lays them out before the product, and is counted too
+    relaid: bool  # channels_last tensors are copied to NCHW and back, which is counted too
     bytes: float
     flop: float
     floor_us: float
@@ -152,7 +153,12 @@ def _ask(
         raise ValueError(f"kernel: the one asked for takes no shape {shape} in {dtype}")
     values = {name: getattr(out, name) for name in Prediction.__dataclass_fields__}
     why = None if out.why_not_wgmma is None else out.why_not_wgmma.decode()
-    found = {"kernel": kernels[out.kernel], "unfolded": bool(out.unfolded), "why_not_wgmma": why}
+    found = {
+        "kernel": kernels[out.kernel],
+        "unfolded": bool(out.unfolded),
+        "relaid": bool(out.relaid),
+        "why_not_wgmma": why,
+    }
     return Prediction(**{**values, **found})
 
 

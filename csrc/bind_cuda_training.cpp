@@ -122,18 +122,30 @@ Four depthwise_block_backward(const Tensor& grad, const Tensor& a, const Tensor&
 
   DepthwiseGradients p{};
   p.shape = depthwise_shape(x, weight);
-  p.grad = grad.const_data_ptr(), p.a = a.const_data_ptr(), p.x = x.const_data_ptr(), p.weight = w.const_data_ptr();
-  p.dx = dx.numel() ? dx.mutable_data_ptr() : nullptr;
-  p.coefficients = factors.data(), p.affine = rows.data();
-  p.grad_stride = strides_of(grad), p.a_stride = strides_of(a), p.x_stride = strides_of(x);
-  if (dx.numel()) p.dx_stride = strides_of(dx);
+  Tensor images[] = {grad, a, x, dx};
+  const auto set_images = [&] {
+    const auto& [grad, a, x, dx] = images;
+    p.grad = grad.const_data_ptr(), p.a = a.const_data_ptr(), p.x = x.const_data_ptr();
+    p.dx = dx.numel() ? dx.mutable_data_ptr() : nullptr;
+    p.grad_stride = strides_of(grad), p.a_stride = strides_of(a), p.x_stride = strides_of(x);
+    if (dx.numel()) p.dx_stride = strides_of(dx);
+  };
+  set_images();
+  p.weight = w.const_data_ptr(), p.coefficients = factors.data(), p.affine = rows.data();
   p.act = act_of(act), p.residual = residual, p.need_weight = need_weight;
   const Gpu& gpu = gpu_of(device);
+  const bool in_planes = x.numel() && depthwise_bwd_wants_planes(p, gpu);
+  if (in_planes) {
+    for (int i = 0; i < 3; i++) images[i] = dense(images[i]);
+    if (need_input) images[3] = output_of(images[2]);
+    set_images();
+  }
   const int64_t parts = x.numel() ? depthwise_bwd_parts(p, gpu) : 0;
   const Tensor partials = floats({parts, c * (kh * kw + 3)}, x);
   p.partials = data_of(partials);
   const cudaStream_t stream = current_stream(device);
   if (x.numel()) check_cuda(depthwise_bwd(p, gpu, stream), "depthwise_block_backward");
+  if (Tensor result = dx; in_planes && need_input) torch::stable::copy_(result, images[3]);
   const SumsFinal final{p.partials, parts, {c * kh * kw, c, 2 * c}, {data_of(dweight), data_of(dbias), data_of(sums)}};
   check_cuda(sums_final(final, stream), "depthwise_block_backward");
   return {dx, dweight, dbias, sums};

@@ -11,6 +11,7 @@ using namespace cmx;
 struct Prediction {
   int kernel, blocks, threads, shared_bytes;
   int unfolded;  // patches are, before the product
+  int relaid;    // tensors are, from channels_last to NCHW and back
   double bytes, flop, floor_us, predicted_us, memory_us, issue_us, tensor_us, ffma_us, shared_us;
   const char* why_not_wgmma;  // null: it is, or this GPU has none
 };
@@ -39,6 +40,7 @@ static Prediction prediction(const Shape& s, const Cost& c, const Gpu& gpu, int 
           blocks,
           threads,
           shared_bytes,
+          0,
           0,
           bytes_of(s),
           flop_of(s),
@@ -81,7 +83,9 @@ CMX_EXPORT int cmx_cost_depthwise_backward(const char* gpu_name, const int* shap
   const Strides strides = dense(s, channels_last);
   const Memory m = memory_of(nullptr, strides, nullptr, strides, s);
   const Act act = static_cast<Act>(shape[7]);
-  BackwardChoice choice = choose_backward(s, m, m, *gpu, act);
+  const PlanesChoice planes = choose_planes(s, m, m, *gpu, act);
+  const bool relaid = planes.pays && shape[8] < 0;
+  BackwardChoice choice = relaid ? planes.choice : choose_backward(s, m, m, *gpu, act);
   if (shape[8] >= 0) choice.kernel = static_cast<DepthwiseKernel>(shape[8]);
   const MmaPlan& mma = choice.mma;
   if (choice.kernel == DepthwiseKernel::ffma)
@@ -92,6 +96,7 @@ CMX_EXPORT int cmx_cost_depthwise_backward(const char* gpu_name, const int* shap
   else
     return 2;
   out->bytes = backward_bytes_of(s), out->flop *= 2, out->floor_us = backward_floor_seconds(s, *gpu) * 1e6;
+  if (relaid) out->relaid = 1, out->predicted_us += planes.copies * 1e6;
   return 0;
 }
 

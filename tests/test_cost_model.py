@@ -89,9 +89,16 @@ def test_depthwise_backward() -> None:
             for last in (False, True):
                 p = cost_model.depthwise_backward("H200", (n, c, h, w), (kh, kw), dtype, channels_last=last)
                 assert p.blocks > 0
-                assert p.kernel == "ffma" or (dtype != "float32" and not (last and c > 1))
+                assert p.kernel == "ffma" or (dtype != "float32" and p.relaid == (last and c > 1))
+                where_they_lie = cost_model.depthwise_backward(
+                    "H200", (n, c, h, w), (kh, kw), dtype, "gelu", last, "ffma"
+                )
+                assert p.predicted_us <= where_they_lie.predicted_us and not where_they_lie.relaid
     for gpu in cost_model.gpus():  # where taps bind FFMA on every GPU
-        assert cost_model.depthwise_backward(gpu, (64, 384, 32, 32), (31, 31)).kernel == "mma", gpu
+        p = cost_model.depthwise_backward(gpu, (64, 384, 32, 32), (31, 31))
+        last = cost_model.depthwise_backward(gpu, (64, 384, 32, 32), (31, 31), channels_last=True)
+        assert (p.kernel, p.relaid, last.kernel, last.relaid) == ("mma", False, "mma", True), gpu
+        assert p.predicted_us < last.predicted_us
     with pytest.raises(ValueError, match="kernel: the one asked for takes no shape"):
         cost_model.depthwise_backward("H200", (1, 1, 32, 32), (11, 11), "float32", kernel="mma")
 

@@ -21,6 +21,7 @@ from test_cuda_binding import (
 from cmx_kernels.ops import training
 
 TENSOR_CORES = (3, 40, 16, 16, 9, 9)  # for both gradients of 16-bit types, by the cost model of an H200
+IN_PLANES = (1, 24, 34, 40, 31, 27)  # whose gradients are copied from channels_last to NCHW for them, and back
 __all__ = ["nothing_asked_before", "pytestmark"]  # for every test here too
 
 
@@ -28,8 +29,9 @@ __all__ = ["nothing_asked_before", "pytestmark"]  # for every test here too
 @both_types
 def test_depthwise_training(dtype: torch.dtype, layout: str) -> None:
     halves = dtype != F32  # what tensor cores take: they round x' behind an affine
-    gradients = halves and layout != "channels_last"  # and of the gradients
-    for shape in ((2, 3, 9, 11, 5, 4), TENSOR_CORES):
+    for shape in ((2, 3, 9, 11, 5, 4), TENSOR_CORES, IN_PLANES):
+        last = layout == "channels_last"
+        tensor_cores = shape == IN_PLANES or (shape == TENSOR_CORES and not last)  # for the gradients
         x, *rest = problems.depthwise_inputs(shape, dtype, affine=not halves)
         args = (cases.LAYOUTS[layout](x), *rest)
         a, moments = OURS.depthwise_block_train(*args)
@@ -37,9 +39,11 @@ def test_depthwise_training(dtype: torch.dtype, layout: str) -> None:
         check(a, problems.expect_pre_activation(args), f"{shape}")
         check(moments, problems.expect_moments(a, args[-1]), f"moments of {shape}")
         back = problems.backward_inputs(args, a)
+        found = OURS.depthwise_block_backward(*back)
+        assert found[0].is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         for out, *expected in zip(
-            OURS.depthwise_block_backward(*back)[:3],
-            problems.expect_gradients(back, rounded=gradients and shape == TENSOR_CORES),
+            found[:3],
+            problems.expect_gradients(back, rounded=halves and tensor_cores),
             ("dx", "dweight", "dbias"),
             strict=True,
         ):

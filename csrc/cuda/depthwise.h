@@ -55,6 +55,8 @@ struct DepthwiseGradients {
 // plans the second has no blocks where it does not take the shape.
 cudaError_t depthwise_bwd(const DepthwiseGradients& p, const Gpu& gpu, cudaStream_t stream);
 int64_t depthwise_bwd_parts(const DepthwiseGradients& p, const Gpu& gpu);
+bool depthwise_bwd_wants_planes(const DepthwiseGradients& p,
+                                const Gpu& gpu);  // copies in NCHW of channels_last tensors
 BackwardPlan depthwise_bwd_ffma_plan(const DepthwiseGradients& p, const Gpu& gpu);
 MmaPlan depthwise_bwd_mma_plan(const DepthwiseGradients& p, const Gpu& gpu);
 cudaError_t depthwise_bwd_ffma(const DepthwiseGradients& p, const BackwardPlan& plan, cudaStream_t stream);

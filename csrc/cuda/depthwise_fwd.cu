@@ -54,6 +54,10 @@ int64_t depthwise_bwd_parts(const DepthwiseGradients& p, const Gpu& gpu) {
   return choice.kernel == DepthwiseKernel::ffma ? choice.ffma.splits : choice.mma.splits;
 }
 
+bool depthwise_bwd_wants_planes(const DepthwiseGradients& p, const Gpu& gpu) {
+  return choose_planes(p.shape, input_memory(p), gradient_memory(p), gpu, p.act).pays;
+}
+
 cudaError_t depthwise_bwd(const DepthwiseGradients& p, const Gpu& gpu, cudaStream_t stream) {
   const BackwardChoice choice = choice_of(p, gpu);
   return choice.kernel == DepthwiseKernel::ffma ? depthwise_bwd_ffma(p, choice.ffma, stream)

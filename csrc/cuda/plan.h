@@ -17,6 +17,10 @@ struct Strides {
   int64_t n, c, h, w;
 };
 
+inline Strides dense_strides(int64_t c, int64_t h, int64_t w, bool channels_last) {
+  return channels_last ? Strides{c * h * w, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
+}
+
 // What a plan and a prediction need to know of a GPU
 struct Gpu {
   int arch;  // 90 for compute capability 9.0

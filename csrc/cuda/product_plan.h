@@ -161,10 +161,6 @@ inline ProductShape unfolded(ProductShape s) {
   return s;
 }
 
-inline Strides dense_strides(int64_t c, int64_t h, int64_t w, bool channels_last) {
-  return channels_last ? Strides{c * h * w, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
-}
-
 inline bool is_last(const Strides& s) { return s.c == 1 && s.w != 1; }
 
 // A block takes `columns` patches of a row of patches: the rows (c, a) of their pixels meet in shared memory.

@@ -57,6 +57,9 @@ CMX_SHOWN cmx_chosen_depthwise(int gpu, const int* shape, bool channels_last, bo
   forward.shape = gradients.shape = s, forward.act = gradients.act = static_cast<Act>(shape[7]);
   forward.x_stride = forward.y_stride = strides;
   gradients.grad_stride = gradients.a_stride = gradients.x_stride = gradients.dx_stride = strides;
+  if (depthwise_bwd_wants_planes(gradients, kGpus[gpu].gpu))  // as the binding gives them
+    gradients.grad_stride = gradients.a_stride = gradients.x_stride = gradients.dx_stride =
+        dense_strides(s.c, s.h, s.w, false);
   backward ? depthwise_bwd(gradients, kGpus[gpu].gpu, nullptr) : depthwise_fwd(forward, kGpus[gpu].gpu, nullptr);
   found[0] = kernel, found[1] = blocks;
 }
@@ -71,8 +74,7 @@ CMX_SHOWN cmx_chosen_product(int gpu, const int* shape, bool channels_last, int 
   p.act = static_cast<Act>(shape[8]);
   const int64_t height = int64_t(shape[3]) * shape[5], width = int64_t(shape[4]) * shape[6];
   const bool trains = use && !channels_last;
-  p.x_stride =
-      trains ? channels_first(shape[0], height, width) : dense_strides(shape[1], height, width, channels_last);
+  p.x_stride = trains ? channels_first(shape[0], height, width) : dense_strides(shape[1], height, width, channels_last);
   p.y_stride = dense_strides(shape[2], shape[3], shape[4], channels_last);
   if (product_unfolds(p, kGpus[gpu].gpu)) {  // as the binding does
     p.shape = unfolded(p.shape);
