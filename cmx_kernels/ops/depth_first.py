@@ -92,7 +92,7 @@ def _gpu(device: int) -> str | None:
 
 
 def in_planes(x: Tensor, act: str, op: str = "depthwise_block") -> Tensor:
-    """``x``, in NCHW if CUDA kernels take it: all of them are faster there, depthwise gradients twice to 29 times."""
+    """``x``, in NCHW if CUDA kernels take it: all are faster there, measured or predicted (csrc/cuda/README.md)."""
     if not x.is_cuda or memory_format(x) != torch.channels_last:
         return x
     return x.contiguous() if backends.select(op, x, act, quiet=True) == "cuda" else x
