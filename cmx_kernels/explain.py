@@ -19,7 +19,6 @@ from cmx_kernels.models.obstacles import check_call, plain_is_wanted
 from cmx_kernels.models.stack import Stack, current, linear_of
 from cmx_kernels.models.structure import Refusal, block_parts, children, looks_like_block, why_not_one_operator
 from cmx_kernels.ops.checks import autocast, wants_grad
-from cmx_kernels.ops.depth_first import in_planes
 
 PLAIN = "torch"
 
@@ -213,7 +212,7 @@ def _in_parts(rows: Iterator[Row], part: FusedNetwork, stack: Stack, x: Tensor) 
             if listed[i].backend == PLAIN:  # one of three modules that are no Stem
                 act, weights = name_of(stack.stem.act) or "", [stack.stem.conv.weight]
                 listed[i] = _op_row(listed[i].part, ["patch_embed"], x, act, listed[i].note, weights)
-    found = None if stack.trains(x, stack.tensors(part) or []) else stack.micro_batch_of(in_planes(x, stack.act))
+    found = None if stack.trains(x, stack.tensors(part) or []) else stack.micro_batch_of(x)
     if found is None or any("reference" in row.backend for row in listed):
         yield from listed
         return

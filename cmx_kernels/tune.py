@@ -121,6 +121,8 @@ def _candidates(model: nn.Module, x: Tensor) -> Iterator[Candidate]:
         if isinstance(part, FusedNetwork) and not stack.span[0] and (obstacle in (None, block_stack.SLOWER)):
             value = autocast(value)[0]
             yield Candidate(label, "block_stack", value, stack.size, stack.act, part, copy.deepcopy(part))
+        if isinstance(part, FusedNetwork):
+            value = depth_first.laid_out(value, stack.layout(autocast(value)[0]))
         yield from _one_by_one(label, part, stack, value)
         value = autocast(value)[0]
         found = None if obstacle is None or stack.span[0] else _parts(stack, value)

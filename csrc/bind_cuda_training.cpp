@@ -136,8 +136,9 @@ Four depthwise_block_backward(const Tensor& grad, const Tensor& a, const Tensor&
   const Gpu& gpu = gpu_of(device);
   const bool in_planes = x.numel() && depthwise_bwd_wants_planes(p, gpu);
   if (in_planes) {
-    for (int i = 0; i < 3; i++) images[i] = dense(images[i]);
-    if (need_input) images[3] = output_of(images[2]);
+    images[0] = dense(grad), images[1] = dense(a);
+    images[2] = need_weight || affine ? dense(x) : images[1];  // else it is not read
+    if (need_input) images[3] = output_of(images[1]);
     set_images();
   }
   const int64_t parts = x.numel() ? depthwise_bwd_parts(p, gpu) : 0;

@@ -17,6 +17,7 @@ from test_cuda_binding import (
     nothing_asked_before,
     pytestmark,
 )
+from torch import Tensor
 
 from cmx_kernels.ops import training
 
@@ -49,6 +50,22 @@ def test_depthwise_training(dtype: torch.dtype, layout: str) -> None:
         ):
             check(out, *expected)
         assert launches()
+
+
+@pytest.mark.parametrize("affine", (True, False))
+def test_gradients_in_planes_that_are_not_needed(affine: bool) -> None:
+    args = problems.depthwise_inputs(IN_PLANES, torch.bfloat16, affine=affine)
+    a = problems.expect_pre_activation(args).ref.to(torch.bfloat16)
+    back = problems.backward_inputs(args, a)
+    back = [cases.LAYOUTS["channels_last"](t) if isinstance(t, Tensor) and t.shape == a.shape else t for t in back[:8]]
+    everything = OURS.depthwise_block_backward(*back, True, True)
+    for need_input, need_weight in ((True, False), (False, True), (False, False)):
+        found = OURS.depthwise_block_backward(*back, need_input, need_weight)
+        for out, same, wanted in zip(
+            found, everything, (need_input, need_weight, need_weight, need_input), strict=True
+        ):
+            check_equal(out, same if wanted else same.new_empty(0))
+    assert launches()
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))

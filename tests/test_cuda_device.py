@@ -210,7 +210,8 @@ def test_depthwise_training(shape: tuple[int, ...], layout: torch.memory_format,
     images = [i for i, t in enumerate(back) if isinstance(t, Tensor) and t.shape == x.shape]
     back = tuple(t.contiguous(memory_format=layout) if i in images else t for i, t in enumerate(back))
     found = on_device(training.depthwise_backward, back)
-    tensor_cores = dtype != torch.float32 and layout is torch.contiguous_format  # which round what they multiply
+    # which round what they multiply; large filters' gradients are copied to NCHW for them
+    tensor_cores = dtype != torch.float32 and (layout is torch.contiguous_format or max(shape[4:]) > 9)
     wanted = problems.expect_gradients(back, rounded=tensor_cores)
     for expected, out, what in zip(wanted, found, ("dx", "dweight", "dbias"), strict=False):
         check(out, expected, what)

@@ -143,8 +143,9 @@ def test_every_kernel_size_on_tensor_cores() -> None:
 
 @pytest.mark.parametrize("need", ((True, False), (False, True), (False, False)))
 @pytest.mark.parametrize(("kernel", "dtype"), (("ffma", F32), ("mma", BF16)), ids=ids)
-def test_what_is_not_needed(kernel: str, dtype: torch.dtype, need: tuple[bool, bool]) -> None:
-    args = backward((3, 5, 9, 11, 3, 3), dtype)
+@pytest.mark.parametrize(("k", "affine"), ((3, True), (11, True), (11, False)))
+def test_what_is_not_needed(kernel: str, dtype: torch.dtype, need: tuple[bool, bool], k: int, affine: bool) -> None:
+    args = backward((3, 5, 9, 11, k, k), dtype, affine=affine)
     found, everything = run((*args[:8], *need), kernel), run(args, kernel)
     for out, same, wanted in zip(found, everything, (need[0], need[1], need[1], need[0]), strict=True):
         if wanted:
@@ -182,7 +183,7 @@ def test_layouts(layout: str, kernel: str, dtype: torch.dtype) -> None:
         memory = torch.full((t.shape[0] + 1, t.shape[1] + 2, *t.shape[2:]), torch.nan, dtype=t.dtype)
         return memory[1:, 1:-1].copy_(t)
 
-    for shape in ((2, 35, 9, 18, 4, 3), (3, 3, 20, 12, 9, 9)):
+    for shape in ((2, 35, 9, 18, 4, 3), (3, 3, 20, 12, 9, 9), (2, 2, 20, 12, 15, 11)):
         grad, a, k, x, *rest = backward(shape, dtype)
         first = run((grad, a, k, x, *rest), kernel)
         place = {

@@ -90,10 +90,11 @@ class Stack(Units):
         (x,) = autocast(x)
         trains = self.trains(x, tensors)
         if self.obstacle(x, trains) is not None:
-            layout = memory_format(x)
-            y = None if trains else self._depth_first(depth_first.in_planes(x, self.act), tensors)
-            if y is not None:
-                y = nn.functional.adaptive_avg_pool2d(y, 1).flatten(1) if pool else y.contiguous(memory_format=layout)
+            y = None if trains else self._depth_first(x, tensors)
+            if y is not None and pool:
+                y = nn.functional.adaptive_avg_pool2d(y, 1).flatten(1)
+            elif y is not None:
+                y = depth_first.laid_out(y, memory_format(x))
         elif trains:
             y = self.train(x, pool)
         else:
@@ -116,13 +117,17 @@ class Stack(Units):
             packed = self._pack(x, mixed)
         return None if packed is None else block_stack.block_stack(x, packed, pool, *head)
 
+    def layout(self, x: Tensor) -> torch.memory_format:
+        """In which its operators run one by one."""
+        return depth_first.layout(x, self.act, len(self.blocks))
+
     def micro_batch_of(self, x: Tensor) -> tuple[int, Tensor] | None:
         """Images that pass all blocks together, and a tensor for the results; None where blocks run one by one."""
         if not (x.is_cuda or self.micro_batch) or len(self.blocks) < 2 or self.mismatch(x) is not None:
             return None
         p, q = self.patch()
         shape = (x.shape[0], self.size[1], x.shape[2] // p, x.shape[3] // q)
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=self.layout(x))
         if self.micro_batch is None:
             return depth_first.images(y, len(self.blocks), self.size[2:], self.act), y
         return min(self.micro_batch or len(x), len(x)), y
@@ -134,6 +139,7 @@ class Stack(Units):
             return None
         ops = (*(("patch_embed",) if self.stem else ()), "depthwise_block", "pointwise_block")
         m, y = found
+        x = depth_first.laid_out(x, self.layout(x))
         chosen = depth_first.backends_of(x, y, dict(zip(ops, self.shapes, strict=False)), self.act)
         now = None if chosen is None else self._parameters(x, tensors)
         if chosen is None or now is None:

@@ -11,10 +11,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from cmx_kernels import backends
 from cmx_kernels.models.structure import Unit, why_not_size
-from cmx_kernels.ops import batchnorm
+from cmx_kernels.ops import batchnorm, depth_first
 from cmx_kernels.ops.batchnorm import BatchNorm
 from cmx_kernels.ops.checks import autocast, autocast_is_on, memory_format
-from cmx_kernels.ops.depth_first import in_planes
 from cmx_kernels.ops.differentiable import Block, Pooled, Value
 from cmx_kernels.ops.differentiable import Unit as UnitFunction
 from cmx_kernels.ops.training_forms import patches_backward, patches_forward
@@ -57,7 +56,7 @@ def run(
     layout = memory_format(x)
     if x.device.type == "cpu":
         x = x.contiguous(memory_format=torch.channels_last)  # the CPU kernels read vectors of channels
-    x = in_planes(x, act, "depthwise_block_train")
+    x = depth_first.laid_out(x, depth_first.layout(x, act, len(blocks), "depthwise_block_train"))
     run_block = Block.apply
     if recompute and torch.compiler.is_compiling():
         run_block, recompute = _recomputed_block, False

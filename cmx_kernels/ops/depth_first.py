@@ -91,11 +91,20 @@ def _gpu(device: int) -> str | None:
     return cost_model.named(torch.cuda.get_device_name(device))
 
 
-def in_planes(x: Tensor, act: str, op: str = "depthwise_block") -> Tensor:
-    """``x``, in NCHW if CUDA kernels take it: all are faster there, measured or predicted (csrc/cuda/README.md)."""
-    if not x.is_cuda or memory_format(x) != torch.channels_last:
-        return x
-    return x.contiguous() if backends.select(op, x, act, quiet=True) == "cuda" else x
+def layout(x: Tensor, act: str, depth: int, op: str = "depthwise_block") -> torch.memory_format:
+    """Of the activations of ``depth`` blocks: that of ``x``, or NCHW where more than one run on CUDA kernels.
+
+    All of these are faster there, measured or predicted (csrc/cuda/README.md).
+    """
+    found = memory_format(x)
+    if found == torch.channels_last and x.is_cuda and depth > 1 and backends.select(op, x, act, quiet=True) == "cuda":
+        return torch.contiguous_format
+    return found
+
+
+def laid_out(x: Tensor, wanted: torch.memory_format) -> Tensor:
+    """``x`` where it lies, if its results have the layout that is wanted; else a copy."""
+    return x if memory_format(x) == wanted else x.contiguous(memory_format=wanted)
 
 
 def backends_of(x: Tensor, y: Tensor, sizes: Mapping[str, Sequence[int]], act: str) -> dict[str, str] | None:

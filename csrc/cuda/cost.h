@@ -317,19 +317,20 @@ inline BackwardChoice choose_backward(const DepthwiseShape& s, const Memory& m, 
 // Share of a copy's bandwidth that torch reaches where it changes the layout: a guess
 constexpr double kRelaid = 0.3;
 
-// The kernels for channels_last tensors: those for NCHW, where three copies to it and one back are predicted to pay
+// The kernels for channels_last tensors: those for NCHW, where so many copies to it and back are predicted to pay
 struct PlanesChoice {
   bool pays;
   BackwardChoice choice;
   double copies;  // seconds
 };
 
-inline PlanesChoice choose_planes(const DepthwiseShape& s, const Memory& m, const Memory& g, const Gpu& gpu, Act act) {
+inline PlanesChoice choose_planes(const DepthwiseShape& s, const Memory& m, const Memory& g, const Gpu& gpu, Act act,
+                                  int copies = 4) {
   if (!m.channels_last || !g.channels_last || s.dtype == Dtype::float32) return {};
   const Strides dense = dense_strides(s.c, s.h, s.w, false);
   const Memory planes = memory_of(nullptr, dense, nullptr, dense, s);
   PlanesChoice p{false, choose_backward(s, planes, planes, gpu, act), {}};
-  p.copies = 4 * (2 * size_of(s.dtype) * outputs_of(s) / (gpu.tb_per_s * 1e12 * kRelaid) + 2e-6);
+  p.copies = copies * (2 * size_of(s.dtype) * outputs_of(s) / (gpu.tb_per_s * 1e12 * kRelaid) + 2e-6);
   p.pays = p.choice.kernel == DepthwiseKernel::mma &&
            p.choice.cost.seconds(gpu) + p.copies < choose_backward(s, m, g, gpu, act).cost.seconds(gpu);
   return p;

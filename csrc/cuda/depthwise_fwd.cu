@@ -55,7 +55,8 @@ int64_t depthwise_bwd_parts(const DepthwiseGradients& p, const Gpu& gpu) {
 }
 
 bool depthwise_bwd_wants_planes(const DepthwiseGradients& p, const Gpu& gpu) {
-  return choose_planes(p.shape, input_memory(p), gradient_memory(p), gpu, p.act).pays;
+  const int copies = 2 + (p.need_weight || p.affine) + (p.dx != nullptr);
+  return choose_planes(p.shape, input_memory(p), gradient_memory(p), gpu, p.act, copies).pays;
 }
 
 cudaError_t depthwise_bwd(const DepthwiseGradients& p, const Gpu& gpu, cudaStream_t stream) {

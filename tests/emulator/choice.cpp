@@ -57,6 +57,9 @@ CMX_SHOWN cmx_chosen_depthwise(int gpu, const int* shape, bool channels_last, bo
   forward.shape = gradients.shape = s, forward.act = gradients.act = static_cast<Act>(shape[7]);
   forward.x_stride = forward.y_stride = strides;
   gradients.grad_stride = gradients.a_stride = gradients.x_stride = gradients.dx_stride = strides;
+  gradients.need_weight = true;
+  alignas(16) static char memory[16];  // dx is wanted, too
+  gradients.dx = memory;
   if (depthwise_bwd_wants_planes(gradients, kGpus[gpu].gpu))  // as the binding gives them
     gradients.grad_stride = gradients.a_stride = gradients.x_stride = gradients.dx_stride =
         dense_strides(s.c, s.h, s.w, false);
