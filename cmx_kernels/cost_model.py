@@ -186,7 +186,13 @@ def main() -> None:
             for dtype in ("bfloat16", "float32"):
                 _print((n, c, size), str(k), dtype, depthwise(gpu, (n, c, size, size), (k, k), dtype))
     print("both gradients of the depthwise convolution, by each kernel")
-    for n, c, size, k, act in ((64, 1536, 32, 9, "gelu"), (64, 768, 32, 7, "relu"), (64, 1024, 16, 9, "gelu")):
+    gradients = (
+        (64, 1536, 32, 9, "gelu"),
+        (64, 768, 32, 7, "relu"),
+        (64, 1024, 16, 9, "gelu"),
+        (64, 384, 32, 31, "none"),
+    )
+    for n, c, size, k, act in gradients:
         for kernel in ("ffma", "mma"):
             p = depthwise_backward(gpu, (n, c, size, size), (k, k), act=act, kernel=kernel)
             _print((n, c, size), str(k), "bfloat16", p)
