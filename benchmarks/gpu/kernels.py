@@ -64,7 +64,8 @@ def step(dim: int, k: int, patch: int, size: int, n: int) -> Call:
 
 def calls(training: bool) -> dict[str, Call]:
     if training:
-        return {"768, k 7": step(768, 7, 7, 32, 64), "1024, k 9": step(1024, 9, 14, 16, 64)}
+        steps = {"768, k 7": step(768, 7, 7, 32, 64), "1024, k 9": step(1024, 9, 14, 16, 64)}
+        return {**steps, "384, k 31": step(384, 31, 7, 32, 64)}
     return {
         "depthwise 64x1536x32x32 k9": depthwise(64, 1536, 32, 9),
         "depthwise 64x768x32x32 k7": depthwise(64, 768, 32, 7),
