@@ -88,8 +88,7 @@ __global__ void __launch_bounds__(32 * WARPS, mma_large_blocks(WINDOW))
         }
 #pragma unroll
       for (int j = 0; j <= PAIRS; ++j) {
-        if (j > most)
-          break;  // the same for all warps, or products are predicated: what lies behind the filter is not kept
+        if (j > most) break;  // for all warps, or each product costs a WARPSYNC: pairs behind the filter are not kept
         const int pair = first + j < pairs ? first + j : pairs;
         const uint32_t from = address + (pair & 1 ? transposed_at[1] : transposed_at[0]) + (pair >> 1) * 2 * G::PITCH;
 #pragma unroll
