@@ -69,7 +69,6 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
   const int m = lane % 8 + lane / 16 * 8, second = lane / 8 % 2;
   const int transposed_at[2] = {at_row(m, second), at_row(m, second + 2)};
   // act(x), transposed: its rows 0-7 and 8-15 of a column tile, then of the next
-  constexpr int OWN_HALF = G::ROWS / 2 * G::OWN_PITCH;
   const int input_at = own_offset<G>({G::IMAGES == 2 ? lane % 16 / 8 : 0, row_of<G::IMAGES>(lane % 16)}, lane / 16);
 
   GradientSums sums;
@@ -85,14 +84,7 @@ __global__ void __launch_bounds__(32 * MmaPlan::kWarps, 4)
     const uint32_t address = shared_address(tile);
     if (p.need_weight) {
       uint32_t in[2][NT][2];  // of the rows S(m), and S(m) + 2
-#pragma unroll
-      for (int set = 0; set < 2; ++set)
-#pragma unroll
-        for (int i = 0; i < NT; i += 2) {
-          uint32_t two[4];
-          load_matrices<true>(two, shared_address(input) + input_at + set * OWN_HALF + 16 * i);
-          in[set][i][0] = two[0], in[set][i][1] = two[1], in[set][i + 1][0] = two[2], in[set][i + 1][1] = two[3];
-        }
+      load_columns<G>(in, shared_address(input) + input_at);
       if (p.affine) normalise<T, G>(in, at, p, c, lane);
 #pragma unroll
       for (int pair = 0; pair <= PAIRS; ++pair) {

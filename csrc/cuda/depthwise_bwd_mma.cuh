@@ -220,6 +220,20 @@ __device__ __forceinline__ void store_results(const unsigned char* results, cons
   }
 }
 
+// Columns of act(x) or x' for products, of the rows S(m) and S(m) + 2, by ldmatrix.trans; from: this lane's row
+template <class G>
+__device__ __forceinline__ void load_columns(uint32_t (&in)[2][G::NT][2], uint32_t from) {
+  constexpr int HALF = G::ROWS / 2 * G::OWN_PITCH;
+#pragma unroll
+  for (int set = 0; set < 2; ++set)
+#pragma unroll
+    for (int i = 0; i < G::NT; i += 2) {
+      uint32_t two[4];
+      load_matrices<true>(two, from + set * HALF + 16 * i);
+      in[set][i][0] = two[0], in[set][i][1] = two[1], in[set][i + 1][0] = two[2], in[set][i + 1][1] = two[3];
+    }
+}
+
 // What the next tile reads, from memory into L2: one row and 32 columns a lane
 template <class T, class G>
 __device__ __forceinline__ void prefetch(const Where& at, const DepthwiseGradients& p, int c, int lane) {

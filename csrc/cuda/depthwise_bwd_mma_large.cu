@@ -61,7 +61,6 @@ __global__ void __launch_bounds__(32 * WARPS, mma_large_blocks(WINDOW))
   const int pair_at[2] = {at_row(lane % 16, lane / 16), at_row(lane % 16, lane / 16 + 2)};
   const int m = lane % 8 + lane / 16 * 8, second = lane / 8 % 2;
   const int transposed_at[2] = {at_row(m, second), at_row(m, second + 2)};
-  constexpr int OWN_HALF = G::ROWS / 2 * G::OWN_PITCH;
   const int input_at = own_offset<G>({G::IMAGES == 2 ? lane % 16 / 8 : 0, row_of<G::IMAGES>(lane % 16)}, lane / 16);
   const uint32_t address = shared_address(tile);
 
@@ -78,14 +77,7 @@ __global__ void __launch_bounds__(32 * WARPS, mma_large_blocks(WINDOW))
 
     if (p.need_weight && first < pairs) {
       uint32_t in[2][NT][2];  // of the rows S(m), and S(m) + 2
-#pragma unroll
-      for (int set = 0; set < 2; ++set)
-#pragma unroll
-        for (int i = 0; i < NT; i += 2) {
-          uint32_t two[4];
-          load_matrices<true>(two, shared_address(normalised) + input_at + set * OWN_HALF + 16 * i);
-          in[set][i][0] = two[0], in[set][i][1] = two[1], in[set][i + 1][0] = two[2], in[set][i + 1][1] = two[3];
-        }
+      load_columns<G>(in, shared_address(normalised) + input_at);
 #pragma unroll
       for (int j = 0; j <= PAIRS; ++j) {
         if (j > most) break;  // for all warps, or each product costs a WARPSYNC: pairs behind the filter are not kept
